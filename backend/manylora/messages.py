@@ -1,0 +1,111 @@
+"""What front ends and the engine say to each other. Encoded with msgspec, sent by ipc.py, or passed in process."""
+
+from __future__ import annotations
+
+import msgspec
+
+
+class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """How the next token of a sequence is chosen and when it ends. Validated by protocol.py, trusted after that."""
+
+    max_tokens: int = 128
+    min_tokens: int = 0
+    ignore_eos: bool = False
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    seed: int | None = None
+
+
+# Front end to engine.
+
+
+class Hello(msgspec.Struct, tag="hello", frozen=True):
+    """First message of a connection; answered with EngineInfo."""
+
+
+class Generate(msgspec.Struct, tag="generate", frozen=True, kw_only=True):
+    """Start a sequence. Answered with any number of Tokens, the last with a finish_reason, or with one Failed."""
+
+    id: int
+    """Chosen by the front end, unique on its connection."""
+    input_ids: list[int]
+    adapter_id: str = ""
+    params: SamplingParams = SamplingParams()
+
+
+class Cancel(msgspec.Struct, tag="cancel", frozen=True):
+    """Free the sequence. Answered with Failed(CANCELLED), unless the sequence has ended already."""
+
+    id: int
+
+
+class GetStatus(msgspec.Struct, tag="status", frozen=True):
+    """Answered with Status."""
+
+
+# Engine to front end.
+
+
+class EngineInfo(msgspec.Struct, tag="info", frozen=True, kw_only=True):
+    """What a front end must know to check and tokenise requests."""
+
+    base_model: str
+    """Directory with the tokenizer."""
+    max_model_len: int
+    vocab_size: int
+    eos_token_ids: list[int]
+
+
+class Tokens(msgspec.Struct, tag="tokens", frozen=True, kw_only=True):
+    """New tokens of a sequence, in order."""
+
+    id: int
+    token_ids: list[int]
+    finish_reason: str = ""
+    """`stop` or `length` with the last tokens, empty before."""
+    adapter_version: str = ""
+    """Content hash of the adapter that computes the sequence; empty for the base model."""
+
+
+class Failed(msgspec.Struct, tag="failed", frozen=True):
+    """The sequence ended with an error."""
+
+    id: int
+    code: str
+    message: str
+
+
+class AdapterState(msgspec.Struct, frozen=True, kw_only=True):
+    name: str
+    state: str
+    """loading, host, device or failed."""
+    version: str = ""
+    rank: int = 0
+    num_bytes: int = 0
+    num_running: int = 0
+    pinned: bool = False
+
+
+class Status(msgspec.Struct, tag="engine_status", frozen=True, kw_only=True):
+    """A picture of the engine between two steps."""
+
+    adapters: list[AdapterState]
+    counters: dict[str, int]
+    """Monotonic: steps, prompt_tokens, generated_tokens, host_loads, host_evictions, device_copies, device_evictions,
+    cancelled, failed, preemptions, prefix_hit_tokens."""
+    gauges: dict[str, int]
+    """Now: running, waiting, kv_blocks_free, kv_blocks_total, pool_pages_free, pool_pages_total, pool_bytes,
+    host_adapters, device_adapters."""
+    check_errors: list[str] = []
+    """What `check()` of the engine's parts found wrong. Empty is good."""
+
+
+class Batch(msgspec.Struct, tag="batch", frozen=True):
+    """Everything one step has to say to one front end."""
+
+    events: list[Tokens | Failed]
+
+
+ToEngine = Hello | Generate | Cancel | GetStatus
+FromEngine = EngineInfo | Batch | Status
