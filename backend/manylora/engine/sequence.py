@@ -1,0 +1,60 @@
+"""One prompt and its generated tokens."""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from manylora.engine.kv_cache import Key
+from manylora.messages import SamplingParams
+
+if TYPE_CHECKING:
+    from manylora.adapters.registry import Lease
+    from manylora.engine.engine import Session
+
+
+class State(enum.Enum):
+    WAITING = "waiting"
+    RUNNING = "running"
+    ENDED = "ended"
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class Sequence:
+    """Owned by the engine thread. Token ids only grow; a preempted sequence computes its tokens anew."""
+
+    id: int
+    """The session's own number."""
+    session: Session
+    token_ids: list[int]
+    """Prompt, then what was generated."""
+    num_prompt: int
+    params: SamplingParams
+    seed: int
+    lease: Lease | None
+    """None: the base model."""
+    adapter_id: str = ""
+    state: State = State.WAITING
+    num_computed: int = 0
+    """Tokens whose keys and values are in the cache."""
+    table: list[int] = field(default_factory=list)
+    """KV blocks, in order."""
+    keys: list[Key] = field(default_factory=list)
+    """Prefix keys of the full blocks of token_ids."""
+    num_passed: int = 0
+    """Later sequences that were admitted while this one waited for room among the adapters."""
+
+    @property
+    def num_generated(self) -> int:
+        return len(self.token_ids) - self.num_prompt
+
+    @property
+    def num_to_compute(self) -> int:
+        """1 when decoding, more while the prompt is not done."""
+        return len(self.token_ids) - self.num_computed
+
+    @property
+    def version(self) -> str:
+        """Content hash of the adapter, empty for the base model."""
+        return self.lease.version if self.lease is not None else ""
