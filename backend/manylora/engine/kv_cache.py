@@ -123,13 +123,17 @@ class BlockPool:
             for b in self.blocks
             if b.num_users != users[b.index]
         ]
-        wrong += [f"block {b.index} is used and free" for b in self.blocks if b.num_users and b.index in self._free]
+        wrong += [
+            f"block {b.index} is used and free" for b in self.blocks if b.num_users and b.index in self._free
+        ]
         wrong += [
             f"block {b.index} is neither used nor free"
             for b in self.blocks
             if not b.num_users and b.index not in self._free
         ]
-        wrong += [f"key of block {i} is not its own" for k, i in self._by_key.items() if self.blocks[i].key != k]
+        wrong += [
+            f"key of block {i} is not its own" for k, i in self._by_key.items() if self.blocks[i].key != k
+        ]
         return wrong
 
     def _use(self, index: int) -> None:

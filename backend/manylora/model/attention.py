@@ -13,9 +13,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import torch
-from torch.nn import functional
-
 from manylora.errors import UnsupportedError
+from torch.nn import functional
 
 IMPLEMENTATION = "manylora"
 """The name under which transformers knows this attention."""
@@ -131,7 +130,9 @@ def attention_forward(
     unknown = sorted(k for k, v in others.items() if v is not None and k not in _KNOWN_UNUSED)
     if unknown or attention_mask is not None or manylora_plan is None:
         what = "attention_mask" if attention_mask is not None else ", ".join(unknown) or "no step plan"
-        raise UnsupportedError(f"{type(module).__name__} calls its attention with {what}, which is not served")
+        raise UnsupportedError(
+            f"{type(module).__name__} calls its attention with {what}, which is not served"
+        )
     layer = int(module.layer_idx)  # type: ignore[arg-type]  # transformers' attention modules carry an int
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     window = sliding_window or 0
@@ -140,7 +141,12 @@ def attention_forward(
         num_rows = query.shape[2]
         rows = torch.arange(num_rows, device=query.device)
         probe = Group(
-            rows=slice(None), num_seqs=1, num_queries=num_rows, context=None, positions=rows[None], num_context=num_rows
+            rows=slice(None),
+            num_seqs=1,
+            num_queries=num_rows,
+            context=None,
+            positions=rows[None],
+            num_context=num_rows,
         )
         return _attend(probe, query[0], key[0], value[0], None, scaling, window, softcap, s_aux)[None], None
     cache = manylora_plan.caches[layer]
@@ -148,7 +154,9 @@ def attention_forward(
     cache.values.index_copy_(0, manylora_plan.write_rows, value[0].transpose(0, 1).flatten(1))
     groups = manylora_plan.groups
     if len(groups) == 1 and isinstance(groups[0].rows, slice):
-        return _attend(groups[0], query[0], key[0], value[0], cache, scaling, window, softcap, s_aux)[None], None
+        return _attend(groups[0], query[0], key[0], value[0], cache, scaling, window, softcap, s_aux)[
+            None
+        ], None
     out = query.new_empty(query.shape[2], query.shape[1], value.shape[3])  # [T, H, D]
     for group in groups:
         out[group.rows] = _attend(group, query[0], key[0], value[0], cache, scaling, window, softcap, s_aux)

@@ -13,12 +13,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
-from manylora_kernels import Mix, SitePool, add_lora
-from transformers.pytorch_utils import Conv1D
-
 from manylora.errors import UnsupportedError
 from manylora.model.linear import Product, fuse, make_product, weight_of
 from manylora.model.spec import LinearSpec, ModelSpec, SiteKind
+from manylora_kernels import Mix, SitePool, add_lora
+from transformers.pytorch_utils import Conv1D
 
 _LAYER = re.compile(r"^(?P<stem>.*?)\.(?P<index>\d+)\.(?P<rest>.+)$")
 
@@ -137,7 +136,9 @@ def _spec_of(model: torch.nn.Module, linears: dict[str, torch.nn.Module], calls:
             seen.add(call.path)
             groups.setdefault((match["stem"], int(match["index"]), call.input_id), []).append(call.path)
     if not groups:
-        raise UnsupportedError("the base model has no linear inside numbered decoder layers: nothing to adapt")
+        raise UnsupportedError(
+            "the base model has no linear inside numbered decoder layers: nothing to adapt"
+        )
     kinds: dict[tuple[str, int, tuple[int, ...]], list[tuple[int, list[str]]]] = {}
     for (_stem, layer, _), paths in groups.items():
         names = "+".join(str(_LAYER.match(path)["rest"]) for path in paths)  # type: ignore[index]  # matched above
@@ -151,10 +152,18 @@ def _spec_of(model: torch.nn.Module, linears: dict[str, torch.nn.Module], calls:
         for row, (layer, paths) in enumerate(sorted(members)):
             for part, path in enumerate(paths):
                 specs[path] = LinearSpec(
-                    path=path, kind=index, row=row, slice=part, layer=layer, in_features=k, out_features=widths[part]
+                    path=path,
+                    kind=index,
+                    row=row,
+                    slice=part,
+                    layer=layer,
+                    in_features=k,
+                    out_features=widths[part],
                 )
     others = {
-        name.rpartition(".")[0] for name, _ in model.named_parameters() if name.rpartition(".")[0] not in specs
+        name.rpartition(".")[0]
+        for name, _ in model.named_parameters()
+        if name.rpartition(".")[0] not in specs
     }
     others |= {path for path in linears if path not in specs}
     return ModelSpec(kinds=tuple(site_kinds), linears=specs, other_modules=frozenset(others))

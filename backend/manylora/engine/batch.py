@@ -1,0 +1,181 @@
+"""One step of the engine: chosen by the scheduler, turned into tensors here, run, sampled, taken back.
+
+Shape key: T tokens of the step, B sequences of a group, Q query tokens of each, C context tokens of each.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from itertools import groupby
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from manylora.model.attention import AttentionPlan, Group, LayerCache
+from manylora_kernels import Mix
+
+if TYPE_CHECKING:
+    from manylora.engine.sequence import Sequence
+
+
+@dataclass(slots=True)
+class Item:
+    """One sequence's part of a step: its next `num_tokens` tokens."""
+
+    sequence: Sequence
+    num_tokens: int
+    next_id: int | None = None
+    """Filled by the sampler when the part reaches the sequence's end."""
+
+    @property
+    def start(self) -> int:
+        return self.sequence.num_computed
+
+    @property
+    def end(self) -> int:
+        return self.sequence.num_computed + self.num_tokens
+
+    @property
+    def samples(self) -> bool:
+        """Whether this part ends where the next token is wanted."""
+        return self.end == len(self.sequence.token_ids)
+
+
+@dataclass(slots=True)
+class Batch:
+    """One step. `items` comes from the scheduler; the tensors from `build`; `next_id`s from the sampler."""
+
+    items: list[Item]
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(item.num_tokens for item in self.items)
+
+    @property
+    def sampling_items(self) -> list[Item]:
+        return [item for item in self.items if item.samples]
+
+
+@dataclass(slots=True, kw_only=True)
+class StepTensors:
+    """What the model is called with."""
+
+    input_ids: torch.Tensor
+    """[1, T]"""
+    positions: torch.Tensor
+    """[1, T]"""
+    sample_rows: torch.Tensor
+    """[number of sampling items] rows whose logits are wanted, in the order of `Batch.sampling_items`."""
+    plan: AttentionPlan
+    mix: Mix | None
+
+
+@dataclass(slots=True, kw_only=True)
+class BatchBuilder:
+    """Turns batches into tensors on one device."""
+
+    device: torch.device
+    block_size: int
+    caches: dict[int, LayerCache]
+    max_loras: int
+    max_pages: int
+    """Most pages of one adapter in one kind."""
+    num_kinds: int
+    _decode_spread: int = field(default=64)
+    """Decodes share a group while the longest context is at most twice the shortest plus this many tokens."""
+
+    def build(self, batch: Batch) -> StepTensors:
+        """Order the items so that each group is one run of rows, and make the step's tensors."""
+        groups = self._group(batch.items)
+        batch.items = [item for group in groups for item in group]
+        token_ids = [t for item in batch.items for t in item.sequence.token_ids[item.start : item.end]]
+        positions = np.concatenate([np.arange(item.start, item.end) for item in batch.items])
+        ends = np.cumsum([item.num_tokens for item in batch.items])
+        write_rows = np.concatenate([self._rows(item)[item.start :] for item in batch.items])
+        plan_groups, first_row = [], 0
+        for group in groups:
+            plan_groups.append(self._plan_group(group, first_row, whole=len(groups) == 1))
+            first_row += sum(item.num_tokens for item in group)
+        sampled = [end - 1 for end, item in zip(ends, batch.items, strict=True) if item.samples]
+        return StepTensors(
+            input_ids=self._tensor(np.asarray(token_ids))[None],
+            positions=self._tensor(positions)[None],
+            sample_rows=self._tensor(np.asarray(sampled or [0])),
+            plan=AttentionPlan(write_rows=self._tensor(write_rows), groups=plan_groups, caches=self.caches),
+            mix=self._mix(batch),
+        )
+
+    def _group(self, items: list[Item]) -> list[list[Item]]:
+        singles = sorted((i for i in items if i.num_tokens == 1), key=lambda i: i.end)
+        groups: list[list[Item]] = []
+        for item in singles:
+            if groups and item.end <= 2 * groups[-1][0].end + self._decode_spread:
+                groups[-1].append(item)
+            else:
+                groups.append([item])
+        for group in groups:
+            group.sort(key=lambda i: i.sequence.adapter_id)
+        fresh = sorted(
+            (i for i in items if i.num_tokens > 1 and i.start == 0),
+            key=lambda i: (i.num_tokens, i.sequence.adapter_id),
+        )
+        groups += [list(same) for _, same in groupby(fresh, key=lambda i: i.num_tokens)]
+        groups += [[i] for i in items if i.num_tokens > 1 and i.start > 0]
+        return groups
+
+    def _plan_group(self, group: list[Item], first_row: int, *, whole: bool) -> Group:
+        num_queries = group[0].num_tokens
+        fresh = num_queries > 1 and group[0].start == 0
+        num_context = max(item.end for item in group)
+        context = None
+        if not fresh:
+            # Padding repeats a sequence's own first row: hidden by the mask, and never another tenant's numbers.
+            rows_BC = np.empty((len(group), num_context), dtype=np.int64)
+            for row, item in zip(rows_BC, group, strict=True):
+                own = self._rows(item)
+                row[: len(own)] = own
+                row[len(own) :] = own[0]
+            context = self._tensor(rows_BC.reshape(-1))
+        positions = np.stack([np.arange(item.start, item.end) for item in group])
+        stop = first_row + len(group) * num_queries
+        return Group(
+            rows=slice(None) if whole else slice(first_row, stop),
+            num_seqs=len(group),
+            num_queries=num_queries,
+            context=context,
+            positions=self._tensor(positions),
+            num_context=num_context,
+        )
+
+    def _rows(self, item: Item) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
+        """Cache rows of the item's tokens 0 .. end-1."""
+        size = self.block_size
+        blocks = np.asarray(item.sequence.table[: -(-item.end // size)], dtype=np.int64)
+        return (blocks[:, None] * size + np.arange(size)).reshape(-1)[: item.end]
+
+    def _mix(self, batch: Batch) -> Mix | None:
+        slots: dict[int, int] = {}
+        pages: list[list[tuple[int, ...]]] = [[] for _ in range(self.num_kinds)]
+        row_slots = np.full(batch.num_tokens, -1, dtype=np.int32)
+        row_scales = np.zeros(batch.num_tokens, dtype=np.float32)
+        row = 0
+        for item in batch.items:
+            lease = item.sequence.lease
+            if lease is not None:
+                placement = lease.placement
+                assert placement is not None, "a running sequence's adapter is not on the device"
+                slot = slots.get(id(placement))
+                if slot is None:
+                    slot = slots[id(placement)] = len(slots)
+                    for of_kind, taken in zip(pages, placement.pages, strict=True):
+                        of_kind.append(tuple(taken))
+                row_slots[row : row + item.num_tokens] = slot
+                row_scales[row : row + item.num_tokens] = lease.scale
+            row += item.num_tokens
+        if not slots:
+            return None
+        return Mix.build(row_slots, row_scales, pages, self.max_loras, self.max_pages, self.device)
+
+    def _tensor(self, array: np.ndarray[tuple[int, ...], np.dtype[np.int64]]) -> torch.Tensor:
+        tensor = torch.from_numpy(array)
+        return tensor if self.device.type == "cpu" else tensor.to(self.device, non_blocking=True)

@@ -1,0 +1,378 @@
+"""The engine: one thread that owns the model, the queues and the caches, and turns messages into tokens.
+
+A step is `schedule -> build -> run -> sample -> finish -> deliver`. Other threads only put things into the inbox.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import queue
+import threading
+from collections.abc import Callable
+from collections.abc import Sequence as Seq
+from concurrent.futures import Future
+from dataclasses import dataclass
+
+import torch
+from manylora.adapters.device_pool import DevicePool
+from manylora.adapters.registry import Registry
+from manylora.config import EngineConfig
+from manylora.engine.batch import Batch
+from manylora.engine.generate import Completion, Prompt, generate
+from manylora.engine.kv_cache import BlockPool
+from manylora.engine.runner import Runner
+from manylora.engine.scheduler import Limits, Scheduler
+from manylora.engine.sequence import Sequence, State
+from manylora.errors import CancelledRequestError, InternalError, ManyloraError, UnavailableError
+from manylora.messages import Cancel, EngineInfo, Failed, Generate, Status, Tokens
+from manylora.model.loading import LoadedModel, load_model
+
+log = logging.getLogger(__name__)
+
+Event = Tokens | Failed
+Deliver = Callable[[list[Event]], None]
+
+
+class Session:
+    """One user of an engine: a front end's connection, or a caller in this process. Made by `Engine.connect`."""
+
+    def __init__(self, engine: Engine, deliver: Deliver) -> None:
+        self._engine = engine
+        self._deliver = deliver
+        # Below: the engine thread's.
+        self.sequences: dict[int, Sequence] = {}
+        self.events: list[Event] = []
+
+    def send(self, message: Generate | Cancel) -> None:
+        """Hand a message to the engine. Thread-safe, never blocks; the answer comes through `deliver`."""
+        self._engine.post(_Sent(self, message))
+
+    def close(self) -> None:
+        """Cancel all sequences of this session. Nothing is delivered any more."""
+        self._deliver = _drop
+        self._engine.post(_Closed(self))
+
+    def flush(self) -> None:
+        """Deliver what the step left. Engine thread only."""
+        events, self.events = self.events, []
+        if events:
+            try:
+                self._deliver(events)
+            except Exception:
+                log.exception("a session's deliver callback failed")
+
+
+def _drop(_events: list[Event]) -> None:
+    """Where a closed session's events go."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Sent:
+    session: Session
+    message: Generate | Cancel
+
+
+@dataclass(frozen=True, slots=True)
+class _Closed:
+    session: Session
+
+
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    answer: Future[Status]
+
+
+@dataclass(frozen=True, slots=True)
+class _Wake:
+    """A load has finished, or the engine is to end: look again."""
+
+
+_Note = _Sent | _Closed | _Asked | _Wake
+
+
+class Engine:
+    """A base model with many adapters, in this process.
+
+    >>> with Engine(EngineConfig(base_model="model", adapter_root="adapters")) as engine:  # doctest: +SKIP
+    ...     engine.generate(["Hello"], adapter_ids=["pirate"], max_tokens=20)
+
+    Raises:
+        ManyloraError: the configuration or the base model cannot be served.
+    """
+
+    def __init__(self, config: EngineConfig) -> None:
+        self.config = config
+        self._inbox: queue.SimpleQueue[_Note] = queue.SimpleQueue()
+        self._sessions: set[Session] = set()
+        self._counters = dict.fromkeys(
+            ("steps", "prompt_tokens", "generated_tokens", "cancelled", "failed"), 0
+        )
+        self._closing = threading.Event()
+        self.model: LoadedModel = load_model(config)
+        self.pool = DevicePool(
+            self.model.spec,
+            config.max_loras,
+            config.max_lora_rank,
+            lora_dtype(config, self.model),
+            self.model.device,
+        )
+        self.runner = Runner(self.model, config, self.pool)
+        self.runner.prove_packing()
+        self.registry = Registry(
+            self.model.spec,
+            config,
+            self.pool,
+            lora_dtype(config, self.model),
+            wake=lambda: self.post(_Wake()),
+        )
+        try:
+            self.registry.preload()
+        except ManyloraError:
+            self.registry.close()
+            raise
+        self.blocks = BlockPool(
+            self.runner.num_blocks, config.kv_block_size, reuse=config.enable_prefix_caching
+        )
+        self.scheduler = Scheduler(
+            Limits(
+                max_loras=config.max_loras,
+                max_num_seqs=config.max_num_seqs,
+                max_batched_tokens=config.max_batched_tokens,
+                max_waiting=config.max_waiting,
+                max_model_len=self.model.max_model_len,
+            ),
+            self.blocks,
+            self.registry,
+            self.model.eos_token_ids,
+        )
+        self.info = EngineInfo(
+            base_model=str(self.model.directory),
+            max_model_len=self.model.max_model_len,
+            vocab_size=self.model.vocab_size,
+            eos_token_ids=self.model.eos_token_ids,
+        )
+        self._thread = threading.Thread(target=self._loop, name="manylora-engine", daemon=True)
+        self._thread.start()
+
+    def connect(self, deliver: Deliver) -> Session:
+        """Open a session.
+
+        Args:
+            deliver: called on the engine thread, once per step, with all events of this session. Must not block.
+        """
+        return Session(self, deliver)
+
+    def generate(self, prompts: Seq[Prompt], **options: object) -> list[Completion]:
+        """Run prompts to their end, together in one batch. See `manylora.engine.generate.generate`."""
+        return generate(self, prompts, **options)  # type: ignore[arg-type]  # checked there, by name
+
+    def status(self) -> Status:
+        """A picture of the engine between two steps. Thread-safe.
+
+        Raises:
+            UnavailableError: the engine is closed.
+        """
+        answer: Future[Status] = Future()
+        self.post(_Asked(answer))
+        return answer.result()
+
+    def close(self) -> None:
+        """Fail what is in flight with UNAVAILABLE and end the thread. May be called again."""
+        self._closing.set()
+        self.post(_Wake())
+        self._thread.join()
+        self._refuse_rest()
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(self, *_exc: object) -> None:
+        self.close()
+
+    def post(self, note: _Note) -> None:
+        """Put a note into the inbox; a closed engine answers it at once."""
+        self._inbox.put(note)
+        if self._closing.is_set() and not self._thread.is_alive():
+            self._refuse_rest()
+
+    # ---- the engine thread ----
+
+    def _loop(self) -> None:
+        idle = False
+        while not self._closing.is_set():
+            self._read_inbox(wait=idle)
+            self.registry.poll()
+            batch = self.scheduler.schedule()
+            self._report_failed()
+            idle = batch is None
+            if batch is not None:
+                self._step(batch)
+            self._flush()
+        self._shut_down()
+
+    def _step(self, batch: Batch) -> None:
+        try:
+            self.runner.run(batch)
+        except Exception:
+            log.exception("a step failed; its %d sequences end with INTERNAL", len(batch.items))
+            for item in batch.items:
+                self.scheduler.remove(item.sequence)
+                self._fail(
+                    item.sequence,
+                    InternalError("the engine failed while computing this request; see its log"),
+                )
+            return
+        self._counters["steps"] += 1
+        for item in batch.items:
+            self._counters["prompt_tokens"] += max(0, min(item.end, item.sequence.num_prompt) - item.start)
+        for result in self.scheduler.finish(batch):
+            sequence = result.sequence
+            self._counters["generated_tokens"] += 1
+            sequence.session.events.append(
+                Tokens(
+                    id=sequence.id,
+                    token_ids=[result.token_id],
+                    finish_reason=result.finish_reason,
+                    adapter_version=sequence.version,
+                )
+            )
+            if result.finish_reason:
+                self._forget(sequence)
+
+    def _read_inbox(self, *, wait: bool) -> None:
+        try:
+            note = self._inbox.get(block=wait)
+            while True:
+                self._take(note)
+                note = self._inbox.get_nowait()
+        except queue.Empty:
+            return
+
+    def _take(self, note: _Note) -> None:
+        if isinstance(note, _Asked):
+            note.answer.set_result(self._status())
+        elif isinstance(note, _Closed):
+            for sequence in list(note.session.sequences.values()):
+                self._cancel(sequence)
+            self._sessions.discard(note.session)
+        elif isinstance(note, _Sent):
+            self._sessions.add(note.session)
+            if isinstance(note.message, Generate):
+                self._add(note.session, note.message)
+            elif (sequence := note.session.sequences.get(note.message.id)) is not None:
+                self._cancel(sequence)
+
+    def _add(self, session: Session, message: Generate) -> None:
+        lease = None
+        try:
+            if message.adapter_id:
+                lease = self.registry.acquire(message.adapter_id)
+            seed = message.params.seed
+            sequence = Sequence(
+                id=message.id,
+                session=session,
+                token_ids=list(message.input_ids),
+                num_prompt=len(message.input_ids),
+                params=message.params,
+                seed=int.from_bytes(os.urandom(7), "little") if seed is None else seed,
+                lease=lease,
+                adapter_id=message.adapter_id,
+            )
+            self.scheduler.add(sequence)
+            session.sequences[message.id] = sequence
+        except ManyloraError as error:
+            if lease is not None:
+                self.registry.release(lease)
+            self._counters["failed"] += 1
+            session.events.append(Failed(message.id, error.code, error.message))
+        except Exception:
+            if lease is not None:
+                self.registry.release(lease)
+            log.exception("request %d could not be added", message.id)
+            session.events.append(
+                Failed(message.id, "INTERNAL", "the engine failed on this request; see its log")
+            )
+
+    def _cancel(self, sequence: Sequence) -> None:
+        self.scheduler.remove(sequence)
+        self._counters["cancelled"] += 1
+        self._fail(sequence, CancelledRequestError("the request was cancelled"))
+
+    def _report_failed(self) -> None:
+        for sequence, error in self.scheduler.failed:
+            self._fail(sequence, error)
+        self.scheduler.failed.clear()
+
+    def _fail(self, sequence: Sequence, error: ManyloraError) -> None:
+        self._counters["failed"] += not isinstance(error, CancelledRequestError)
+        sequence.session.events.append(Failed(sequence.id, error.code, error.message))
+        self._forget(sequence)
+
+    def _forget(self, sequence: Sequence) -> None:
+        del sequence.session.sequences[sequence.id]
+        if sequence.lease is not None:
+            self.registry.release(sequence.lease)
+
+    def _flush(self) -> None:
+        for session in self._sessions:
+            session.flush()
+
+    def _status(self) -> Status:
+        scheduler, blocks = self.scheduler, self.blocks
+        return Status(
+            adapters=self.registry.states(),
+            counters={
+                **self._counters,
+                **self.registry.counters,
+                "preemptions": scheduler.num_preemptions,
+                "prefix_hit_tokens": scheduler.num_prefix_hit_tokens,
+            },
+            gauges={
+                "running": len(scheduler.running),
+                "waiting": len(scheduler.waiting),
+                "kv_blocks_free": blocks.num_free,
+                "kv_blocks_total": len(blocks.blocks),
+                **self.registry.gauges,
+            },
+            check_errors=self.check(),
+        )
+
+    def check(self) -> list[str]:
+        """Broken invariants of every part. Engine thread only; others ask `status`."""
+        wrong = self.scheduler.check() + self.registry.check()
+        for session in self._sessions:
+            wrong += [
+                f"session keeps ended sequence {i}"
+                for i, s in session.sequences.items()
+                if s.state is State.ENDED
+            ]
+        return wrong
+
+    def _shut_down(self) -> None:
+        error = UnavailableError("the engine is shutting down")
+        for session in self._sessions:
+            for sequence in list(session.sequences.values()):
+                self.scheduler.remove(sequence)
+                self._fail(sequence, error)
+            session.flush()
+        self.registry.close()
+
+    def _refuse_rest(self) -> None:
+        """Answer notes that came after the loop's last look."""
+        while True:
+            try:
+                note = self._inbox.get_nowait()
+            except queue.Empty:
+                return
+            error = UnavailableError("the engine is closed")
+            if isinstance(note, _Asked):
+                note.answer.set_exception(error)
+            elif isinstance(note, _Sent) and isinstance(note.message, Generate):
+                note.session.events.append(Failed(note.message.id, error.code, error.message))
+                note.session.flush()
+
+
+def lora_dtype(config: EngineConfig, model: LoadedModel) -> torch.dtype:
+    """The pool's element type; `auto` is the base model's."""
+    return model.dtype if config.lora_dtype == "auto" else getattr(torch, config.lora_dtype)  # type: ignore[no-any-return]

@@ -1,0 +1,157 @@
+"""Runs one step on the model, and proves at start that packing changes nothing.
+
+Shape key: T tokens of a step, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+from manylora.adapters.device_pool import DevicePool
+from manylora.config import EngineConfig
+from manylora.engine import sampler
+from manylora.engine.batch import Batch, BatchBuilder, Item
+from manylora.engine.sequence import Sequence
+from manylora.errors import InvalidArgumentError, UnsupportedError
+from manylora.messages import SamplingParams
+from manylora.model.attention import LayerCache
+from manylora.model.loading import LoadedModel
+from manylora_kernels import SitePool
+
+log = logging.getLogger(__name__)
+
+_DEFAULT_TOKENS_PER_SEQ = 1024
+
+
+class Runner:
+    """The model, its KV tensors and the device pool's views: everything a step touches."""
+
+    def __init__(self, model: LoadedModel, config: EngineConfig, pool: DevicePool) -> None:
+        self.model = model
+        self.num_blocks = _num_blocks(model, config)
+        caches = {
+            layer: _layer_cache(model, shape, self.num_blocks * config.kv_block_size)
+            for layer, shape in model.layers.items()
+        }
+        for site in model.sites:
+            kind = model.spec.kinds[site.kind]
+            tensors = pool.kinds[site.kind]
+            site.pool = SitePool(a=tensors.a[site.row], b=tensors.b[site.row], widths=kind.out_features)
+        self.builder = BatchBuilder(
+            device=model.device,
+            block_size=config.kv_block_size,
+            caches=caches,
+            max_loras=config.max_loras,
+            max_pages=-(-config.max_lora_rank // 16),
+            num_kinds=len(model.spec.kinds),
+        )
+
+    @torch.inference_mode()
+    def run(self, batch: Batch) -> None:
+        """Compute one step and fill the `next_id` of the items that sample."""
+        logits = self.logits(batch)
+        items = batch.sampling_items
+        if items:
+            chosen = sampler.sample(logits, [item.sequence for item in items], self.model.eos_token_ids)
+            for item, token_id in zip(items, chosen, strict=True):
+                item.next_id = token_id
+
+    def logits(self, batch: Batch) -> torch.Tensor:
+        """[number of sampling items, V], in the order that `batch` has afterwards (at least one row)."""
+        step = self.builder.build(batch)
+        self.model.holder.mix = step.mix
+        try:
+            output = self.model.module(
+                input_ids=step.input_ids,
+                position_ids=step.positions,
+                use_cache=False,
+                logits_to_keep=step.sample_rows,
+                manylora_plan=step.plan,
+            )
+        finally:
+            self.model.holder.mix = None
+        logits: torch.Tensor = output.logits[0]
+        return logits
+
+    @torch.inference_mode()
+    def prove_packing(self) -> None:
+        """Compare packed steps, chunked and with cached context, with the same rows alone through transformers.
+
+        Raises:
+            UnsupportedError: they differ; the model mixes rows or positions in a way that is not known here.
+        """
+        scale = max(float(logits.abs().max()) for logits in self.model.probe_logits)
+        tolerance = (1e-3 if self.model.dtype == torch.float32 else 0.1) * max(scale, 1.0)
+        for sequence, position, found in self._probe_steps():
+            wanted = self.model.probe_logits[sequence][position]
+            difference = float((found.float() - wanted).abs().max())
+            if not difference <= tolerance:
+                raise UnsupportedError(
+                    f"{type(self.model.module).__name__} computes differently when sequences are packed in one step: "
+                    f"logits of probe {sequence} at position {position} differ by {difference:.3g}, allowed is "
+                    f"{tolerance:.3g}; this architecture is not served"
+                )
+
+    def _probe_steps(self) -> list[tuple[int, int, torch.Tensor]]:
+        """(probe, position, logits) from three steps: a chunk with whole prompts, more chunks, a decode with both."""
+        ids = self.model.probe_ids
+        size = self.builder.block_size
+        sequences, next_block = [], 0
+        for index, tokens in enumerate(ids):
+            num = -(-len(tokens) // size)
+            sequences.append(_probe_sequence(index, tokens, list(range(next_block, next_block + num))))
+            next_block += num
+        results = []
+        plan = [[(0, 8), (1, 1), (2, 5)], [(0, 10), (2, 2)], [(0, 1), (2, 1)]]
+        for step in plan:
+            items = []
+            for index, count in step:
+                sequence = sequences[index]
+                sequence.token_ids = ids[index][: sequence.num_computed + count]
+                items.append(Item(sequence, count))
+            batch = Batch(items)
+            logits = self.logits(batch)
+            for row, item in enumerate(batch.sampling_items):
+                results.append((item.sequence.id, item.end - 1, logits[row]))
+            for item in batch.items:
+                item.sequence.num_computed += item.num_tokens
+        return results
+
+
+def _probe_sequence(index: int, tokens: list[int], table: list[int]) -> Sequence:
+    return Sequence(
+        id=index,
+        session=None,  # type: ignore[arg-type]  # belongs to nobody
+        token_ids=tokens,
+        num_prompt=len(tokens),
+        params=SamplingParams(),
+        seed=0,
+        lease=None,
+        table=table,
+    )
+
+
+def _num_blocks(model: LoadedModel, config: EngineConfig) -> int:
+    block_bytes = model.cache_bytes_per_token() * config.kv_block_size
+    needed = -(-model.max_model_len // config.kv_block_size)
+    default = config.max_num_seqs * -(-_DEFAULT_TOKENS_PER_SEQ // config.kv_block_size)
+    num_blocks = config.kv_cache_bytes // block_bytes if config.kv_cache_bytes else max(default, needed)
+    if num_blocks < needed:
+        raise InvalidArgumentError(
+            f"kv_cache_bytes={config.kv_cache_bytes} holds {num_blocks * config.kv_block_size} tokens; one sequence "
+            f"of max_model_len={model.max_model_len} needs {needed * block_bytes} bytes"
+        )
+    return num_blocks
+
+
+def _layer_cache(model: LoadedModel, shape: tuple[int, int, int], num_rows: int) -> LayerCache:
+    num_heads, key_size, value_size = shape
+    new = {"dtype": model.dtype, "device": model.device}
+    return LayerCache(
+        keys=torch.zeros(num_rows, num_heads * key_size, **new),  # type: ignore[arg-type]
+        values=torch.zeros(num_rows, num_heads * value_size, **new),  # type: ignore[arg-type]
+        num_heads=num_heads,
+        key_size=key_size,
+        value_size=value_size,
+    )

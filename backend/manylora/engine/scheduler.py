@@ -1,0 +1,248 @@
+"""Decides what each step computes: which sequences, how many tokens of each, and who waits.
+
+Plain Python. Rules, in this order:
+1. Running sequences go on: decodes first, then prompt chunks, within `max_batched_tokens`. When KV blocks
+   lack, the youngest running sequence is preempted and computes its tokens anew later.
+2. Waiting sequences are admitted in order of arrival. One whose adapter is still being read is passed by.
+   One whose adapter finds no room (`max_loras` in use, no pages, no host slot) is passed by too, but only by
+   `max_passes` later ones; after that, no later sequence with an adapter is admitted before it, so the
+   adapters in use drain and it gets its turn: no adapter waits for ever.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import Protocol
+
+from manylora.engine.batch import Batch, Item
+from manylora.engine.kv_cache import BlockPool
+from manylora.engine.sequence import Sequence, State
+from manylora.errors import ManyloraError, UnavailableError
+
+
+class LeaseLike(Protocol):
+    """What the scheduler reads of adapters.registry.Lease."""
+
+    @property
+    def state(self) -> str: ...
+    @property
+    def version(self) -> str: ...
+    @property
+    def error(self) -> ManyloraError | None: ...
+
+
+class Activator(Protocol):
+    """What the scheduler asks of adapters.registry.Registry."""
+
+    def try_activate(self, lease: LeaseLike, /) -> bool: ...
+    def deactivate(self, lease: LeaseLike, /) -> None: ...
+
+
+@dataclass(slots=True)
+class Finished:
+    """What one step did for one sequence."""
+
+    sequence: Sequence
+    token_id: int
+    finish_reason: str = ""
+
+
+@dataclass(slots=True, kw_only=True)
+class Limits:
+    """The scheduler's share of EngineConfig, resolved."""
+
+    max_loras: int
+    max_num_seqs: int
+    max_batched_tokens: int
+    max_waiting: int
+    max_model_len: int
+    max_passes: int = 0
+    """0: max_num_seqs."""
+
+
+class Scheduler:
+    """Queues and running set of one engine. Owned by the engine thread."""
+
+    def __init__(
+        self, limits: Limits, blocks: BlockPool, registry: Activator, eos_token_ids: Collection[int]
+    ) -> None:
+        self.limits = limits
+        self.blocks = blocks
+        self.registry = registry
+        self.eos_token_ids = frozenset(eos_token_ids)
+        self.waiting: list[Sequence] = []
+        self.running: list[Sequence] = []
+        self.failed: list[tuple[Sequence, ManyloraError]] = []
+        self.num_preemptions = 0
+        self.num_prefix_hit_tokens = 0
+        self._active: dict[tuple[str, str], int] = {}
+
+    def add(self, sequence: Sequence) -> None:
+        """Queue a sequence.
+
+        Raises:
+            UnavailableError: `max_waiting` sequences wait already.
+        """
+        if len(self.waiting) >= self.limits.max_waiting:
+            raise UnavailableError(
+                f"{len(self.waiting)} sequences are waiting, max_waiting={self.limits.max_waiting}; try again later"
+            )
+        self.waiting.append(sequence)
+
+    def remove(self, sequence: Sequence) -> None:
+        """Take out a sequence, wherever it is (cancelled or failed). Frees its blocks and its adapter's use."""
+        if sequence.state is State.RUNNING:
+            self._stop(sequence)
+        else:
+            self.waiting.remove(sequence)
+        sequence.state = State.ENDED
+
+    def schedule(self) -> Batch | None:
+        """Choose the next step; None when nothing can run now."""
+        items: list[Item] = []
+        budget = self.limits.max_batched_tokens
+        decodes = [s for s in self.running if s.num_to_compute == 1]
+        chunks = [s for s in self.running if s.num_to_compute > 1]
+        for sequence in decodes + chunks:
+            if sequence.state is not State.RUNNING or budget == 0:
+                continue
+            num_tokens = min(sequence.num_to_compute, budget)
+            if self._make_room(sequence, sequence.num_computed + num_tokens):
+                items.append(Item(sequence, num_tokens))
+                budget -= num_tokens
+        self._admit(items, budget)
+        return Batch(items) if items else None
+
+    def finish(self, batch: Batch) -> list[Finished]:
+        """Take over a step's tokens: grow the sequences, end those that are done."""
+        results = []
+        for item in batch.items:
+            sequence = item.sequence
+            sequence.num_computed += item.num_tokens
+            keys = self.blocks.prefix_keys(sequence.version, sequence.token_ids, sequence.keys)
+            self.blocks.mark_computed(sequence.table, keys, sequence.num_computed)
+            if sequence.num_to_compute:
+                continue
+            assert item.next_id is not None, "a step left a finished prompt without a token"
+            sequence.token_ids.append(item.next_id)
+            reason = self._finish_reason(sequence, item.next_id)
+            if reason:
+                self._stop(sequence)
+                sequence.state = State.ENDED
+            results.append(Finished(sequence, item.next_id, reason))
+        return results
+
+    def check(self) -> list[str]:
+        """Broken invariants."""
+        wrong = self.blocks.check([s.table for s in self.running])
+        wrong += [f"waiting sequence {s.id} holds blocks" for s in self.waiting if s.table]
+        wrong += [
+            f"running sequence {s.id} is {s.state}" for s in self.running if s.state is not State.RUNNING
+        ]
+        counted: dict[tuple[str, str], int] = {}
+        for s in self.running:
+            if s.lease is not None:
+                counted[s.adapter_id, s.version] = counted.get((s.adapter_id, s.version), 0) + 1
+        if counted != self._active:
+            wrong.append(f"active adapters {self._active}, found {counted}")
+        if len(counted) > self.limits.max_loras:
+            wrong.append(f"{len(counted)} adapters run, max_loras={self.limits.max_loras}")
+        return wrong
+
+    def _admit(self, items: list[Item], budget: int) -> None:
+        blocked: list[Sequence] = []
+        max_passes = self.limits.max_passes or self.limits.max_num_seqs
+        for sequence in list(self.waiting):
+            if budget == 0 or len(self.running) >= self.limits.max_num_seqs:
+                break
+            lease = sequence.lease
+            if lease is not None:
+                if lease.state == "failed":
+                    self._fail(sequence)
+                    continue
+                if lease.state == "loading":
+                    continue
+                barrier = any(earlier.num_passed >= max_passes for earlier in blocked)
+                if barrier or not self._try_activate(sequence):
+                    blocked.append(sequence)
+                    continue
+            if not self._try_start(sequence):
+                break
+            num_tokens = min(sequence.num_to_compute, budget)
+            items.append(Item(sequence, num_tokens))
+            budget -= num_tokens
+            for earlier in blocked:
+                earlier.num_passed += 1
+
+    def _try_activate(self, sequence: Sequence) -> bool:
+        key = (sequence.adapter_id, sequence.version)
+        if sequence.lease is None or sequence.lease.state != "ready":
+            return False
+        if key not in self._active and len(self._active) >= self.limits.max_loras:
+            return False
+        if not self.registry.try_activate(sequence.lease):
+            return False
+        self._active[key] = self._active.get(key, 0) + 1
+        return True
+
+    def _deactivate(self, sequence: Sequence) -> None:
+        if sequence.lease is None:
+            return
+        key = (sequence.adapter_id, sequence.version)
+        self._active[key] -= 1
+        if not self._active[key]:
+            del self._active[key]
+        self.registry.deactivate(sequence.lease)
+
+    def _try_start(self, sequence: Sequence) -> bool:
+        keys = self.blocks.prefix_keys(sequence.version, sequence.token_ids, sequence.keys)
+        taken = self.blocks.try_allocate(len(sequence.token_ids), keys)
+        if taken is None:
+            self._deactivate(sequence)
+            return False
+        sequence.table, sequence.num_computed = taken
+        self.num_prefix_hit_tokens += sequence.num_computed
+        sequence.state = State.RUNNING
+        self.waiting.remove(sequence)
+        self.running.append(sequence)
+        return True
+
+    def _make_room(self, sequence: Sequence, num_tokens: int) -> bool:
+        while not self.blocks.try_grow(sequence.table, num_tokens):
+            victim = self.running[-1]
+            self._stop(victim)
+            victim.state = State.WAITING
+            victim.num_computed = 0
+            self.waiting.insert(0, victim)
+            self.num_preemptions += 1
+            if victim is sequence:
+                return False
+        return True
+
+    def _stop(self, sequence: Sequence) -> None:
+        self.running.remove(sequence)
+        self.blocks.release(sequence.table)
+        self._deactivate(sequence)
+
+    def _fail(self, sequence: Sequence) -> None:
+        assert sequence.lease is not None
+        assert sequence.lease.error is not None
+        self.waiting.remove(sequence)
+        sequence.state = State.ENDED
+        self.failed.append((sequence, sequence.lease.error))
+
+    def _finish_reason(self, sequence: Sequence, token_id: int) -> str:
+        params = sequence.params
+        if (
+            token_id in self.eos_token_ids
+            and not params.ignore_eos
+            and sequence.num_generated >= params.min_tokens
+        ):
+            return "stop"
+        if (
+            sequence.num_generated >= params.max_tokens
+            or len(sequence.token_ids) >= self.limits.max_model_len
+        ):
+            return "length"
+        return ""

@@ -1,0 +1,222 @@
+"""Loads a Hugging Face base model for packed, blocked, many-adapter steps.
+
+Shape key: T tokens, V key/value heads, D head size.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from manylora.config import EngineConfig, resolve_directory
+from manylora.errors import InvalidArgumentError, UnsupportedError
+from manylora.model.attention import IMPLEMENTATION, CacheProbe, attention_forward
+from manylora.model.lora_layers import MixHolder, Site, find_sites, replace_linears
+from manylora.model.spec import ModelSpec
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    AutoConfig,
+    AutoModelForCausalLM,
+    GenerationConfig,
+)
+
+log = logging.getLogger(__name__)
+
+DEFAULT_MAX_MODEL_LEN = 8192
+_PROBE_TOKENS = 7
+_STEP_WIDE_ROPE = ("dynamic", "longrope")
+
+
+@dataclass(slots=True, kw_only=True)
+class LoadedModel:
+    """A base model whose linears and attention are ours."""
+
+    module: torch.nn.Module
+    directory: Path
+    spec: ModelSpec
+    sites: list[Site]
+    holder: MixHolder
+    layers: dict[int, tuple[int, int, int]]
+    """layer_idx -> (V, key D, value D)."""
+    dtype: torch.dtype
+    device: torch.device
+    vocab_size: int
+    max_model_len: int
+    eos_token_ids: list[int]
+    probe_ids: list[list[int]]
+    """Token ids of the start-up comparison."""
+    probe_logits: list[torch.Tensor]
+    """What transformers' own attention and linears say to them, [T, vocabulary] float32 each."""
+
+    def cache_bytes_per_token(self) -> int:
+        """Bytes of keys and values of one token over all layers."""
+        size = torch.empty(0, dtype=self.dtype).element_size()
+        return size * sum(v * (dk + dv) for v, dk, dv in self.layers.values())
+
+
+def load_model(config: EngineConfig) -> LoadedModel:
+    """Read, check and convert the base model.
+
+    Raises:
+        InvalidArgumentError: no such directory, or nothing that transformers can load in it.
+        UnsupportedError: an architecture or rope scaling that cannot be served packed.
+    """
+    directory = resolve_directory(config.base_model, "base_model")
+    device = resolve_device(config.device)
+    if device.type == "cpu" and config.num_threads:
+        torch.set_num_threads(config.num_threads)
+    hf_config = _read_config(directory)
+    module = _read_model(directory, config, device)
+    max_model_len = _resolve_max_model_len(config, hf_config)
+    _refuse_step_wide_rope(hf_config, max_model_len)
+    probe_ids = _probe_ids(_text_config(hf_config).vocab_size)
+    with torch.inference_mode():
+        probe_logits = [_whole_logits(module, ids) for ids in probe_ids]
+        _use_our_attention(module)
+        layers, spec = _observe(module, str(hf_config.name_or_path or directory.name))
+        holder = MixHolder()
+        sites = replace_linears(module, spec, holder)
+    return LoadedModel(
+        module=module,
+        directory=directory,
+        spec=spec,
+        sites=sites,
+        holder=holder,
+        layers=layers,
+        dtype=next(module.parameters()).dtype,
+        device=device,
+        vocab_size=_text_config(hf_config).vocab_size,
+        max_model_len=max_model_len,
+        eos_token_ids=_eos_token_ids(directory, hf_config),
+        probe_ids=probe_ids,
+        probe_logits=probe_logits,
+    )
+
+
+def resolve_device(name: str) -> torch.device:
+    """`auto` is cuda where there is one.
+
+    Raises:
+        InvalidArgumentError: CUDA was asked for and is not there.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise InvalidArgumentError(f"device={name!r}: no CUDA device is visible; use cpu or auto")
+    return torch.device(name)
+
+
+def _read_config(directory: Path) -> Any:
+    try:
+        return AutoConfig.from_pretrained(directory, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise InvalidArgumentError(
+            f"base_model={str(directory)!r}: no usable config.json: {error}"
+        ) from error
+
+
+def _read_model(directory: Path, config: EngineConfig, device: torch.device) -> torch.nn.Module:
+    dtype: Any = "auto" if config.dtype == "auto" else getattr(torch, config.dtype)
+    try:
+        module: torch.nn.Module = AutoModelForCausalLM.from_pretrained(
+            directory, dtype=dtype, local_files_only=True, use_safetensors=True
+        )
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise InvalidArgumentError(f"base_model={str(directory)!r}: cannot be loaded: {error}") from error
+    if not getattr(module, "_supports_attention_backend", False):
+        raise UnsupportedError(
+            f"{type(module).__name__} takes no attention function from outside (transformers "
+            f"{transformers.__version__}); served are decoder-only models that do"
+        )
+    return module.to(device).eval().requires_grad_(False)
+
+
+def _text_config(hf_config: Any) -> Any:
+    return hf_config.get_text_config(decoder=True)
+
+
+def _resolve_max_model_len(config: EngineConfig, hf_config: Any) -> int:
+    limit = getattr(_text_config(hf_config), "max_position_embeddings", None)
+    if config.max_model_len:
+        if limit and config.max_model_len > limit:
+            raise InvalidArgumentError(
+                f"max_model_len={config.max_model_len}: the base model has max_position_embeddings={limit}"
+            )
+        return config.max_model_len
+    return min(limit or DEFAULT_MAX_MODEL_LEN, DEFAULT_MAX_MODEL_LEN)
+
+
+def _refuse_step_wide_rope(hf_config: Any, max_model_len: int) -> None:
+    """Some scalings pick their factors by the longest position of a step, so neighbours would change a sequence."""
+    text = _text_config(hf_config)
+    parameters = getattr(text, "rope_parameters", None) or getattr(text, "rope_scaling", None) or {}
+    nested = [p for p in parameters.values() if isinstance(p, dict)]
+    for rope in nested or [parameters]:
+        kind = rope.get("rope_type") or rope.get("type")
+        if kind not in _STEP_WIDE_ROPE:
+            continue
+        original = (
+            rope.get("original_max_position_embeddings")
+            or getattr(text, "original_max_position_embeddings", None)
+            or text.max_position_embeddings
+        )
+        if max_model_len > original:
+            raise UnsupportedError(
+                f"rope_type {kind!r} changes its factors once a step holds a position past {original}, for all "
+                f"sequences of the step; max_model_len={max_model_len} is not served, at most {original} is"
+            )
+
+
+def _probe_ids(vocab_size: int) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randint(0, vocab_size, (n,), generator=generator).tolist() for n in (19, 1, 8)]
+
+
+def _whole_logits(module: torch.nn.Module, ids: list[int]) -> torch.Tensor:
+    device = next(module.parameters()).device
+    logits: torch.Tensor = module(input_ids=torch.tensor([ids], device=device), use_cache=False).logits
+    return logits[0].float()
+
+
+def _use_our_attention(module: torch.nn.Module) -> None:
+    AttentionInterface.register(IMPLEMENTATION, attention_forward)
+    AttentionMaskInterface.register(IMPLEMENTATION, _no_mask)
+    module.set_attn_implementation(IMPLEMENTATION)  # type: ignore[operator]  # PreTrainedModel's method
+
+
+def _no_mask(*_args: Any, **_kwargs: Any) -> None:
+    """Masks follow from the step's plan; transformers need not build any."""
+
+
+def _observe(module: torch.nn.Module, name: str) -> tuple[dict[int, tuple[int, int, int]], ModelSpec]:
+    probe = CacheProbe()
+    device = next(module.parameters()).device
+    ids = torch.arange(_PROBE_TOKENS, device=device)[None]
+
+    def run() -> None:
+        module(input_ids=ids, position_ids=ids, use_cache=False, logits_to_keep=1, manylora_plan=probe)
+
+    spec = find_sites(module, run, _PROBE_TOKENS)
+    if not probe.layers:
+        raise UnsupportedError(
+            f"{type(module).__name__} never called the attention function that it was given"
+        )
+    return probe.layers, spec
+
+
+def _eos_token_ids(directory: Path, hf_config: Any) -> list[int]:
+    try:
+        generation = GenerationConfig.from_pretrained(directory, local_files_only=True)
+    except OSError:
+        generation = GenerationConfig.from_model_config(hf_config)
+    eos = generation.eos_token_id
+    if eos is None:
+        eos = _text_config(hf_config).eos_token_id
+    if eos is None:
+        return []
+    return [eos] if isinstance(eos, int) else list(eos)

@@ -1,0 +1,216 @@
+"""Who runs, who waits, and that nobody waits for ever."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from manylora.engine.kv_cache import BlockPool
+from manylora.engine.scheduler import Limits, Scheduler
+from manylora.engine.sequence import Sequence, State
+from manylora.errors import ManyloraError, NotFoundError, UnavailableError
+from manylora.messages import SamplingParams
+
+EOS = 2
+
+
+@dataclass(eq=False)
+class FakeLease:
+    name: str
+    state: str = "ready"
+    error: ManyloraError | None = None
+    version: str = ""
+    active: int = 0
+
+    def __post_init__(self) -> None:
+        self.version = f"hash of {self.name}"
+
+
+@dataclass
+class FakeRegistry:
+    """Room for `num_places` adapters on the device; residents stay until another one needs the place."""
+
+    num_places: int
+    resident: list[str] = field(default_factory=list)
+    uses: dict[str, int] = field(default_factory=dict)
+
+    def try_activate(self, lease: FakeLease) -> bool:
+        if lease.name not in self.resident:
+            idle = [name for name in self.resident if not self.uses.get(name)]
+            if len(self.resident) >= self.num_places and not idle:
+                return False
+            if len(self.resident) >= self.num_places:
+                self.resident.remove(idle[0])
+            self.resident.append(lease.name)
+        self.uses[lease.name] = self.uses.get(lease.name, 0) + 1
+        return True
+
+    def deactivate(self, lease: FakeLease) -> None:
+        assert self.uses[lease.name] > 0
+        self.uses[lease.name] -= 1
+
+
+def make(num_blocks: int = 64, num_places: int = 8, **limits: int) -> Scheduler:
+    values = {
+        "max_loras": 2, "max_num_seqs": 4, "max_batched_tokens": 8, "max_waiting": 100, "max_model_len": 64, **limits
+    }  # fmt: skip
+    return Scheduler(Limits(**values), BlockPool(num_blocks, 4), FakeRegistry(num_places), [EOS])
+
+
+def sequence(number: int, prompt: int = 3, adapter: str = "", **params: object) -> Sequence:
+    params.setdefault("max_tokens", 4)
+    return Sequence(
+        id=number,
+        session=None,
+        token_ids=[10 + number] * prompt,
+        num_prompt=prompt,
+        params=SamplingParams(**params),
+        seed=0,
+        lease=FakeLease(adapter) if adapter else None,
+        adapter_id=adapter,
+    )
+
+
+def step(scheduler: Scheduler, token: int = 5) -> list[tuple[int, int]]:
+    """One step that yields `token` everywhere; (sequence, tokens) of it."""
+    batch = scheduler.schedule()
+    if batch is None:
+        return []
+    assert batch.num_tokens <= scheduler.limits.max_batched_tokens
+    for item in batch.sampling_items:
+        item.next_id = token
+    seen = [(item.sequence.id, item.num_tokens) for item in batch.items]
+    scheduler.finish(batch)
+    assert scheduler.check() == []
+    return seen
+
+
+def test_a_long_prompt_is_computed_in_chunks_beside_running_decodes() -> None:
+    scheduler = make()
+    scheduler.add(sequence(0))
+    assert step(scheduler) == [(0, 3)]
+    scheduler.add(sequence(1, prompt=12))
+    assert step(scheduler) == [(0, 1), (1, 7)]
+    assert step(scheduler) == [(0, 1), (1, 5)]
+    assert step(scheduler) == [(0, 1), (1, 1)]
+
+
+def test_eos_ends_a_sequence_unless_it_is_ignored_or_too_early() -> None:
+    scheduler = make()
+    sequences = [sequence(0), sequence(1, ignore_eos=True), sequence(2, prompt=1, min_tokens=2)]
+    for s in sequences:
+        scheduler.add(s)
+    step(scheduler, EOS)
+    assert [s.state for s in sequences] == [State.ENDED, State.RUNNING, State.RUNNING]
+    step(scheduler, EOS)
+    assert [s.state for s in sequences] == [State.ENDED, State.RUNNING, State.ENDED]
+
+
+def test_max_model_len_ends_a_sequence_with_length() -> None:
+    scheduler = make(max_model_len=5)
+    scheduler.add(sequence(0, max_tokens=50))
+    step(scheduler)
+    batch = scheduler.schedule()
+    batch.items[0].next_id = 5
+    assert [r.finish_reason for r in scheduler.finish(batch)] == ["length"]
+
+
+def test_a_full_queue_refuses_and_says_so() -> None:
+    scheduler = make(max_waiting=1)
+    scheduler.add(sequence(0))
+    try:
+        scheduler.add(sequence(1))
+    except UnavailableError as error:
+        assert error.message == "1 sequences are waiting, max_waiting=1; try again later"
+    else:
+        raise AssertionError("a full queue took one more")
+
+
+def test_a_loading_adapter_is_passed_by_and_a_failed_one_reported() -> None:
+    scheduler = make()
+    loading, failed = sequence(0, adapter="slow"), sequence(1, adapter="bad")
+    loading.lease.state = "loading"
+    failed.lease.state, failed.lease.error = "failed", NotFoundError("no such adapter")
+    for s in (loading, failed, sequence(2, adapter="good"), sequence(3)):
+        scheduler.add(s)
+    assert step(scheduler) == [(2, 3), (3, 3)]
+    assert [(s.id, e.code) for s, e in scheduler.failed] == [(1, "NOT_FOUND")]
+    loading.lease.state = "ready"
+    assert (0, 3) in step(scheduler)
+
+
+def test_no_more_than_max_loras_adapters_run_at_once() -> None:
+    scheduler = make()
+    for number, adapter in enumerate(["a", "b", "c", "a"]):
+        scheduler.add(sequence(number, prompt=1, adapter=adapter))
+    assert sorted(step(scheduler)) == [(0, 1), (1, 1), (3, 1)]
+
+
+def test_an_adapter_is_not_passed_for_ever_by_others_that_never_pause() -> None:
+    scheduler = make(max_passes=3)
+    starved = sequence(999, prompt=1, adapter="c")
+    number = 0
+    for adapter in ("a", "b"):
+        scheduler.add(sequence(number, prompt=1, adapter=adapter))
+        number += 1
+    step(scheduler)
+    scheduler.add(starved)
+    for _ in range(30):
+        while len(scheduler.waiting) < 6:
+            scheduler.add(sequence(number, prompt=1, adapter="ab"[number % 2]))
+            number += 1
+        step(scheduler)
+        if starved.state is not State.WAITING:
+            break
+    assert starved.state is not State.WAITING
+    assert starved.num_passed == 3
+
+
+def test_preemption_takes_the_youngest_and_loses_no_token() -> None:
+    scheduler = make(num_blocks=4, max_batched_tokens=16)
+    old, young = sequence(0, prompt=7, max_tokens=8), sequence(1, prompt=7, max_tokens=8)
+    scheduler.add(old)
+    scheduler.add(young)
+    for _ in range(3):
+        step(scheduler)
+    assert scheduler.num_preemptions == 1
+    assert young.state is State.WAITING
+    assert young.num_generated == 2
+    for _ in range(40):
+        step(scheduler)
+    assert (old.num_generated, young.num_generated) == (8, 8)
+    assert scheduler.blocks.num_free == 4
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    st.lists(
+        st.tuples(st.integers(1, 20), st.sampled_from(["", "a", "b", "c", "d"]), st.integers(1, 9)),
+        min_size=1,
+        max_size=25,
+    ),
+    st.integers(8, 14),
+    st.sets(st.integers(0, 24)),
+    st.integers(2, 4),
+)
+def test_any_mix_of_sequences_ends(
+    wanted: list[tuple[int, str, int]], num_blocks: int, cancelled: set[int], num_places: int
+) -> None:
+    scheduler = make(num_blocks=num_blocks, num_places=num_places, max_model_len=30)
+    sequences = [sequence(n, p, a, max_tokens=m) for n, (p, a, m) in enumerate(wanted)]
+    for s in sequences:
+        scheduler.add(s)
+    for turn in range(1000):
+        if turn in cancelled and turn < len(sequences) and sequences[turn].state is not State.ENDED:
+            scheduler.remove(sequences[turn])
+        if not scheduler.waiting and not scheduler.running:
+            break
+        assert step(scheduler), "sequences wait, nothing runs"
+    assert all(s.state is State.ENDED for s in sequences)
+    assert scheduler.blocks.num_free == num_blocks
+    assert all(
+        s.num_generated == min(s.params.max_tokens, 30 - s.num_prompt)
+        for n, s in enumerate(sequences)
+        if n not in cancelled
+    )
