@@ -30,7 +30,7 @@ class EngineConfig:
     """Directory that holds one directory per adapter. Empty: no adapters."""
 
     max_loras: int = 8
-    """Distinct adapters in one step, and (times max_lora_rank) the size of the device pool. Costs device memory."""
+    """Distinct adapters in one step; times max_lora_rank, the size of the device pool. Costs device memory."""
     max_lora_rank: int = 64
     """Highest rank accepted. Costs device memory."""
     max_cpu_loras: int = 0
@@ -62,8 +62,8 @@ class EngineConfig:
     max_batched_tokens: int = 2048
     """Tokens of one step: prefill chunks and decodes together."""
     kv_cache_bytes: int = 0
-    """Memory of the KV cache. 0: what max_num_seqs sequences of 1024 tokens take, at least one of max_model_len.
-    Takes K, M, G, T suffixes."""
+    """Memory of the KV cache. 0: what max_num_seqs sequences of 1024 tokens take, and at least
+    one of max_model_len. Takes K, M, G, T suffixes."""
     kv_block_size: int = 16
     """Tokens of one KV block."""
     max_waiting: int = 1024
@@ -91,7 +91,8 @@ class EngineConfig:
         unknown = sorted(set(values) - set(types_by_name))
         if unknown:
             raise InvalidArgumentError(
-                f"unknown configuration key {', '.join(unknown)}; known are {', '.join(sorted(types_by_name))}"
+                f"unknown configuration key {', '.join(unknown)}; "
+                f"known are {', '.join(sorted(types_by_name))}"
             )
         return cls(**{key: _parse(key, text, types_by_name[key]) for key, text in values.items()})
 
@@ -129,7 +130,14 @@ def _check(config: EngineConfig) -> None:
         value = getattr(config, f.name)
         if f.type == "int" and value < 0:
             raise InvalidArgumentError(f"{f.name}={value}: must not be negative")
-    for name in ("max_loras", "max_lora_rank", "max_num_seqs", "max_batched_tokens", "kv_block_size", "max_waiting"):
+    for name in (
+        "max_loras",
+        "max_lora_rank",
+        "max_num_seqs",
+        "max_batched_tokens",
+        "kv_block_size",
+        "max_waiting",
+    ):
         if getattr(config, name) < 1:
             raise InvalidArgumentError(f"{name}={getattr(config, name)}: must be at least 1")
     if not config.base_model:
@@ -141,8 +149,8 @@ def _check(config: EngineConfig) -> None:
         )
     if config.max_batched_tokens < config.max_num_seqs:
         raise InvalidArgumentError(
-            f"max_batched_tokens={config.max_batched_tokens}: must be at least max_num_seqs={config.max_num_seqs}, "
-            "or running sequences would starve"
+            f"max_batched_tokens={config.max_batched_tokens}: must be at least "
+            f"max_num_seqs={config.max_num_seqs}, or running sequences would starve"
         )
     for name in ("dtype", "lora_dtype"):
         if getattr(config, name) not in ("auto", "float32", "float16", "bfloat16"):
@@ -166,7 +174,8 @@ def _check(config: EngineConfig) -> None:
         raise InvalidArgumentError("preload_adapters and pinned_adapters need adapter_root")
     if len(set(config.pinned_adapters)) > config.max_loras:
         raise InvalidArgumentError(
-            f"pinned_adapters names {len(set(config.pinned_adapters))} adapters; at most max_loras={config.max_loras}"
+            f"pinned_adapters names {len(set(config.pinned_adapters))} adapters; "
+            f"at most max_loras={config.max_loras}"
         )
 
 

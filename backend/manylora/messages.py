@@ -1,4 +1,4 @@
-"""What front ends and the engine say to each other. Encoded with msgspec, sent by ipc.py, or passed in process."""
+"""What front ends and the engine say to each other: msgspec over ipc.py, or objects in one process."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import msgspec
 
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """How the next token of a sequence is chosen and when it ends. Validated by protocol.py, trusted after that."""
+    """How the next token is chosen and when a sequence ends. Validated by protocol.py, trusted after that."""
 
     max_tokens: int = 128
     min_tokens: int = 0
@@ -25,7 +25,7 @@ class Hello(msgspec.Struct, tag="hello", frozen=True):
 
 
 class Generate(msgspec.Struct, tag="generate", frozen=True, kw_only=True):
-    """Start a sequence. Answered with any number of Tokens, the last with a finish_reason, or with one Failed."""
+    """Start a sequence. Answered with Tokens, the last with a finish_reason, or with one Failed."""
 
     id: int
     """Chosen by the front end, unique on its connection."""
@@ -92,8 +92,8 @@ class Status(msgspec.Struct, tag="engine_status", frozen=True, kw_only=True):
 
     adapters: list[AdapterState]
     counters: dict[str, int]
-    """Monotonic: steps, prompt_tokens, generated_tokens, host_loads, host_evictions, device_copies, device_evictions,
-    cancelled, failed, preemptions, prefix_hit_tokens."""
+    """Monotonic: steps, prompt_tokens, generated_tokens, host_loads, host_evictions, device_copies,
+    device_evictions, cancelled, failed, preemptions, prefix_hit_tokens."""
     gauges: dict[str, int]
     """Now: running, waiting, kv_blocks_free, kv_blocks_total, pool_pages_free, pool_pages_total, pool_bytes,
     host_adapters, device_adapters."""

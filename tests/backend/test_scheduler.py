@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from manylora.engine.kv_cache import BlockPool
@@ -52,9 +53,8 @@ class FakeRegistry:
 
 
 def make(num_blocks: int = 64, num_places: int = 8, **limits: int) -> Scheduler:
-    values = {
-        "max_loras": 2, "max_num_seqs": 4, "max_batched_tokens": 8, "max_waiting": 100, "max_model_len": 64, **limits
-    }  # fmt: skip
+    values = {"max_loras": 2, "max_num_seqs": 4, "max_batched_tokens": 8, "max_waiting": 100}
+    values = {**values, "max_model_len": 64, **limits}
     return Scheduler(Limits(**values), BlockPool(num_blocks, 4), FakeRegistry(num_places), [EOS])
 
 
@@ -119,12 +119,8 @@ def test_max_model_len_ends_a_sequence_with_length() -> None:
 def test_a_full_queue_refuses_and_says_so() -> None:
     scheduler = make(max_waiting=1)
     scheduler.add(sequence(0))
-    try:
+    with pytest.raises(UnavailableError, match="^1 sequences are waiting, max_waiting=1; try again later$"):
         scheduler.add(sequence(1))
-    except UnavailableError as error:
-        assert error.message == "1 sequences are waiting, max_waiting=1; try again later"
-    else:
-        raise AssertionError("a full queue took one more")
 
 
 def test_a_loading_adapter_is_passed_by_and_a_failed_one_reported() -> None:

@@ -129,7 +129,8 @@ class BatchBuilder:
         num_context = max(item.end for item in group)
         context = None
         if not fresh:
-            # Padding repeats a sequence's own first row: hidden by the mask, and never another tenant's numbers.
+            # Padding repeats a sequence's own first row: the mask hides it, and no other tenant's numbers
+            # come near.
             rows_BC = np.empty((len(group), num_context), dtype=np.int64)
             for row, item in zip(rows_BC, group, strict=True):
                 own = self._rows(item)

@@ -1,6 +1,6 @@
 """The engine: one thread that owns the model, the queues and the caches, and turns messages into tokens.
 
-A step is `schedule -> build -> run -> sample -> finish -> deliver`. Other threads only put things into the inbox.
+A step is `schedule -> build -> run -> sample -> finish -> deliver`. Other threads only fill the inbox.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ Deliver = Callable[[list[Event]], None]
 
 
 class Session:
-    """One user of an engine: a front end's connection, or a caller in this process. Made by `Engine.connect`."""
+    """One user of an engine: a front end's connection or a caller in this process. Made by `connect`."""
 
     def __init__(self, engine: Engine, deliver: Deliver) -> None:
         self._engine = engine
@@ -159,7 +159,8 @@ class Engine:
         """Open a session.
 
         Args:
-            deliver: called on the engine thread, once per step, with all events of this session. Must not block.
+            deliver: called on the engine thread, once per step, with all events of this session; must not
+                block.
         """
         return Session(self, deliver)
 

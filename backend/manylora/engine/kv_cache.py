@@ -23,7 +23,7 @@ class Block:
 
 
 class BlockPool:
-    """Reference-counted blocks. A block nobody uses keeps its content, and can be found again, until it is taken.
+    """Reference-counted blocks. One that nobody uses keeps its content, and can be found, until it is taken.
 
     Args:
         num_blocks: blocks in all.
@@ -101,7 +101,7 @@ class BlockPool:
                 self._by_key[key] = index
 
     def release(self, table: list[int]) -> None:
-        """Give a sequence's blocks back and empty its table. Its last blocks are the first to be taken again."""
+        """Give a sequence's blocks back and empty its table. Its last ones are the first to be taken again."""
         for index in reversed(table):
             block = self.blocks[index]
             assert block.num_users > 0, "released a block that nobody uses"

@@ -76,7 +76,7 @@ class Runner:
 
     @torch.inference_mode()
     def prove_packing(self) -> None:
-        """Compare packed steps, chunked and with cached context, with the same rows alone through transformers.
+        """Compare packed steps, chunked and with cached context, with the same rows alone in transformers.
 
         Raises:
             UnsupportedError: they differ; the model mixes rows or positions in a way that is not known here.
@@ -88,13 +88,13 @@ class Runner:
             difference = float((found.float() - wanted).abs().max())
             if not difference <= tolerance:
                 raise UnsupportedError(
-                    f"{type(self.model.module).__name__} computes differently when sequences are packed in one step: "
-                    f"logits of probe {sequence} at position {position} differ by {difference:.3g}, allowed is "
-                    f"{tolerance:.3g}; this architecture is not served"
+                    f"{type(self.model.module).__name__} computes differently when sequences are packed in one "
+                    f"step: logits of probe {sequence} at position {position} differ by {difference:.3g}, "
+                    f"allowed is {tolerance:.3g}; this architecture is not served"
                 )
 
     def _probe_steps(self) -> list[tuple[int, int, torch.Tensor]]:
-        """(probe, position, logits) from three steps: a chunk with whole prompts, more chunks, a decode with both."""
+        """(probe, position, logits) of three steps: whole prompts beside chunks, more chunks, decodes."""
         ids = self.model.probe_ids
         size = self.builder.block_size
         sequences, next_block = [], 0
@@ -139,8 +139,8 @@ def _num_blocks(model: LoadedModel, config: EngineConfig) -> int:
     num_blocks = config.kv_cache_bytes // block_bytes if config.kv_cache_bytes else max(default, needed)
     if num_blocks < needed:
         raise InvalidArgumentError(
-            f"kv_cache_bytes={config.kv_cache_bytes} holds {num_blocks * config.kv_block_size} tokens; one sequence "
-            f"of max_model_len={model.max_model_len} needs {needed * block_bytes} bytes"
+            f"kv_cache_bytes={config.kv_cache_bytes} holds {num_blocks * config.kv_block_size} tokens; "
+            f"one sequence of max_model_len={model.max_model_len} needs {needed * block_bytes} bytes"
         )
     return num_blocks
 

@@ -2,9 +2,9 @@
 
 Shape key: B sequences, V vocabulary, N candidates.
 
-Each draw takes one uniform number that depends on the sequence's seed and the token's position only, and turns
-it into a token by inverting the cumulative distribution. So a seed gives the same text alone, in any batch and
-after a preemption. Greedy rows take the first maximum.
+Each draw takes one uniform number that depends on the sequence's seed and the token's position only, and
+turns it into a token by inverting the cumulative distribution. So a seed gives the same text alone, in any
+batch and after a preemption. Greedy rows take the first maximum.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def _draw_all(scaled_BV: torch.Tensor, sequences: Seq[Sequence]) -> list[int]:
 
 
 def _draw_filtered(scaled_BV: torch.Tensor, sequences: Seq[Sequence]) -> list[int]:
-    """top_k first, then top_p over what is left: the smallest set of best tokens that holds top_p of the mass."""
+    """top_k first, then top_p over what is left: the fewest best tokens that hold top_p of the mass."""
     vocab = scaled_BV.shape[1]
     total_B1 = torch.logsumexp(scaled_BV, -1, keepdim=True)
     wide = min(vocab, max(_FIRST_CANDIDATES, *(s.params.top_k for s in sequences)))

@@ -86,12 +86,13 @@ class Scheduler:
         """
         if len(self.waiting) >= self.limits.max_waiting:
             raise UnavailableError(
-                f"{len(self.waiting)} sequences are waiting, max_waiting={self.limits.max_waiting}; try again later"
+                f"{len(self.waiting)} sequences are waiting, max_waiting={self.limits.max_waiting}; "
+                "try again later"
             )
         self.waiting.append(sequence)
 
     def remove(self, sequence: Sequence) -> None:
-        """Take out a sequence, wherever it is (cancelled or failed). Frees its blocks and its adapter's use."""
+        """Take out a sequence (cancelled or failed), wherever it is. Frees its blocks and its adapter's use."""
         if sequence.state is State.RUNNING:
             self._stop(sequence)
         else:

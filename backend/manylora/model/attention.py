@@ -3,7 +3,7 @@
 Shape key: T tokens of a step, H query heads, G query heads of one key/value head, V key/value heads,
 D head size, B sequences of a group, Q query tokens of each, C context tokens of each, M block size.
 
-The model's own code calls `attention_forward` in every layer, with the step's plan passed through the keywords.
+The model's own code calls `attention_forward` in every layer; the step's plan comes through the keywords.
 Rows of sequences that can be computed alike are grouped: all decodes together over gathered blocks, fresh
 prompts of one length together over the keys at hand, other chunks one by one over gathered blocks.
 """
@@ -43,14 +43,14 @@ class LayerCache:
 
 @dataclass(slots=True, kw_only=True)
 class Group:
-    """Sequences of one step that are computed together: B sequences, Q query tokens each, C context tokens."""
+    """Sequences of one step computed together: B of them, Q query tokens each, C context tokens."""
 
     rows: torch.Tensor | slice
     """Which of the step's rows, sequence by sequence: B * Q of them."""
     num_seqs: int
     num_queries: int
     context: torch.Tensor | None
-    """[B * C] rows of the layer caches, padded with row 0; None: the step's own keys are the whole context."""
+    """[B * C] rows of the layer caches; None: the step's own keys are the whole context."""
     positions: torch.Tensor
     """[B, Q] position of each query in its sequence."""
     num_context: int
@@ -205,7 +205,7 @@ def _sdpa(
     mask = group.mask(window, q.dtype)
     if mask is not None or group.num_queries == 1:
         return functional.scaled_dot_product_attention(q, k, v, attn_mask=_fold(mask, per_kv), scale=scaling)
-    # Plain causal: the kernel skips the upper half by itself, which is worth a copy of the keys per query head.
+    # Plain causal: the kernel skips the upper half, which is worth a copy of the keys per query head.
     num_seqs, num_kv, _, size = q.shape
     q = q.view(num_seqs, num_kv * per_kv, group.num_queries, size)
     k, v = (t.repeat_interleave(per_kv, dim=1) if per_kv > 1 else t for t in (k, v))

@@ -152,7 +152,7 @@ def _resolve_max_model_len(config: EngineConfig, hf_config: Any) -> int:
 
 
 def _refuse_step_wide_rope(hf_config: Any, max_model_len: int) -> None:
-    """Some scalings pick their factors by the longest position of a step, so neighbours would change a sequence."""
+    """Some scalings pick factors by the longest position of a step: neighbours would change a sequence."""
     text = _text_config(hf_config)
     parameters = getattr(text, "rope_parameters", None) or getattr(text, "rope_scaling", None) or {}
     nested = [p for p in parameters.values() if isinstance(p, dict)]
@@ -167,8 +167,8 @@ def _refuse_step_wide_rope(hf_config: Any, max_model_len: int) -> None:
         )
         if max_model_len > original:
             raise UnsupportedError(
-                f"rope_type {kind!r} changes its factors once a step holds a position past {original}, for all "
-                f"sequences of the step; max_model_len={max_model_len} is not served, at most {original} is"
+                f"rope_type {kind!r} changes its factors once a step holds a position past {original}, for "
+                f"all sequences of the step; max_model_len={max_model_len} is not served, at most {original} is"
             )
 
 

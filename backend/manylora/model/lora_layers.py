@@ -24,7 +24,7 @@ _LAYER = re.compile(r"^(?P<stem>.*?)\.(?P<index>\d+)\.(?P<rest>.+)$")
 
 @dataclass(slots=True)
 class MixHolder:
-    """The step's adapter mix, where every site of the model finds it. The runner fills it before each step."""
+    """The step's adapter mix, where every site of the model finds it. Filled by the runner."""
 
     mix: Mix | None = None
 
@@ -178,7 +178,7 @@ def shape_of(linear: torch.nn.Module) -> tuple[int, int]:
 
 
 def replace_linears(model: torch.nn.Module, spec: ModelSpec, holder: MixHolder) -> list[Site]:
-    """Put a SiteLinear in the place of every linear of `spec`, and a ProductLinear in lm_head's. Weights move."""
+    """Put a SiteLinear in the place of every linear of `spec`, and a ProductLinear in lm_head's."""
     by_site: dict[tuple[int, int], list[LinearSpec]] = {}
     for linear in spec.linears.values():
         by_site.setdefault((linear.kind, linear.row), []).append(linear)

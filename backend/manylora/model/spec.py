@@ -61,5 +61,5 @@ class ModelSpec:
     linears: dict[str, LinearSpec]
     """By path."""
     other_modules: frozenset[str] = field(default_factory=frozenset)
-    """Paths of the model's modules that hold weights but serve no adapter (embeddings, lm_head, norms, experts)."""
+    """Paths of the modules that hold weights but serve no adapter (embeddings, lm_head, norms, experts)."""
     base_model_name: str = ""
