@@ -30,7 +30,7 @@ class EngineConfig:
     """Directory that holds one directory per adapter. Empty: no adapters."""
 
     max_loras: int = 8
-    """Distinct adapters in one step; times max_lora_rank, the size of the device pool. Costs device memory."""
+    """Distinct adapters in one step; times max_lora_rank, the device pool. Costs device memory."""
     max_lora_rank: int = 64
     """Highest rank accepted. Costs device memory."""
     max_cpu_loras: int = 0

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from manylora.model.attention import AttentionPlan, Group, LayerCache
 from manylora_kernels import Mix
+
+from manylora.model.attention import AttentionPlan, Group, LayerCache
 
 if TYPE_CHECKING:
     from manylora.engine.sequence import Sequence

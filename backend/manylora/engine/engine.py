@@ -5,6 +5,7 @@ A step is `schedule -> build -> run -> sample -> finish -> deliver`. Other threa
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import queue
@@ -15,6 +16,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 
 import torch
+
 from manylora.adapters.device_pool import DevicePool
 from manylora.adapters.registry import Registry
 from manylora.config import EngineConfig
@@ -27,6 +29,7 @@ from manylora.engine.sequence import Sequence, State
 from manylora.errors import CancelledRequestError, InternalError, ManyloraError, UnavailableError
 from manylora.messages import Cancel, EngineInfo, Failed, Generate, Status, Tokens
 from manylora.model.loading import LoadedModel, load_model
+from manylora.text import Tokenizer
 
 log = logging.getLogger(__name__)
 
@@ -163,6 +166,11 @@ class Engine:
                 block.
         """
         return Session(self, deliver)
+
+    @functools.cached_property
+    def tokenizer(self) -> Tokenizer:
+        """The base model's, read on first use: a front end has its own."""
+        return Tokenizer.load(self.info.base_model)
 
     def generate(self, prompts: Seq[Prompt], **options: object) -> list[Completion]:
         """Run prompts to their end, together in one batch. See `manylora.engine.generate.generate`."""

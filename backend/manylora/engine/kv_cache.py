@@ -101,7 +101,7 @@ class BlockPool:
                 self._by_key[key] = index
 
     def release(self, table: list[int]) -> None:
-        """Give a sequence's blocks back and empty its table. Its last ones are the first to be taken again."""
+        """Give a sequence's blocks back and empty its table. Its last ones are the first to be reused."""
         for index in reversed(table):
             block = self.blocks[index]
             assert block.num_users > 0, "released a block that nobody uses"

@@ -8,6 +8,8 @@ from __future__ import annotations
 import logging
 
 import torch
+from manylora_kernels import SitePool
+
 from manylora.adapters.device_pool import DevicePool
 from manylora.config import EngineConfig
 from manylora.engine import sampler
@@ -17,7 +19,6 @@ from manylora.errors import InvalidArgumentError, UnsupportedError
 from manylora.messages import SamplingParams
 from manylora.model.attention import LayerCache
 from manylora.model.loading import LoadedModel
-from manylora_kernels import SitePool
 
 log = logging.getLogger(__name__)
 
@@ -88,7 +89,7 @@ class Runner:
             difference = float((found.float() - wanted).abs().max())
             if not difference <= tolerance:
                 raise UnsupportedError(
-                    f"{type(self.model.module).__name__} computes differently when sequences are packed in one "
+                    f"{type(self.model.module).__name__} computes differently when sequences share a "
                     f"step: logits of probe {sequence} at position {position} differ by {difference:.3g}, "
                     f"allowed is {tolerance:.3g}; this architecture is not served"
                 )

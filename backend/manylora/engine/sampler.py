@@ -13,6 +13,7 @@ import hashlib
 from collections.abc import Sequence as Seq
 
 import torch
+
 from manylora.engine.sequence import Sequence
 
 _FIRST_CANDIDATES = 512

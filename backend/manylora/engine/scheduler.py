@@ -92,7 +92,7 @@ class Scheduler:
         self.waiting.append(sequence)
 
     def remove(self, sequence: Sequence) -> None:
-        """Take out a sequence (cancelled or failed), wherever it is. Frees its blocks and its adapter's use."""
+        """Take out a sequence (cancelled or failed), wherever it is. Frees what it held."""
         if sequence.state is State.RUNNING:
             self._stop(sequence)
         else:

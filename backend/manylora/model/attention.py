@@ -13,8 +13,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import torch
-from manylora.errors import UnsupportedError
 from torch.nn import functional
+
+from manylora.errors import UnsupportedError
 
 IMPLEMENTATION = "manylora"
 """The name under which transformers knows this attention."""

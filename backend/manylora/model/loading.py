@@ -12,11 +12,6 @@ from typing import Any
 
 import torch
 import transformers
-from manylora.config import EngineConfig, resolve_directory
-from manylora.errors import InvalidArgumentError, UnsupportedError
-from manylora.model.attention import IMPLEMENTATION, CacheProbe, attention_forward
-from manylora.model.lora_layers import MixHolder, Site, find_sites, replace_linears
-from manylora.model.spec import ModelSpec
 from transformers import (
     AttentionInterface,
     AttentionMaskInterface,
@@ -24,6 +19,12 @@ from transformers import (
     AutoModelForCausalLM,
     GenerationConfig,
 )
+
+from manylora.config import EngineConfig, resolve_directory
+from manylora.errors import InvalidArgumentError, UnsupportedError
+from manylora.model.attention import IMPLEMENTATION, CacheProbe, attention_forward
+from manylora.model.lora_layers import MixHolder, Site, find_sites, replace_linears
+from manylora.model.spec import ModelSpec
 
 log = logging.getLogger(__name__)
 
@@ -167,8 +168,8 @@ def _refuse_step_wide_rope(hf_config: Any, max_model_len: int) -> None:
         )
         if max_model_len > original:
             raise UnsupportedError(
-                f"rope_type {kind!r} changes its factors once a step holds a position past {original}, for "
-                f"all sequences of the step; max_model_len={max_model_len} is not served, at most {original} is"
+                f"rope_type {kind!r} changes its factors once a step has positions past {original}, "
+                f"for all its sequences; max_model_len={max_model_len} is not served, at most {original} is"
             )
 
 

@@ -13,11 +13,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
+from manylora_kernels import Mix, SitePool, add_lora
+from transformers.pytorch_utils import Conv1D
+
 from manylora.errors import UnsupportedError
 from manylora.model.linear import Product, fuse, make_product, weight_of
 from manylora.model.spec import LinearSpec, ModelSpec, SiteKind
-from manylora_kernels import Mix, SitePool, add_lora
-from transformers.pytorch_utils import Conv1D
 
 _LAYER = re.compile(r"^(?P<stem>.*?)\.(?P<index>\d+)\.(?P<rest>.+)$")
 
