@@ -1,0 +1,202 @@
+"""The wire contract of design: Triton's tensors and parameters to requests, and answers to tensors.
+
+Shape key: N sequences of a request, L ids of a prompt or the longest answer.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from manylora import parameters
+from manylora.errors import InvalidArgumentError
+from manylora.messages import EngineInfo, SamplingParams
+
+Tensors = dict[str, npt.NDArray[Any]]
+
+INPUTS = ("text_input", "input_ids", "sampling_parameters")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Prompt:
+    """One sequence as it was asked for, not yet tokenised. Exactly one of the three forms is set."""
+
+    text: str | None = None
+    messages: tuple[Mapping[str, str], ...] | None = None
+    """A conversation for the chat template."""
+    input_ids: list[int] | None = None
+    adapter_id: str = ""
+    stop: tuple[str, ...] = ()
+    echo: bool = False
+    params: SamplingParams
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Answer:
+    """What one sequence has to say in one reply."""
+
+    text: str
+    token_ids: Sequence[int]
+    finish_reason: str
+    num_input_tokens: int
+    num_output_tokens: int
+    adapter_version: str
+
+
+def decode(tensors: Mapping[str, npt.NDArray[Any]], parameters_json: str) -> list[Prompt]:
+    """Read one Triton request.
+
+    Args:
+        tensors: its inputs by name, each [N, ...]; strings as bytes.
+        parameters_json: its parameters, as Triton hands them over; empty for none.
+
+    Returns: N prompts.
+
+    Raises:
+        InvalidArgumentError: the request breaks the contract; the message names the parameter or the input.
+        UnsupportedError: it asks for something that is not served yet.
+    """
+    given = parameters.parse(json.loads(parameters_json or "{}"), "parameter")
+    has_text, has_ids = "text_input" in tensors, "input_ids" in tensors
+    if has_text == has_ids:
+        found = "both" if has_text else "neither"
+        raise InvalidArgumentError(f"got {found} of text_input and input_ids; send exactly one of them")
+    num_sequences = len(tensors["text_input" if has_text else "input_ids"])
+    prompts = []
+    for row in range(num_sequences):
+        values = given
+        if "sampling_parameters" in tensors:
+            values = {**_row_parameters(tensors["sampling_parameters"], row, num_sequences), **given}
+        prompts.append(_prompt(tensors, row, values))
+    return prompts
+
+
+def check_input_ids(input_ids: Sequence[int], info: EngineInfo) -> None:
+    """Refuse a prompt that the engine cannot take.
+
+    Raises:
+        InvalidArgumentError: no ids, an id outside the vocabulary, `max_model_len` ids or more.
+    """
+    if not input_ids:
+        raise InvalidArgumentError("the prompt has no tokens; send at least one")
+    if len(input_ids) >= info.max_model_len:
+        raise InvalidArgumentError(
+            f"the prompt has {len(input_ids)} tokens; allowed are below max_model_len={info.max_model_len}"
+        )
+    for token_id in (min(input_ids), max(input_ids)):
+        if not 0 <= token_id < info.vocab_size:
+            raise InvalidArgumentError(
+                f"input_ids: got {token_id}, allowed are ids from 0 to {info.vocab_size - 1}"
+            )
+
+
+def encode(answers: Sequence[Answer]) -> Tensors:
+    """The outputs of one reply, each [N, 1], `output_ids` [N, L] padded on the right with -1."""
+    longest = max(len(answer.token_ids) for answer in answers)
+    output_ids = np.full((len(answers), longest), -1, dtype=np.int32)
+    for row, answer in zip(output_ids, answers, strict=True):
+        row[: len(answer.token_ids)] = answer.token_ids
+    return {
+        "text_output": _strings([answer.text for answer in answers]),
+        "output_ids": output_ids,
+        "finish_reason": _strings([answer.finish_reason for answer in answers]),
+        "num_input_tokens": _integers([answer.num_input_tokens for answer in answers]),
+        "num_output_tokens": _integers([answer.num_output_tokens for answer in answers]),
+        "logprobs": _strings(["" for _ in answers]),
+        "adapter_version": _strings([answer.adapter_version for answer in answers]),
+    }
+
+
+def _prompt(tensors: Mapping[str, npt.NDArray[Any]], row: int, values: Mapping[str, Any]) -> Prompt:
+    sampling = {name: value for name, value in values.items() if name in SamplingParams.__struct_fields__}
+    params = SamplingParams(**sampling)
+    if params.min_tokens > params.max_tokens:
+        raise InvalidArgumentError(
+            f"parameter min_tokens: got {params.min_tokens}, allowed is up to max_tokens={params.max_tokens}"
+        )
+    common: dict[str, Any] = {
+        "adapter_id": values.get("adapter_id", ""),
+        "stop": values.get("stop", ()),
+        "echo": values.get("echo", False),
+        "params": params,
+    }
+    chat = values.get("chat", False)
+    if "input_ids" in tensors:
+        if chat:
+            raise InvalidArgumentError("parameter chat: got true with input_ids, allowed is text_input only")
+        return Prompt(input_ids=tensors["input_ids"][row].reshape(-1).tolist(), **common)
+    text = _text(tensors["text_input"], row, "text_input")
+    if chat:
+        return Prompt(messages=_messages(text), **common)
+    return Prompt(text=text, **common)
+
+
+def _row_parameters(tensor: npt.NDArray[Any], row: int, num_sequences: int) -> dict[str, Any]:
+    if len(tensor) != num_sequences:
+        raise InvalidArgumentError(
+            f"sampling_parameters: got {len(tensor)} rows for {num_sequences} sequences; send one for each"
+        )
+    text = _text(tensor, row, "sampling_parameters")
+    if not text.strip():
+        return {}
+    try:
+        given = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise InvalidArgumentError(f"sampling_parameters: not JSON ({error}); send a JSON object") from error
+    if not isinstance(given, dict):
+        raise InvalidArgumentError(
+            f"sampling_parameters: got JSON {type(given).__name__}; send a JSON object"
+        )
+    return parameters.parse(given, "sampling_parameters key")
+
+
+def _messages(text: str) -> tuple[Mapping[str, str], ...]:
+    """A JSON list of objects is a conversation; any other text is one message of the user."""
+    try:
+        given = json.loads(text) if text.lstrip().startswith("[") else None
+    except (ValueError, RecursionError):
+        given = None
+    if not isinstance(given, list) or not all(isinstance(message, dict) for message in given):
+        return ({"role": "user", "content": text},)
+    if not given:
+        raise InvalidArgumentError("chat: got an empty list of messages; send at least one")
+    for i, message in enumerate(given):
+        if set(message) != {"role", "content"} or not all(map(_is_text, message.values())):
+            raise InvalidArgumentError(
+                f"chat: message {i} has the keys {', '.join(message) or '(none)'}; "
+                "allowed are exactly role and content, both strings"
+            )
+    return tuple(given)
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str) and parameters.is_unicode(value)
+
+
+def _text(tensor: npt.NDArray[Any], row: int, name: str) -> str:
+    cells = tensor[row].reshape(-1)
+    if len(cells) != 1:
+        raise InvalidArgumentError(f"{name}: got {len(cells)} strings for a sequence; send one")
+    raw = cells[0]
+    if isinstance(raw, str):
+        return raw
+    try:
+        return bytes(raw).decode()
+    except UnicodeDecodeError as error:
+        raise InvalidArgumentError(f"{name}: not UTF-8 at byte {error.start}; send UTF-8 text") from error
+
+
+def _strings(values: Sequence[str]) -> npt.NDArray[Any]:
+    column = np.empty((len(values), 1), dtype=np.object_)
+    # Lone surrogates, which a tokenizer's JSON may carry, have no UTF-8 form.
+    column[:, 0] = [value.encode(errors="replace") for value in values]
+    return column
+
+
+def _integers(values: Sequence[int]) -> npt.NDArray[Any]:
+    return np.array(values, dtype=np.int32).reshape(-1, 1)

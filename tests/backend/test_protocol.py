@@ -1,0 +1,356 @@
+"""The wire contract: tensors and parameters to prompts, answers to tensors, and every refusal."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from manylora.errors import InvalidArgumentError, UnsupportedError
+from manylora.messages import EngineInfo, SamplingParams
+from manylora.parameters import PARAMETERS
+from manylora.protocol import Answer, Prompt, check_input_ids, decode, encode
+
+INFO = EngineInfo(base_model="", max_model_len=8, vocab_size=100, eos_token_ids=[2])
+
+
+def strings(*values: str | bytes) -> Any:
+    column = np.empty((len(values), 1), dtype=np.object_)
+    column[:, 0] = [v.encode() if isinstance(v, str) else v for v in values]
+    return column
+
+
+def decoded(parameters: dict[str, Any] | None = None, **tensors: Any) -> Prompt:
+    if not tensors:
+        tensors = {"text_input": strings("hi")}
+    (prompt,) = decode(tensors, json.dumps(parameters) if parameters else "")
+    return prompt
+
+
+def test_a_bare_text_gets_the_defaults() -> None:
+    assert decoded() == Prompt(text="hi", params=SamplingParams())
+    assert decoded().params == SamplingParams(max_tokens=128, temperature=0, top_p=1, top_k=0)
+
+
+def test_ids_arrive_as_plain_integers() -> None:
+    prompt = decoded(input_ids=np.array([[5, 6, 7]], dtype=np.int32))
+    assert prompt.input_ids == [5, 6, 7]
+    assert type(prompt.input_ids[0]) is int
+    assert prompt.text is None
+
+
+@pytest.mark.parametrize("names", [[], ["text_input", "input_ids"]], ids=["neither", "both"])
+def test_exactly_one_prompt_input_is_needed(names: list[str]) -> None:
+    tensors = {"text_input": strings("x"), "input_ids": np.ones((1, 2), dtype=np.int32)}
+    with pytest.raises(InvalidArgumentError, match="exactly one"):
+        decode({name: tensors[name] for name in names}, "")
+
+
+@pytest.mark.parametrize("raw", [7, 7.0, "7", "+7"], ids=repr)
+@pytest.mark.parametrize("name", ["max_tokens", "top_k", "seed"])
+def test_an_integer_in_each_form(name: str, raw: Any) -> None:
+    value = getattr(decoded({name: raw}).params, name)
+    assert value == 7
+    assert type(value) is int
+
+
+@pytest.mark.parametrize(
+    ("name", "raw"),
+    [
+        ("max_tokens", 0),
+        ("max_tokens", -1),
+        ("max_tokens", 1.5),
+        ("max_tokens", True),
+        ("max_tokens", "7.0"),
+        ("max_tokens", "٧"),
+        ("max_tokens", ""),
+        ("max_tokens", 1 << 31),
+        ("max_tokens", [7]),
+        ("max_tokens", None),
+        ("min_tokens", -1),
+        ("top_k", -1),
+        ("seed", -1),
+        ("seed", 1 << 63),
+        ("seed", float(1 << 53)),
+        ("temperature", -0.1),
+        ("temperature", float("nan")),
+        ("temperature", float("inf")),
+        ("temperature", "warm"),
+        ("temperature", "nan"),
+        ("temperature", "9" * 400),
+        ("temperature", 10**400),
+        ("temperature", False),
+        ("top_p", 0),
+        ("top_p", 1.01),
+        ("ignore_eos", 1),
+        ("ignore_eos", "yes"),
+        ("ignore_eos", "True"),
+        ("echo", 0.0),
+        ("adapter_id", 3),
+        ("adapter_id", None),
+        ("stop", 3),
+        ("stop", ["a", ""]),
+        ("stop", ["a", 1]),
+        ("stop", "[1]"),
+        ("stop", "x" * 257),
+        ("stop", [str(i) for i in range(17)]),
+        ("stop", ["\ud800"]),
+        ("min_p", 2),
+        ("logprobs", -1),
+        ("logprobs", "many"),
+        ("presence_penalty", 3),
+        ("adapter_scale", "big"),
+        ("deadline_ms", -5),
+    ],
+    ids=lambda v: repr(v)[:20],
+)
+def test_a_value_out_of_contract_names_the_parameter_what_it_got_and_what_is_allowed(
+    name: str, raw: Any
+) -> None:
+    with pytest.raises(InvalidArgumentError, match=rf"^parameter {name}: got .+, allowed is .+") as caught:
+        decoded({name: raw})
+    assert PARAMETERS[name].allowed in caught.value.message
+    assert len(caught.value.message) < 400
+
+
+def test_the_largest_seed_survives_as_text_and_as_a_number() -> None:
+    seed = (1 << 63) - 1
+    assert decoded({"seed": seed}).params.seed == decoded({"seed": str(seed)}).params.seed == seed
+    assert decoded({"seed": float((1 << 53) - 1)}).params.seed == (1 << 53) - 1
+
+
+@pytest.mark.parametrize(("raw", "value"), [(0.5, 0.5), (1, 1.0), ("0.25", 0.25), ("1e-1", 0.1), (".5", 0.5)])
+def test_a_number_in_each_form(raw: Any, value: float) -> None:
+    temperature = decoded({"temperature": raw}).params.temperature
+    assert temperature == value
+    assert type(temperature) is float
+
+
+@pytest.mark.parametrize(("raw", "value"), [(True, True), (False, False), ("true", True), ("false", False)])
+def test_a_boolean_in_each_form(raw: Any, value: bool) -> None:
+    assert decoded({"echo": raw}).echo is value
+    assert decoded({"ignore_eos": raw}).params.ignore_eos is value
+
+
+@pytest.mark.parametrize(
+    ("raw", "value"),
+    [
+        ("END", ("END",)),
+        ('["a", "b", "a"]', ("a", "b")),
+        ('  ["a"]', ("a",)),
+        ("[not json", ("[not json",)),
+        ('["[1]"]', ("[1]",)),
+        ("", ()),
+        ("[]", ()),
+        ("\n", ("\n",)),
+        ("[" * 200, ("[" * 200,)),
+    ],
+    ids=lambda v: repr(v)[:20],
+)
+def test_stop_strings_in_each_form(raw: str, value: tuple[str, ...]) -> None:
+    assert decoded({"stop": raw}).stop == value
+
+
+def test_adapter_and_its_alias() -> None:
+    assert decoded({"adapter_id": "a"}).adapter_id == "a"
+    assert decoded({"lora_name": "a"}).adapter_id == "a"
+    assert decoded({"lora_name": "a", "adapter_id": "a"}).adapter_id == "a"
+    with pytest.raises(InvalidArgumentError, match=r"adapter_id: got .b. and, as its alias lora_name, .a."):
+        decoded({"lora_name": "a", "adapter_id": "b"})
+    with pytest.raises(InvalidArgumentError, match="alias"):
+        decoded({"lora_name": "a", "adapter_id": ""})
+
+
+@pytest.mark.parametrize("name", ["max_token", "timeout", "priority", "Stop", ""])
+def test_an_unknown_parameter_is_named_with_what_is_known(name: str) -> None:
+    with pytest.raises(InvalidArgumentError, match=r"no such parameter; allowed are adapter_id, ") as caught:
+        decoded({name: 3})
+    assert f'parameter "{name}" (got 3)' in caught.value.message
+
+
+def test_names_that_generate_adds_by_itself_are_ignored() -> None:
+    assert decoded({"id": "7", "stream": True, "triton_enable_empty_final_response": True}) == decoded()
+
+
+NOT_SERVED = {
+    "adapter_scale": (1.0, 0.5),
+    "min_p": (0, 0.1),
+    "repetition_penalty": ("1.0", 1.1),
+    "presence_penalty": (0.0, -1),
+    "frequency_penalty": (0, "0.5"),
+    "logprobs": (0, 5),
+    "deadline_ms": ("0", 100),
+    "request_priority": (0.0, -3),
+}
+
+
+@pytest.mark.parametrize("name", NOT_SERVED)
+def test_what_is_not_served_is_accepted_when_neutral_and_refused_otherwise(name: str) -> None:
+    neutral, other = NOT_SERVED[name]
+    assert decoded({name: neutral}) == decoded()
+    with pytest.raises(UnsupportedError, match=rf"^parameter {name}: got .* not served yet"):
+        decoded({name: other})
+
+
+def test_every_known_parameter_is_either_served_or_listed_as_not_served() -> None:
+    assert {name for name, p in PARAMETERS.items() if p.neutral is not None} == set(NOT_SERVED)
+
+
+def test_min_tokens_above_max_tokens_is_refused() -> None:
+    assert decoded({"min_tokens": 5, "max_tokens": 5}).params.min_tokens == 5
+    with pytest.raises(InvalidArgumentError, match="min_tokens: got 6, allowed is up to max_tokens=5"):
+        decoded({"min_tokens": 6, "max_tokens": 5})
+
+
+def test_request_parameters_win_over_the_tensor() -> None:
+    tensor = strings(json.dumps({"lora_name": "a", "max_tokens": "3", "stop": ["x"], "stream": True}))
+    prompt = decoded({"adapter_id": "b"}, text_input=strings("hi"), sampling_parameters=tensor)
+    assert (prompt.adapter_id, prompt.params.max_tokens, prompt.stop) == ("b", 3, ("x",))
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("{", "not JSON"),
+        ("[1]", "got JSON list"),
+        ('{"max_tokens": {}}', "sampling_parameters key max_tokens: got {}"),
+        ('{"no": 1}', "no such parameter"),
+        (b"\xff", "not UTF-8 at byte 0"),
+        ("[" * 100_000, "not JSON"),
+        ('{"seed": ' + "9" * 5000 + "}", "not JSON"),
+    ],
+    ids=["broken", "list", "bad value", "unknown", "not utf-8", "too deep", "too long"],
+)
+def test_a_wrong_sampling_parameters_tensor_is_refused(text: str | bytes, reason: str) -> None:
+    with pytest.raises(InvalidArgumentError, match=reason):
+        decoded(text_input=strings("hi"), sampling_parameters=strings(text))
+
+
+def test_an_empty_sampling_parameters_tensor_asks_for_nothing() -> None:
+    assert decoded(text_input=strings("hi"), sampling_parameters=strings("")) == decoded()
+
+
+def test_rows_of_a_batch_have_their_own_sampling_parameters() -> None:
+    tensors = {
+        "input_ids": np.array([[1, 2], [3, 4]], dtype=np.int32),
+        "sampling_parameters": strings('{"adapter_id": "a"}', '{"adapter_id": "b", "max_tokens": 9}'),
+    }
+    first, second = decode(tensors, '{"max_tokens": 4}')
+    assert (first.input_ids, first.adapter_id, first.params.max_tokens) == ([1, 2], "a", 4)
+    assert (second.input_ids, second.adapter_id, second.params.max_tokens) == ([3, 4], "b", 4)
+
+
+def test_text_that_is_not_utf8_is_refused() -> None:
+    with pytest.raises(InvalidArgumentError, match="text_input: not UTF-8 at byte 2"):
+        decoded(text_input=strings(b"ab\xff"))
+
+
+def test_two_strings_for_one_sequence_are_refused() -> None:
+    with pytest.raises(InvalidArgumentError, match="got 2 strings"):
+        decoded(text_input=strings("a", "b").reshape(1, 2))
+
+
+@pytest.mark.parametrize(
+    ("text", "messages"),
+    [
+        ("hi", [("user", "hi")]),
+        ("[1, 2] summed?", [("user", "[1, 2] summed?")]),
+        ("[1, 2]", [("user", "[1, 2]")]),
+        (
+            '[{"role": "system", "content": "s"}, {"role": "user", "content": "u"}]',
+            [("system", "s"), ("user", "u")],
+        ),
+        ("", [("user", "")]),
+    ],
+    ids=["text", "brackets", "list of numbers", "conversation", "empty"],
+)
+def test_chat_takes_a_message_or_a_conversation(text: str, messages: list[tuple[str, str]]) -> None:
+    prompt = decoded({"chat": True}, text_input=strings(text))
+    assert prompt.text is None
+    assert prompt.messages == tuple({"role": role, "content": content} for role, content in messages)
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("[]", "empty list"),
+        ('[{"role": "user"}]', "message 0 has the keys role"),
+        ('[{"role": "user", "content": 3}]', "both strings"),
+        ('[{"role": "user", "content": "x", "name": "y"}]', "exactly role and content"),
+        ('[{"role": "user", "content": "\\ud800"}]', "both strings"),
+    ],
+)
+def test_a_malformed_conversation_is_refused(text: str, reason: str) -> None:
+    with pytest.raises(InvalidArgumentError, match=reason):
+        decoded({"chat": True}, text_input=strings(text))
+
+
+def test_chat_with_ids_is_refused() -> None:
+    with pytest.raises(InvalidArgumentError, match="chat"):
+        decoded({"chat": "true"}, input_ids=np.ones((1, 2), dtype=np.int32))
+
+
+@pytest.mark.parametrize(
+    ("ids", "reason"),
+    [
+        ([], "no tokens"),
+        ([1] * 8, "has 8 tokens; allowed are below max_model_len=8"),
+        ([1, -1], "got -1, allowed are ids from 0 to 99"),
+        ([100, 1], "got 100"),
+    ],
+)
+def test_ids_that_the_engine_cannot_take_are_refused(ids: list[int], reason: str) -> None:
+    check_input_ids([1] * 7, INFO)
+    check_input_ids([0, 99], INFO)
+    with pytest.raises(InvalidArgumentError, match=reason):
+        check_input_ids(ids, INFO)
+
+
+def test_answers_become_columns_with_ids_padded_on_the_right() -> None:
+    common = {"finish_reason": "stop", "num_input_tokens": 3, "adapter_version": "v"}
+    outputs = encode(
+        [
+            Answer(text="é", token_ids=[1, 2, 3], num_output_tokens=3, **common),
+            Answer(text="", token_ids=[4], num_output_tokens=1, **common),
+        ]
+    )
+    assert outputs["output_ids"].tolist() == [[1, 2, 3], [4, -1, -1]]
+    assert outputs["text_output"].tolist() == [["é".encode()], [b""]]
+    assert outputs["num_output_tokens"].tolist() == [[3], [1]]
+    assert {name: (a.shape[1:], a.dtype.name) for name, a in outputs.items()} == {
+        "text_output": ((1,), "object"),
+        "output_ids": ((3,), "int32"),
+        "finish_reason": ((1,), "object"),
+        "num_input_tokens": ((1,), "int32"),
+        "num_output_tokens": ((1,), "int32"),
+        "logprobs": ((1,), "object"),
+        "adapter_version": ((1,), "object"),
+    }
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=2),
+    max_leaves=4,
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    parameters=st.dictionaries(st.sampled_from([*PARAMETERS, "other"]), json_values, max_size=3),
+    text=st.binary(max_size=8) | st.text(max_size=8).map(str.encode),
+)
+def test_any_input_is_read_or_refused_with_an_error_of_ours(parameters: dict[str, Any], text: bytes) -> None:
+    tensors = {"text_input": strings(text)}
+    try:
+        (prompt,) = decode(tensors, json.dumps(parameters))
+    except (InvalidArgumentError, UnsupportedError) as error:
+        refused = error.message
+    else:
+        refused = ""
+        assert prompt.text == text.decode() or prompt.messages
+    known = set(parameters) <= set(PARAMETERS)
+    assert refused or known
