@@ -1,4 +1,4 @@
-"""Tiny random models of several families, with a byte-level tokenizer, as ordinary Hugging Face directories."""
+"""Tiny random models of several families, with a byte-level tokenizer, as Hugging Face directories."""
 
 from __future__ import annotations
 
