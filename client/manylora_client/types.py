@@ -1,0 +1,58 @@
+"""What the client returns, and what it takes besides plain values."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TypedDict
+
+import numpy as np
+import numpy.typing as npt
+
+
+class Message(TypedDict):
+    """One turn of a chat."""
+
+    role: str
+    content: str
+
+
+Messages = str | Sequence[Message]
+"""A single user message, or the turns so far."""
+
+TokenIds = Sequence[int] | npt.NDArray[np.integer]
+"""A prompt as token ids: one dimension, int32 range."""
+
+ParameterValue = str | bool | int | float | Sequence[object] | Mapping[str, object] | None
+"""A request parameter. Lists and mappings travel as JSON text; None is not sent."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Chunk:
+    """One reply of a stream: what is new, and the totals so far."""
+
+    text: str
+    """The new text. Joined, the texts of a stream are the text of the same request without streaming."""
+    token_ids: list[int]
+    """The new ids."""
+    finish_reason: str
+    """`stop` or `length` in the last chunk, empty before."""
+    num_input_tokens: int
+    num_output_tokens: int
+    adapter_version: str
+    """Content hash of the adapter that answers; empty for the base model."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Completion:
+    """One whole answer."""
+
+    text: str
+    token_ids: list[int]
+    """The generated ids, the ending end-of-sequence id among them."""
+    finish_reason: str
+    """`stop` or `length`."""
+    num_input_tokens: int
+    num_output_tokens: int
+    adapter_version: str
+    """Content hash of the adapter that answered; empty for the base model."""
