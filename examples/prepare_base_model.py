@@ -78,7 +78,8 @@ def read_tokenizer(gguf_path: Path) -> PreTrainedTokenizerFast:
     types = field("tokenizer.ggml.token_type")
     special = [text for text, kind in zip(texts, types, strict=True) if kind == CONTROL_TOKEN]
     core.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in special])
-    return PreTrainedTokenizerFast(
+    build: Any = PreTrainedTokenizerFast
+    tokenizer: PreTrainedTokenizerFast = build(
         tokenizer_object=core,
         bos_token=texts[START_OF_TURN],
         eos_token=texts[END_OF_TURN],
@@ -88,6 +89,7 @@ def read_tokenizer(gguf_path: Path) -> PreTrainedTokenizerFast:
         model_max_length=field("llama.context_length"),
         clean_up_tokenization_spaces=False,
     )
+    return tokenizer
 
 
 def read_model(gguf_path: Path) -> PreTrainedModel:
@@ -110,7 +112,8 @@ def read_model(gguf_path: Path) -> PreTrainedModel:
         if hasattr(model, mark):
             delattr(model, mark)
     model.config.eos_token_id = model.config.pad_token_id = END_OF_TURN
-    model.generation_config = GenerationConfig(
+    settings: Any = GenerationConfig
+    model.generation_config = settings(
         bos_token_id=START_OF_TURN, eos_token_id=END_OF_TURN, pad_token_id=END_OF_TURN
     )
     return model
@@ -129,8 +132,8 @@ def check_prepared(directory: Path) -> str:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(directory)
-    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    tokenizer: Any = AutoTokenizer.from_pretrained(directory)
+    model: Any = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
     turn = "<|im_start|>user\nIn 1969<|im_end|>"
     ids = tokenizer(turn)["input_ids"]
     tokens = tokenizer.convert_ids_to_tokens(ids)
