@@ -26,7 +26,7 @@ class KindWeights:
     a: torch.Tensor
     """[L, P, S, 16, K], the pool's dtype, contiguous, pinned when the device is CUDA."""
     b: torch.Tensor
-    """[L, P, 16, N], the linears' outputs side by side in site order. Times `module scaling / AdapterWeights.scale`."""
+    """[L, P, 16, N], the linears' outputs side by side in site order, times (module / adapter scaling)."""
 
     @property
     def num_pages(self) -> int:
@@ -38,10 +38,11 @@ class AdapterWeights:
     """One version of one adapter."""
 
     version: str
-    """Content hash: the first 32 hex digits of SHA-256 over adapter_config.json and adapter_model.safetensors."""
+    """Content hash: 32 hex digits of the SHA-256 of adapter_config.json, then adapter_model.safetensors."""
     scale: float
     """The scaling (alpha / r, or alpha / sqrt(r) with rsLoRA) that the kernels apply per row. Where modules
-    differ (`alpha_pattern`, `rank_pattern`), the first module's; the others' ratio to it is folded into `b`."""
+    differ (`alpha_pattern`, `rank_pattern`), the first module's that is not 0; the others' ratio to it is
+    folded into `b`."""
     max_rank: int
     kinds: tuple[KindWeights | None, ...]
     """In the order of `ModelSpec.kinds`; None where the adapter targets nothing of the kind."""

@@ -1,0 +1,49 @@
+"""Remembers which adapters could not be loaded, so that a broken one is not read again at every request."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from manylora.errors import ManyloraError, from_code
+
+FIRST_PAUSE_S = 1.0
+MAX_PAUSE_S = 60.0
+MAX_REMEMBERED = 1024
+
+
+@dataclass(frozen=True, slots=True)
+class _Failure:
+    error: ManyloraError
+    pause_s: float
+    retry_at_s: float
+
+
+class Failures:
+    """The last failure of each adapter. The pause before the next try doubles: 1, 2, 4 .. 60 s."""
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self._clock = clock
+        self._failures: OrderedDict[str, _Failure] = OrderedDict()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._failures)
+
+    def remember(self, name: str, error: ManyloraError) -> None:
+        last = self._failures.pop(name, None)
+        pause_s = min(2 * last.pause_s, MAX_PAUSE_S) if last is not None else FIRST_PAUSE_S
+        self._failures[name] = _Failure(error, pause_s, self._clock() + pause_s)
+        while len(self._failures) > MAX_REMEMBERED:
+            self._failures.popitem(last=False)
+
+    def recall(self, name: str) -> ManyloraError | None:
+        """The failure as a new error, while its pause lasts."""
+        failure = self._failures.get(name)
+        if failure is None or self._clock() >= failure.retry_at_s:
+            return None
+        # A new object: one that is raised again and again would gather a traceback from each time.
+        return from_code(failure.error.code, failure.error.message)
+
+    def forget(self, name: str) -> None:
+        self._failures.pop(name, None)

@@ -1,0 +1,124 @@
+"""Adapters in host memory: at most so many, least recently used first out. Plain Python."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+V = TypeVar("V")
+
+
+@dataclass(slots=True)
+class Slot(Generic[V]):
+    """One place of the cache. Reserved until `value` is filled in."""
+
+    value: V | None = None
+    num_refs: int = 0
+    is_pinned: bool = False
+
+
+class HostCache(Generic[V]):
+    """`max_entries` slots by name, ordered from the least to the most recently used.
+
+    A slot is reserved before its adapter is read, so that memory is never over the limit. A slot that is
+    being read, is pinned or has references is not evicted by `try_evict`.
+    """
+
+    def __init__(self, max_entries: int) -> None:
+        assert max_entries > 0, "a host cache without slots"
+        self.max_entries = max_entries
+        self.num_evictions = 0
+        self._slots: OrderedDict[str, Slot[V]] = OrderedDict()
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._slots
+
+    def __len__(self) -> int:
+        return len(self._slots)
+
+    def __iter__(self) -> Iterator[str]:
+        """Names, least recently used first."""
+        return iter(self._slots)
+
+    def __getitem__(self, name: str) -> Slot[V]:
+        return self._slots[name]
+
+    def get(self, name: str) -> Slot[V] | None:
+        return self._slots.get(name)
+
+    @property
+    def is_full(self) -> bool:
+        return len(self._slots) >= self.max_entries
+
+    @property
+    def num_pinned(self) -> int:
+        return sum(slot.is_pinned for slot in self._slots.values())
+
+    def reserve(self, name: str) -> None:
+        """Take a free slot for an adapter that is about to be read."""
+        assert not self.is_full, "no free slot in the host cache"
+        assert name not in self._slots, f"{name} has a slot already"
+        self._slots[name] = Slot()
+
+    def fill(self, name: str, value: V) -> None:
+        """Put the adapter into its reserved slot."""
+        slot = self._slots[name]
+        assert slot.value is None, f"the slot of {name} is filled already"
+        slot.value = value
+        self._slots.move_to_end(name)
+
+    def acquire(self, name: str, count: int = 1) -> None:
+        """Count references and mark the slot as just used."""
+        self._slots[name].num_refs += count
+        self._slots.move_to_end(name)
+
+    def release(self, name: str) -> None:
+        """Give one reference back and mark the slot as just used."""
+        slot = self._slots[name]
+        assert slot.num_refs > 0, f"{name} was released once too often"
+        slot.num_refs -= 1
+        self._slots.move_to_end(name)
+
+    def pin(self, name: str) -> None:
+        """Keep the adapter until `unpin`."""
+        assert self._slots[name].value is not None, f"{name} is not loaded"
+        self._slots[name].is_pinned = True
+
+    def unpin(self, name: str) -> None:
+        self._slots[name].is_pinned = False
+
+    def try_evict(self) -> str | None:
+        """Drop the least recently used adapter that nobody refers to; its name, or None if there is none."""
+        for name, slot in self._slots.items():
+            if slot.value is not None and not slot.num_refs and not slot.is_pinned:
+                del self._slots[name]
+                self.num_evictions += 1
+                return name
+        return None
+
+    def evict(self, name: str) -> None:
+        """Drop an adapter that its references can do without."""
+        slot = self._slots[name]
+        assert slot.value is not None, f"{name} is being read"
+        assert not slot.is_pinned, f"{name} is pinned"
+        del self._slots[name]
+        self.num_evictions += 1
+
+    def abandon(self, name: str) -> None:
+        """Give back a slot whose adapter could not be read."""
+        assert self._slots[name].value is None, f"{name} is loaded"
+        del self._slots[name]
+
+    def check(self) -> list[str]:
+        """Broken invariants."""
+        wrong = []
+        if len(self._slots) > self.max_entries:
+            wrong.append(f"host cache: {len(self._slots)} of {self.max_entries} slots are taken")
+        for name, slot in self._slots.items():
+            if slot.num_refs < 0:
+                wrong.append(f"host cache: {name} has {slot.num_refs} references")
+            if slot.is_pinned and slot.value is None:
+                wrong.append(f"host cache: {name} is pinned but not loaded")
+        return wrong

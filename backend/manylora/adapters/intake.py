@@ -1,0 +1,134 @@
+"""The way of adapters from disk into host memory: a queue for slots, the loads, and who must give way."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from manylora.adapters.failures import Failures
+from manylora.adapters.host_cache import HostCache
+from manylora.adapters.lease import Entry, Stage
+from manylora.adapters.loader import Loaded, Loader
+from manylora.adapters.residents import Residents
+from manylora.adapters.weights import AdapterWeights
+from manylora.errors import UnavailableError
+
+
+class Intake:
+    """Every adapter that is neither absent nor failed, and the queue of those without a host slot.
+
+    A slot goes to the adapter whose oldest lease is the oldest. Adapters without leases make room first,
+    least recently used first; then those that have only waiting leases, all younger, which queue again.
+    """
+
+    def __init__(
+        self, host: HostCache[AdapterWeights], residents: Residents, failures: Failures, loader: Loader
+    ) -> None:
+        self.entries: dict[str, Entry] = {}
+        self.num_loads = 0
+        self._host = host
+        self._residents = residents
+        self._failures = failures
+        self._loader = loader
+        self._queued: dict[str, Entry] = {}
+
+    def enter(self, name: str, directory: Path) -> Entry:
+        """Queue an absent adapter. The caller gives it a lease before the next `poll`."""
+        entry = self.entries[name] = self._queued[name] = Entry(name, directory)
+        return entry
+
+    def withdraw(self, entry: Entry) -> None:
+        """Forget a queued adapter that nobody waits for any more."""
+        del self._queued[entry.name], self.entries[entry.name]
+
+    def admit(self, entry: Entry, weights: AdapterWeights) -> None:
+        """Take in an adapter that was read outside the queue."""
+        self.entries[entry.name] = entry
+        self._host.reserve(entry.name)
+        self._fill(entry, weights)
+
+    def poll(self) -> None:
+        """Take finished loads and start those that have a host slot."""
+        for loaded in self._loader.take():
+            self._finish(loaded)
+        for entry in sorted(self._queued.values(), key=lambda entry: entry.oldest):
+            if not self._make_slot(entry.oldest):
+                break
+            self._host.reserve(entry.name)
+            self._host.acquire(entry.name, len(entry.leases))
+            entry.stage = Stage.LOADING
+            del self._queued[entry.name]
+            self._loader.submit(entry.name, entry.directory)
+
+    def check(self) -> list[str]:
+        """Broken invariants of the queue."""
+        queued = sorted(name for name, entry in self.entries.items() if entry.stage is Stage.QUEUED)
+        wrong = [f"host cache: {name} is not known" for name in self._host if name not in self.entries]
+        if queued != sorted(self._queued):
+            wrong.append(f"{queued} are queued, but {sorted(self._queued)} are in the queue")
+        return wrong
+
+    def _finish(self, loaded: Loaded) -> None:
+        entry = self.entries[loaded.name]
+        assert entry.stage is Stage.LOADING, f"{entry.name} was loaded while {entry.stage}"
+        weights, error = loaded.weights, loaded.error
+        if weights is not None and not self._residents.fits_beside_pinned(weights):
+            error = UnavailableError(
+                f"adapter {entry.name!r} has no room in the device pool beside pinned ones"
+            )
+        if weights is None or error is not None:
+            assert error is not None, "a load without a result"
+            self._failures.remember(entry.name, error)
+            self._host.abandon(entry.name)
+            del self.entries[entry.name]
+            for lease in entry.leases.values():
+                lease.error, lease.entry = error, None
+            return
+        self._failures.forget(entry.name)
+        self._fill(entry, weights)
+        self._fail_outdated(entry, weights)
+
+    def _fill(self, entry: Entry, weights: AdapterWeights) -> None:
+        self._host.fill(entry.name, weights)
+        entry.weights = weights
+        entry.stage = Stage.READY
+        self.num_loads += 1
+
+    def _fail_outdated(self, entry: Entry, weights: AdapterWeights) -> None:
+        """Tokens of one version must not go on under another."""
+        for lease in list(entry.leases.values()):
+            if lease.used_version not in ("", weights.version):
+                lease.error = UnavailableError(f"adapter {entry.name!r} was replaced during the request")
+                lease.entry = None
+                del entry.leases[lease.number]
+                self._host.release(entry.name)
+
+    def _make_slot(self, age: int) -> bool:
+        """Free a host slot for an adapter whose oldest lease has number `age`."""
+        if not self._host.is_full:
+            return True
+        evicted = self._host.try_evict()
+        if evicted is not None:
+            self._leave_device(evicted)
+            del self.entries[evicted]
+            return True
+        younger = [
+            entry
+            for entry in self.entries.values()
+            if entry.stage is Stage.READY
+            and not self._host[entry.name].is_pinned
+            and not entry.num_active
+            and entry.oldest > age
+        ]
+        if not younger:
+            return False
+        victim = max(younger, key=lambda entry: entry.oldest)
+        self._host.evict(victim.name)
+        self._leave_device(victim.name)
+        victim.stage = Stage.QUEUED
+        victim.weights = None
+        self._queued[victim.name] = victim
+        return True
+
+    def _leave_device(self, name: str) -> None:
+        if name in self._residents:
+            self._residents.drop(name)

@@ -1,0 +1,97 @@
+"""A sequence's hold on an adapter, and the adapter's state that all its leases share."""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from manylora.adapters.device_pool import Placement, needed_pages
+from manylora.adapters.weights import AdapterWeights
+from manylora.errors import ManyloraError
+
+
+class Stage(enum.Enum):
+    """How far an adapter is on its way from disk to host memory."""
+
+    QUEUED = "queued"
+    """Waits for a slot in the host cache."""
+    LOADING = "loading"
+    """Is being read into its slot."""
+    READY = "ready"
+    """Is in host memory."""
+
+
+@dataclass(slots=True, eq=False)
+class Entry:
+    """One adapter that is wanted or held. The registry changes it; absent and failed adapters have none."""
+
+    name: str
+    directory: Path
+    stage: Stage = Stage.QUEUED
+    leases: dict[int, Lease] = field(default_factory=dict)
+    """By number, so that the first is the oldest."""
+    num_active: int = 0
+    """Leases in active use."""
+    weights: AdapterWeights | None = None
+    placement: Placement | None = None
+    """Where it lies in the device pool, while a lease is in active use."""
+
+    @property
+    def oldest(self) -> int:
+        """Number of the oldest lease. Only for entries with leases."""
+        return next(iter(self.leases))
+
+
+class Lease:
+    """Made by `Registry.acquire`, ended by `Registry.release`. Only the registry changes it."""
+
+    __slots__ = ("adapter_id", "entry", "error", "is_active", "is_released", "number", "used_version")
+
+    def __init__(self, number: int, entry: Entry) -> None:
+        self.number = number
+        """Counts up: a lower number has waited longer."""
+        self.adapter_id = entry.name
+        self.entry: Entry | None = entry
+        """None once the lease has failed or ended."""
+        self.error: ManyloraError | None = None
+        """Why it failed."""
+        self.is_active = False
+        self.is_released = False
+        self.used_version = ""
+        """The version at its first activation; another one must not go on with what that began."""
+
+    @property
+    def state(self) -> str:
+        """`queued`, `loading`, `ready` or `failed`."""
+        if self.error is not None:
+            return "failed"
+        assert self.entry is not None, "the lease has ended"
+        return self.entry.stage.value
+
+    @property
+    def weights(self) -> AdapterWeights | None:
+        """The adapter in host memory; None unless ready."""
+        return self.entry.weights if self.entry is not None else None
+
+    @property
+    def version(self) -> str:
+        """Content hash of the adapter; empty unless ready."""
+        return self.weights.version if self.weights is not None else ""
+
+    @property
+    def scale(self) -> float:
+        """The adapter's own scaling. Only when ready."""
+        assert self.weights is not None, "the adapter is not loaded"
+        return self.weights.scale
+
+    @property
+    def num_pages(self) -> tuple[int, ...]:
+        """Pages by kind that the adapter takes in the device pool. Only when ready."""
+        assert self.weights is not None, "the adapter is not loaded"
+        return needed_pages(self.weights)
+
+    @property
+    def placement(self) -> Placement | None:
+        """Where the adapter lies in the device pool; None unless this lease is in active use."""
+        return self.entry.placement if self.entry is not None and self.is_active else None

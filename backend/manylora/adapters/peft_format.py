@@ -1,0 +1,286 @@
+"""Reads an adapter in PEFT's format (adapter_config.json, adapter_model.safetensors), whole or not at all.
+
+Shape key: L layers of a kind, P pages, S linears of a site, R rank, K inputs, N outputs.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import stat
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from manylora.adapters.binding import Bound, bind
+from manylora.adapters.lora_config import MAX_CONFIG_BYTES, LoraConfig, parse_config
+from manylora.adapters.reasons import Reasons
+from manylora.adapters.safetensors_file import (
+    PREFIX_BYTES,
+    TensorInfo,
+    header_length,
+    parse_header,
+    tensor_of,
+)
+from manylora.adapters.targets import Targets, find_targets
+from manylora.adapters.weights import PAGE_ROWS, AdapterWeights, KindWeights
+from manylora.errors import InvalidArgumentError, NotFoundError, UnavailableError
+from manylora.model.spec import ModelSpec
+
+CONFIG_NAME = "adapter_config.json"
+WEIGHTS_NAME = "adapter_model.safetensors"
+PICKLE_NAMES = ("adapter_model.bin", "adapter_model.pt", "adapter_model.pth", "pytorch_model.bin")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModuleBinding:
+    """One linear of the base model and what the adapter does to it."""
+
+    path: str
+    rank: int
+    scaling: float
+    dtype: str
+    """Of the tensors in the file."""
+    is_zero: bool
+    """A or B is all zeros: the adapter changes nothing here."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BindingReport:
+    """What was bound to what. Everything in the file is in `modules`, or the adapter was refused."""
+
+    version: str
+    base_model_name: str
+    """As the adapter's config has it."""
+    modules: tuple[ModuleBinding, ...]
+    num_pages: tuple[int, ...]
+    """By kind of site."""
+    num_bytes: int
+    unmatched: tuple[str, ...]
+    """Names in the config that match nothing in this base model. Without effect, in PEFT as here."""
+
+
+def read_adapter(
+    directory: Path,
+    spec: ModelSpec,
+    *,
+    max_lora_rank: int,
+    dtype: torch.dtype,
+    pin: bool,
+    root: Path | None = None,
+) -> tuple[AdapterWeights, BindingReport]:
+    """Read, validate and lay out one adapter. Each byte is read once; the version is of these bytes.
+
+    The weights' header is checked against config and base model before the weights are read, so an adapter
+    that does not fit costs neither their time nor their memory.
+
+    Args:
+        directory: holds the adapter's two files.
+        dtype: the device pool's.
+        pin: page-lock the result, for copies to a CUDA device.
+        root: the files, links followed, must lie inside. None: they may lie anywhere.
+
+    Raises:
+        NotFoundError: a file is missing.
+        UnsupportedError: the adapter is of a kind that is not served.
+        InvalidArgumentError: the adapter is broken or does not fit the base model.
+        UnavailableError: the files cannot be read, or changed while they were.
+    """
+    digest = hashlib.sha256()
+    reasons = Reasons()
+    with (
+        _open(directory, CONFIG_NAME, root) as config_file,
+        _open(directory, WEIGHTS_NAME, root) as weights_file,
+    ):
+        config = parse_config(_read_config(config_file, digest), reasons)
+        if config is None:
+            reasons.raise_if_any()
+            raise AssertionError("a config that cannot be used has no reason")
+        targets = find_targets(config, spec)
+        tensors, data_bytes = _read_header(weights_file, digest)
+        bounds = bind(tensors, targets, spec, max_lora_rank=max_lora_rank, reasons=reasons)
+        reasons.raise_if_any()
+        data = bytearray(data_bytes)
+        _read_into(weights_file, data, WEIGHTS_NAME)
+        digest.update(data)
+        _refuse_changed(directory, config_file, weights_file)
+    version = digest.hexdigest()[:32]
+    weights, modules = _lay_out(bounds, data, spec, version, dtype, pin)
+    return weights, _report(config, targets, weights, modules)
+
+
+def _open(directory: Path, name: str, root: Path | None) -> io.FileIO:
+    path = directory / name
+    try:
+        if root is not None and not path.resolve(strict=True).is_relative_to(root):
+            raise InvalidArgumentError(f"{name} is a link that leaves adapter_root")
+        # A pipe in the file's place must not hang the loader: opened without waiting, then refused.
+        file = io.FileIO(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC))
+    except FileNotFoundError as error:
+        raise _missing(directory, name) from error
+    except (OSError, RuntimeError) as error:
+        # RuntimeError: how older Pythons report a loop of links.
+        raise UnavailableError(f"{name} cannot be read: {getattr(error, 'strerror', error)}") from error
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise InvalidArgumentError(f"{name} is no regular file")
+    return file
+
+
+def _missing(directory: Path, name: str) -> NotFoundError | InvalidArgumentError:
+    if name == WEIGHTS_NAME:
+        pickles = [pickle for pickle in PICKLE_NAMES if (directory / pickle).exists()]
+        if pickles:
+            return InvalidArgumentError(
+                f"found {', '.join(pickles)} but no {WEIGHTS_NAME}: only safetensors is read, never pickle"
+            )
+    return NotFoundError(f"{name} is missing")
+
+
+def _read_config(file: io.FileIO, digest: hashlib._Hash) -> bytes:
+    num_bytes = os.fstat(file.fileno()).st_size
+    if num_bytes > MAX_CONFIG_BYTES:
+        raise InvalidArgumentError(
+            f"{CONFIG_NAME} has {num_bytes} bytes; at most {MAX_CONFIG_BYTES} are read"
+        )
+    data = bytearray(num_bytes)
+    _read_into(file, data, CONFIG_NAME)
+    digest.update(data)
+    return bytes(data)
+
+
+def _read_header(file: io.FileIO, digest: hashlib._Hash) -> tuple[dict[str, TensorInfo], int]:
+    """The tensors by name, and the bytes of data that follow."""
+    num_bytes = os.fstat(file.fileno()).st_size
+    prefix = bytearray(min(PREFIX_BYTES, num_bytes))
+    _read_into(file, prefix, WEIGHTS_NAME)
+    header = bytearray(header_length(bytes(prefix), num_bytes))
+    _read_into(file, header, WEIGHTS_NAME)
+    digest.update(prefix)
+    digest.update(header)
+    data_bytes = num_bytes - len(prefix) - len(header)
+    return parse_header(bytes(header), data_bytes), data_bytes
+
+
+def _read_into(file: io.FileIO, buffer: bytearray, name: str) -> None:
+    view = memoryview(buffer)
+    while view:
+        try:
+            count = file.readinto(view)
+        except OSError as error:
+            raise UnavailableError(f"{name} cannot be read: {error.strerror}") from error
+        if not count:
+            raise UnavailableError(f"{name} became shorter while it was read")
+        view = view[count:]
+
+
+def _refuse_changed(directory: Path, *files: io.FileIO) -> None:
+    """Two files that did not stand there together are no adapter."""
+    for name, file in zip((CONFIG_NAME, WEIGHTS_NAME), files, strict=True):
+        opened = os.fstat(file.fileno())
+        try:
+            now = (directory / name).stat()
+        except OSError as error:
+            raise UnavailableError(f"{name} was taken away while the adapter was read") from error
+        if (opened.st_dev, opened.st_ino, opened.st_mtime_ns, opened.st_size) != (
+            now.st_dev,
+            now.st_ino,
+            now.st_mtime_ns,
+            now.st_size,
+        ):
+            raise UnavailableError(f"{name} changed while the adapter was read")
+
+
+def _lay_out(
+    bounds: Sequence[Bound], data: bytearray, spec: ModelSpec, version: str, dtype: torch.dtype, pin: bool
+) -> tuple[AdapterWeights, list[ModuleBinding]]:
+    """Convert the tensors into the pool's layout and dtype."""
+    # A module with scaling 0 says nothing of the others' ratio to it.
+    scale = next((bound.target.scaling for bound in bounds if bound.target.scaling), 0.0)
+    reasons = Reasons()
+    if not scale:
+        reasons.invalid("nothing to apply: lora_alpha is 0 for every linear")
+    kinds: list[KindWeights | None] = []
+    modules: dict[str, ModuleBinding] = {}
+    for index, kind in enumerate(spec.kinds):
+        members = [bound for bound in bounds if bound.linear.kind == index]
+        if not members:
+            kinds.append(None)
+            continue
+        rank = max(bound.target.rank for bound in members)
+        num_pages = -(-rank // PAGE_ROWS)
+        pages = (kind.num_layers, num_pages)
+        a = torch.zeros(*pages, kind.num_slices, PAGE_ROWS, kind.in_features, dtype=dtype, pin_memory=pin)
+        b = torch.zeros(*pages, PAGE_ROWS, sum(kind.out_features), dtype=dtype, pin_memory=pin)
+        for bound in members:
+            column = sum(kind.out_features[: bound.linear.slice])
+            modules[bound.linear.path] = _fill(a, b, bound, column, data, scale, reasons)
+        kinds.append(KindWeights(rank=rank, a=a, b=b))
+    reasons.raise_if_any()
+    weights = AdapterWeights(
+        version=version,
+        scale=scale,
+        max_rank=max(kind.rank for kind in kinds if kind is not None),
+        kinds=tuple(kinds),
+    )
+    return weights, [modules[bound.linear.path] for bound in bounds]
+
+
+def _fill(
+    a: torch.Tensor,
+    b: torch.Tensor,
+    bound: Bound,
+    column: int,
+    data: bytearray,
+    scale: float,
+    reasons: Reasons,
+) -> ModuleBinding:
+    """Write one linear's A and B into its rows of the kind's `a` [L, P, S, 16, K] and `b` [L, P, 16, N]."""
+    row, rank = bound.linear.row, bound.target.rank
+    a_RK = tensor_of(bound.a, data)
+    b_NR = tensor_of(bound.b, data)
+    _check_finite(a_RK, bound.a, reasons)
+    _check_finite(b_NR, bound.b, reasons)
+    ratio = bound.target.scaling / scale if scale else 0.0
+    if ratio != 1.0:
+        b_NR = b_NR.to(torch.float64 if b_NR.dtype == torch.float64 else torch.float32) * ratio
+    for first in range(0, rank, PAGE_ROWS):
+        last = min(first + PAGE_ROWS, rank)
+        page, count = first // PAGE_ROWS, last - first
+        a[row, page, bound.linear.slice, :count] = a_RK[first:last]
+        b[row, page, :count, column : column + bound.linear.out_features] = b_NR[:, first:last].T
+    stored_a = a[row, :, bound.linear.slice]
+    stored_b = b[row, :, :, column : column + bound.linear.out_features]
+    _check_range(stored_a, a_RK, bound.a, reasons)
+    _check_range(stored_b, b_NR, bound.b, reasons)
+    is_zero = not bool(stored_a.any()) or not bool(stored_b.any())
+    return ModuleBinding(
+        path=bound.linear.path, rank=rank, scaling=bound.target.scaling, dtype=bound.b.dtype, is_zero=is_zero
+    )
+
+
+def _check_finite(tensor: torch.Tensor, info: TensorInfo, reasons: Reasons) -> None:
+    if not bool(torch.isfinite(tensor).all()):
+        reasons.invalid("tensors hold NaN or infinity", info.name)
+
+
+def _check_range(stored: torch.Tensor, source: torch.Tensor, info: TensorInfo, reasons: Reasons) -> None:
+    if not bool(torch.isfinite(stored).all()) and bool(torch.isfinite(source).all()):
+        name = str(stored.dtype).removeprefix("torch.")
+        reasons.invalid(f"values are too large for lora_dtype={name}, use bfloat16 or float32", info.name)
+
+
+def _report(
+    config: LoraConfig, targets: Targets, weights: AdapterWeights, modules: Sequence[ModuleBinding]
+) -> BindingReport:
+    return BindingReport(
+        version=weights.version,
+        base_model_name=config.base_model_name,
+        modules=tuple(modules),
+        num_pages=tuple(kind.num_pages if kind is not None else 0 for kind in weights.kinds),
+        num_bytes=weights.num_bytes,
+        unmatched=targets.unmatched,
+    )
