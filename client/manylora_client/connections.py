@@ -165,6 +165,9 @@ class Exchange:
         if self._response is None:
             self._socket.settimeout(self._deadline.remaining_s())
             self._response = self._connection.getresponse()
+            if self._response.length is None and not self._response.chunked:
+                # http.client takes a head that breaks off for a whole one; Triton always says how long.
+                raise ConnectionFailed(f"the answer of {self._address} broke off in its head")
         return self._response
 
     @contextlib.contextmanager

@@ -1,0 +1,314 @@
+"""gRPC against a server that speaks Triton's service and says what a test tells it to."""
+
+from __future__ import annotations
+
+import struct
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import grpc
+import pytest
+from manylora_client import (
+    Cancelled,
+    Client,
+    Completion,
+    ConnectionFailed,
+    Internal,
+    InvalidArgument,
+    ManyloraClientError,
+    NotFound,
+    Timeout,
+    Unavailable,
+)
+from tritonclient.grpc import service_pb2, service_pb2_grpc
+
+ANSWER = Completion(
+    text="é!",
+    token_ids=[5, 6],
+    finish_reason="stop",
+    num_input_tokens=3,
+    num_output_tokens=2,
+    adapter_version="v1",
+)
+
+
+def response(
+    text: str = "é!",
+    ids: tuple[int, ...] = (5, 6),
+    finish: str = "stop",
+    final: bool | None = None,
+    leave_out: str = "",
+) -> Any:
+    message = service_pb2.ModelInferResponse(model_name="llm", model_version="1")
+    if final is not None:
+        message.parameters["triton_final_response"].bool_param = final
+    strings = {"text_output": text, "finish_reason": finish, "logprobs": "", "adapter_version": "v1"}
+    integers = {"output_ids": ids, "num_input_tokens": (3,), "num_output_tokens": (2,)}
+    for name, value in strings.items():
+        if name != leave_out:
+            data = value.encode()
+            message.outputs.add(name=name, datatype="BYTES", shape=[1, 1])
+            message.raw_output_contents.append(struct.pack("<I", len(data)) + data)
+    for name, numbers in integers.items():
+        if name != leave_out:
+            message.outputs.add(name=name, datatype="INT32", shape=[1, len(numbers)])
+            message.raw_output_contents.append(struct.pack(f"<{len(numbers)}i", *numbers))
+    return message
+
+
+def only_flag() -> Any:
+    message = service_pb2.ModelInferResponse(model_name="llm", model_version="1")
+    message.parameters["triton_final_response"].bool_param = True
+    return message
+
+
+def reply(message: Any) -> Any:
+    return service_pb2.ModelStreamInferResponse(infer_response=message)
+
+
+def failure(text: str) -> Any:
+    return service_pb2.ModelStreamInferResponse(error_message=text)
+
+
+class ScriptedTriton(service_pb2_grpc.GRPCInferenceServiceServicer):
+    """Gives each call the replies of the script; a pair of status and text among them ends the call with it."""
+
+    def __init__(self, script: list[Any]) -> None:
+        self.script = script
+        self.requests: list[Any] = []
+        self.metadata: dict[str, str] = {}
+        self.ready = {"llm", "llm_stream"}
+        self.cancelled = threading.Event()
+        self.release = threading.Event()
+
+    def ServerReady(self, request: Any, context: Any) -> Any:
+        return service_pb2.ServerReadyResponse(ready=True)
+
+    def ModelReady(self, request: Any, context: Any) -> Any:
+        return service_pb2.ModelReadyResponse(ready=request.name in self.ready)
+
+    def ModelInfer(self, request: Any, context: Any) -> Any:
+        self.requests.append(request)
+        self.metadata = dict(context.invocation_metadata())
+        return self._say(self.script[0], context)
+
+    def ModelStreamInfer(self, request_iterator: Any, context: Any) -> Iterator[Any]:
+        context.add_callback(self.cancelled.set)
+        self.requests.extend(request_iterator)
+        for item in self.script:
+            yield self._say(item, context)
+
+    def _say(self, item: Any, context: Any) -> Any:
+        if isinstance(item, tuple):
+            context.abort(*item)
+        if item is HOLD:
+            self.release.wait(30)
+            context.abort(grpc.StatusCode.INTERNAL, "released")
+        return item
+
+
+HOLD = object()
+"""In a script: wait until the test ends."""
+
+
+@pytest.fixture
+def serve() -> Iterator[Callable[..., tuple[ScriptedTriton, str]]]:
+    started: list[tuple[Any, ScriptedTriton]] = []
+
+    def start(*script: Any) -> tuple[ScriptedTriton, str]:
+        triton = ScriptedTriton(list(script))
+        server = grpc.server(ThreadPoolExecutor(4))
+        service_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(triton, server)
+        port = server.add_insecure_port("127.0.0.1:0")
+        server.start()
+        started.append((server, triton))
+        return triton, f"grpc://127.0.0.1:{port}"
+
+    yield start
+    for server, triton in started:
+        triton.release.set()
+        server.stop(None).wait()
+
+
+def test_a_whole_answer(serve):
+    triton, url = serve(response())
+    with Client(url, headers={"Authorization": "Bearer x"}) as client:
+        assert client.generate("hé", adapter_id="a", top_k=3, top_p=0.5, echo=True, stop=["."]) == ANSWER
+        assert client.generate(input_ids=[7, 8]) == ANSWER
+    text, ids = triton.requests
+    assert (text.model_name, text.inputs[0].name, list(text.inputs[0].shape)) == ("llm", "text_input", [1, 1])
+    assert text.raw_input_contents[0] == b"\x03\x00\x00\x00" + "hé".encode()
+    assert text.parameters["adapter_id"].string_param == "a"
+    assert text.parameters["top_k"].int64_param == 3
+    assert text.parameters["top_p"].double_param == 0.5
+    assert text.parameters["echo"].bool_param is True
+    assert text.parameters["stop"].string_param == '["."]'
+    assert len(text.parameters) == 5
+    assert (ids.inputs[0].name, list(ids.inputs[0].shape)) == ("input_ids", [1, 2])
+    assert ids.raw_input_contents[0] == struct.pack("<2i", 7, 8)
+    assert triton.metadata["authorization"] == "Bearer x"
+
+
+@pytest.mark.parametrize(
+    "ending",
+    [[response("!", (6,), final=True)], [response("!", (6,), final=False), only_flag()]],
+    ids=["flag on the last data", "flag alone"],
+)
+def test_a_stream(serve, ending: list[Any]):
+    triton, url = serve(reply(response("é", (5,), "", final=False)), *map(reply, ending))
+    with Client(url) as client:
+        assert client.stream("x").collect() == ANSWER
+    assert triton.requests[0].model_name == "llm_stream"
+    assert triton.requests[0].parameters["triton_enable_empty_final_response"].bool_param is True
+
+
+def test_a_chunk_may_hold_no_ids(serve):
+    first, last = response("é", (5, 6), "", final=False), response("!", (), final=True)
+    _, url = serve(reply(first), reply(last))
+    with Client(url) as client:
+        assert [chunk.token_ids for chunk in client.stream("x")] == [[5, 6], []]
+
+
+@pytest.mark.parametrize(
+    ("script", "expected"),
+    [
+        ([reply(response(finish="", final=False))], ConnectionFailed),
+        ([reply(response(final=False))], ConnectionFailed),
+        ([reply(response(finish="", final=True))], ConnectionFailed),
+        ([], ConnectionFailed),
+        ([reply(response(final=False)), reply(response(final=True))], Internal),
+        ([reply(response(leave_out="output_ids", final=True))], Internal),
+        ([failure("[NOT_FOUND] adapter 'x'")], NotFound),
+        ([reply(response(finish="", final=False)), failure("[UNAVAILABLE] the engine died")], Unavailable),
+        ([failure("Stub process 'llm_stream_0_0' is not healthy.")], Unavailable),
+        ([failure("strange")], Internal),
+        ([(grpc.StatusCode.UNAVAILABLE, "Socket closed")], ConnectionFailed),
+        ([(grpc.StatusCode.CANCELLED, "by a proxy")], Cancelled),
+    ],
+    ids=[
+        "no final reply",
+        "no final flag",
+        "no finish reason",
+        "no reply",
+        "reply after the last",
+        "missing output",
+        "error",
+        "error after a reply",
+        "dead front end",
+        "error without code",
+        "broken",
+        "cancelled elsewhere",
+    ],
+)
+def test_bad_streams(serve, script: list[Any], expected: type[ManyloraClientError]):
+    _, url = serve(*script)
+    with Client(url, timeout=20) as client:
+        stream = client.stream("x")
+        with pytest.raises(ManyloraClientError) as caught:
+            stream.collect()
+        assert type(caught.value) is expected
+        assert list(stream) == []
+
+
+@pytest.mark.parametrize(
+    ("item", "expected"),
+    [
+        ((grpc.StatusCode.NOT_FOUND, "[NOT_FOUND] adapter 'x'"), NotFound),
+        ((grpc.StatusCode.INTERNAL, "[UNAVAILABLE] queue full"), Unavailable),
+        ((grpc.StatusCode.INVALID_ARGUMENT, "unexpected shape"), InvalidArgument),
+        (response(leave_out="finish_reason"), Internal),
+        (only_flag(), Internal),
+    ],
+    ids=["code", "the prefix wins", "no prefix", "missing output", "no outputs"],
+)
+def test_bad_answers(serve, item: Any, expected: type[ManyloraClientError]):
+    _, url = serve(item)
+    with Client(url, timeout=20) as client, pytest.raises(ManyloraClientError) as caught:
+        client.generate("x")
+    assert type(caught.value) is expected
+
+
+def test_bytes_that_are_no_tensor(serve):
+    message = response(final=True)
+    message.raw_output_contents[0] = b"\xff\xff\xff\xff"
+    _, url = serve(reply(message))
+    with Client(url, timeout=20) as client, pytest.raises(Internal, match="cannot be read"):
+        client.stream("x").collect()
+
+
+def test_a_silent_server_is_a_timeout(serve):
+    _, url = serve(HOLD)
+    with Client(url, timeout=0.3) as client:
+        with pytest.raises(Timeout):
+            client.generate("x")
+        with pytest.raises(Timeout):
+            client.stream("x").collect()
+
+
+@pytest.mark.parametrize("how", ["close", "with", "drop", "client"])
+def test_leaving_a_stream_early_cancels_it(serve, how: str):
+    triton, url = serve(reply(response(finish="", final=False)), HOLD)
+    with Client(url, timeout=30) as client:
+        stream = client.stream("x")
+        next(stream)
+        if how == "close":
+            stream.close()
+            assert list(stream) == []
+        elif how == "with":
+            with stream:
+                pass
+        elif how == "drop":
+            del stream
+        else:
+            client.close()
+        assert triton.cancelled.wait(30)
+
+
+def test_another_thread_can_close_a_stream_that_waits(serve):
+    _, url = serve(reply(response("é", finish="", final=False)), HOLD)
+    received: list[str] = []
+    first = threading.Event()
+    with Client(url, timeout=30) as client:
+        stream = client.stream("x")
+
+        def read() -> None:
+            for chunk in stream:
+                received.append(chunk.text)
+                first.set()
+
+        reader = threading.Thread(target=read)
+        reader.start()
+        assert first.wait(30)
+        stream.close()
+        reader.join(30)
+        assert not reader.is_alive()
+    assert received == ["é"]
+
+
+def test_a_closed_stream_cannot_be_collected(serve):
+    _, url = serve(reply(response(finish="", final=False)), HOLD)
+    with Client(url, timeout=30) as client, client.stream("x") as stream:
+        next(stream)
+        stream.close()
+        with pytest.raises(Cancelled):
+            stream.collect()
+
+
+def test_readiness_asks_both_models(serve):
+    triton, url = serve()
+    with Client(url) as client:
+        assert client.is_ready()
+        triton.ready = {"llm"}
+        assert not client.is_ready()
+    assert not client.is_ready()
+
+
+def test_no_server_is_a_failed_connection(serve):
+    with Client("grpc://127.0.0.1:1") as client:
+        assert not client.is_ready()
+        with pytest.raises(ConnectionFailed):
+            client.generate("x")
+        with pytest.raises(ConnectionFailed):
+            client.stream("x").collect()
