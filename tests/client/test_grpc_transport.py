@@ -73,7 +73,7 @@ def failure(text: str) -> Any:
 
 
 class ScriptedTriton(service_pb2_grpc.GRPCInferenceServiceServicer):
-    """Gives each call the replies of the script; a pair of status and text among them ends the call with it."""
+    """Gives each call the replies of the script; a pair of status and text ends the call so."""
 
     def __init__(self, script: list[Any]) -> None:
         self.script = script
