@@ -1,0 +1,169 @@
+"""`manylora serve`: from the command line to a server that runs, and back to nothing."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from dataclasses import fields
+
+from manylora.config import EngineConfig, resolve_directory
+from manylora.errors import InvalidArgumentError
+from manylora.serve import processes, repository
+from manylora.serve.installation import environment, find_installation
+from manylora.serve.ports import Ports, resolve
+from manylora.serve.supervisor import Supervisor
+from manylora.serve.triton_server import TritonServer
+from manylora.serve.workspace import Workspace, workspace
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options of `manylora serve`."""
+    add = parser.add_argument
+    add("--base-model", default="", metavar="DIR", help="base model in Hugging Face format")
+    add(
+        "--adapter-root",
+        default="",
+        metavar="DIR",
+        help="holds one directory per adapter, as PEFT saves them",
+    )
+    add("--set", action="append", default=[], metavar="KEY=VALUE", help="a setting of the engine; see below")
+    add("--host", default="127.0.0.1", metavar="ADDRESS", help="where to listen (default: %(default)s)")
+    for name, number in (("http", 8000), ("grpc", 8001), ("metrics", 8002)):
+        add(
+            f"--{name}-port",
+            type=_port,
+            default=number,
+            metavar="N",
+            help="0: a free one (default: %(default)s)",
+        )
+    add("--run-dir", metavar="DIR", help="for sockets and the log (default: a temporary one)")
+    add(
+        "--ready-timeout",
+        type=_seconds,
+        default=600,
+        metavar="S",
+        help="to load the models (default: %(default)s)",
+    )
+    add(
+        "--exit-timeout",
+        type=_seconds,
+        default=30,
+        metavar="S",
+        help="for what is in flight (default: %(default)s)",
+    )
+
+
+def main(arguments: argparse.Namespace) -> int:
+    """Serve until a signal comes.
+
+    Returns: the exit status: 0 after a stop that was asked for, 128 + signal where it came before `ready`.
+
+    Raises:
+        ManyloraError: what was asked for cannot be served, or the server failed.
+    """
+    settings = read_settings(arguments)
+    ports = resolve(
+        Ports(
+            host=arguments.host,
+            http=arguments.http_port,
+            grpc=arguments.grpc_port,
+            metrics=arguments.metrics_port,
+        )
+    )
+    installation = find_installation()
+    with workspace(arguments.run_dir) as space:
+        env = environment(installation, space.libraries)
+        repository.render(space.models, settings, space.path)
+        # From here on no descendant of this process can outlive it.
+        processes.adopt_orphans()
+        supervisor = Supervisor(
+            lambda: TritonServer(
+                installation,
+                env=env,
+                repository=space.models,
+                ports=ports,
+                log_path=space.log,
+                exit_timeout_s=arguments.exit_timeout,
+            ),
+            address=ports.address(ports.http),
+            ready_timeout_s=arguments.ready_timeout,
+            on_ready=lambda: _announce(ports, space),
+            say=_say,
+        )
+        _say(f"starting {installation.binary}; its log is {space.log}")
+        supervisor.run()
+    _say("stopped")
+    return 0 if supervisor.was_ready else 128 + supervisor.signal
+
+
+def read_settings(arguments: argparse.Namespace) -> dict[str, str]:
+    """The engine's configuration as text, checked as the engine will check it, without what has its default.
+
+    Raises:
+        ManyloraError: an unknown key, a value that is not allowed, or a directory that does not exist.
+    """
+    given = {"base_model": arguments.base_model, "adapter_root": arguments.adapter_root}
+    for text in arguments.set:
+        key, equals, value = text.partition("=")
+        if not equals:
+            raise InvalidArgumentError(f"--set {text!r}: expected KEY=VALUE")
+        if given.get(key):
+            raise InvalidArgumentError(f"--set {text!r}: {key} is given already, as {given[key]!r}")
+        given[key] = value
+    known = {field.name for field in fields(EngineConfig)}
+    settings = {key: value for key, value in given.items() if value or key not in known}
+    # Named here too, since the configuration itself only knows that it is missing.
+    if "base_model" not in settings:
+        raise InvalidArgumentError("no base model: give --base-model DIR")
+    config = EngineConfig.from_strings(settings)
+    settings["base_model"] = str(resolve_directory(config.base_model, "base_model"))
+    if config.adapter_root:
+        settings["adapter_root"] = str(resolve_directory(config.adapter_root, "adapter_root"))
+    return settings
+
+
+def settings_help() -> str:
+    """The keys of `--set` with their defaults, for `--help`."""
+    lines = [
+        f"  {field.name}={','.join(field.default) if isinstance(field.default, tuple) else field.default}"
+        for field in fields(EngineConfig)
+        if field.name not in ("base_model", "adapter_root")
+    ]
+    return "settings and their defaults:\n" + "\n".join(lines)
+
+
+def _announce(ports: Ports, space: Workspace) -> None:
+    facts: dict[str, str | int] = {
+        "http": ports.address(ports.http),
+        "grpc": ports.address(ports.grpc),
+        "metrics": ports.address(ports.metrics),
+        "run_dir": str(space.path),
+        "pid": os.getpid(),
+    }
+    space.write_record(facts)
+    # For programs this one line, for people the rest.
+    print("ready", json.dumps(facts))
+    print(f"  HTTP     http://{facts['http']}/v2/models/llm/generate")
+    print(f"  gRPC     {facts['grpc']}")
+    print(f"  metrics  http://{facts['metrics']}/metrics")
+    print(f"  status   manylora status --run-dir {space.path}", flush=True)
+
+
+def _say(text: str) -> None:
+    print(f"manylora serve: {text}", file=sys.stderr, flush=True)
+
+
+def _port(text: str) -> int:
+    number = int(text)
+    if not 0 <= number <= 65535:
+        raise argparse.ArgumentTypeError(f"{number} is no port: 0 to 65535")
+    return number
+
+
+def _seconds(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{number} s: must be at least 1")
+    return number

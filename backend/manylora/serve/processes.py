@@ -1,0 +1,78 @@
+"""The process tree below this one: who is in it, and how it ends whatever happened to its middle."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import signal
+import time
+from pathlib import Path
+
+_PR_SET_PDEATHSIG = 1
+_PR_SET_CHILD_SUBREAPER = 36
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+def adopt_orphans() -> None:
+    """Make every descendant whose parent dies a child of this process, so that none gets away."""
+    if _libc.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0):
+        raise OSError(ctypes.get_errno(), "prctl(PR_SET_CHILD_SUBREAPER)")
+
+
+def end_with_parent() -> None:
+    """Between fork and exec: be sent SIGTERM when the parent's thread that forked ends, however it ends."""
+    _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
+
+
+def children(pid: int) -> list[int]:
+    """The living processes whose parent is `pid`; a zombie is not living."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            # A process may end while it is looked at.
+            with contextlib.suppress(OSError):
+                # The name in parentheses may hold blanks and parentheses itself.
+                state, parent = (entry / "stat").read_text().rpartition(")")[2].split()[:2]
+                if int(parent) == pid and state not in "ZX":
+                    found.append(int(entry.name))
+    return found
+
+
+def command(pid: int) -> list[str]:
+    """The command line of a process, empty when it has ended."""
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_text().rstrip("\0").split("\0")
+    except OSError:
+        return []
+
+
+def is_alive(pid: int) -> bool:
+    """Say whether the process runs, which a zombie does not."""
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return False
+    return state not in "ZX"
+
+
+def end_children(grace_s: float) -> None:
+    """Wait for all children to end, then kill those that have not; grandchildren become children in between.
+
+    Only for a process that has adopted orphans and owns all its children.
+    """
+    deadline = time.monotonic() + grace_s
+    while alive := children(os.getpid()):
+        if time.monotonic() > deadline:
+            for pid in alive:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+        _reap()
+        time.sleep(0.02)
+    _reap()
+
+
+def _reap() -> None:
+    with contextlib.suppress(ChildProcessError):
+        while os.waitpid(-1, os.WNOHANG)[0]:
+            pass

@@ -1,0 +1,191 @@
+"""Keeps a tritonserver running: starts it, waits until both models answer, restarts it when one has died."""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Callable
+from types import FrameType
+
+from manylora.errors import UnavailableError
+from manylora.serve.probe import Answer, Probe, is_ready
+from manylora.serve.repository import MODELS
+from manylora.serve.triton_server import TritonServer
+
+LOOK_INTERVAL_S = 0.25
+"""Between two looks at the processes and the signals."""
+PROBE_INTERVAL_S = 10.0
+"""Between two requests to each model."""
+SLOW_ANSWER_S = 120.0
+"""A request that waits so long is worth a word. It may be behind many others: no reason to restart."""
+MAX_BAD_ANSWERS = 2
+"""In a row, by which a model is given up as dead."""
+MAX_FAILURES = 6
+"""In a row, after which a server that had been ready is given up."""
+STEADY_S = 60.0
+"""A server that was up so long has not failed at its start."""
+MAX_PAUSE_S = 30.0
+
+
+class _StopAsked(Exception):
+    """Raised by the supervisor itself where it may stop, never by the signal's handler."""
+
+
+class Supervisor:
+    """Owns the one tritonserver of this process."""
+
+    def __init__(
+        self,
+        start: Callable[[], TritonServer],
+        *,
+        address: str,
+        ready_timeout_s: float,
+        on_ready: Callable[[], None],
+        say: Callable[[str], None],
+    ) -> None:
+        self._start = start
+        self._address = address
+        self._ready_timeout_s = ready_timeout_s
+        self._on_ready = on_ready
+        self._say = say
+        self._server: TritonServer | None = None
+        self.was_ready = False
+        self._signals: list[int] = []
+        self._probes: dict[str, tuple[Probe, float]] = {}
+        self._bad_answers: dict[str, int] = {}
+        self._next_probe_s = 0.0
+
+    @property
+    def signal(self) -> int:
+        """The first signal that asked to stop; 0 while there is none."""
+        return self._signals[0] if self._signals else 0
+
+    def run(self) -> None:
+        """Serve until SIGINT, SIGTERM or SIGHUP. Nothing of the server is left when this returns or raises.
+
+        Raises:
+            UnavailableError: the server did not start, or died and could not be started again.
+        """
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, self._note_signal)
+        try:
+            self._server = self._start()
+            self._await_answers(self._server)
+            self.was_ready = True
+            self._on_ready()
+            failures = 0
+            while True:
+                since = time.monotonic()
+                problem = self._watch(self._server)
+                failures = 1 if time.monotonic() - since > STEADY_S else failures + 1
+                failures = self._restart(problem, failures)
+        except _StopAsked:
+            pass
+        finally:
+            self._close_probes()
+            if self._server:
+                self._server.stop(lambda: len(self._signals) > 1)
+
+    def _note_signal(self, number: int, frame: FrameType | None) -> None:
+        self._signals.append(number)
+
+    def _pause(self, seconds: float) -> None:
+        """Sleep, but no longer than until a signal comes."""
+        end = time.monotonic() + seconds
+        while not self._signals and (left := end - time.monotonic()) > 0:
+            time.sleep(min(left, LOOK_INTERVAL_S))
+        if self._signals:
+            raise _StopAsked
+
+    def _await_answers(self, server: TritonServer) -> None:
+        """Wait until Triton calls both models ready and both have answered a real request."""
+        deadline = time.monotonic() + self._ready_timeout_s
+        waiting = list(MODELS)
+        while waiting:
+            if not server.is_running:
+                raise UnavailableError(f"tritonserver did not start\n{server.log_tail()}")
+            if time.monotonic() > deadline:
+                raise UnavailableError(
+                    f"{' and '.join(waiting)} not ready in {self._ready_timeout_s:.0f} s\n{server.log_tail()}"
+                )
+            self._pause(LOOK_INTERVAL_S)
+            waiting = [model for model in waiting if not is_ready(self._address, model)]
+        for model in MODELS:
+            self._await_answer(server, model, deadline)
+        server.remember_stubs()
+
+    def _await_answer(self, server: TritonServer, model: str, deadline: float) -> None:
+        probe = Probe(self._address, model)
+        try:
+            while (answer := probe.poll(LOOK_INTERVAL_S)) is None and time.monotonic() < deadline:
+                self._pause(0)
+        finally:
+            probe.close()
+        if answer is not Answer.RIGHT:
+            raise UnavailableError(
+                f"{model} is ready but gives no answer: {probe.text or 'none in time'}\n{server.log_tail()}"
+            )
+
+    def _watch(self, server: TritonServer) -> str:
+        """Look at the server until something is wrong with it.
+
+        Returns: what is wrong.
+        """
+        self._close_probes()
+        self._next_probe_s = time.monotonic() + PROBE_INTERVAL_S
+        while True:
+            problem = server.problem() or self._check_probes()
+            if problem:
+                return problem
+            self._pause(LOOK_INTERVAL_S)
+
+    def _check_probes(self) -> str:
+        now = time.monotonic()
+        for model, (probe, sent) in list(self._probes.items()):
+            answer = probe.poll(0)
+            if answer is None:
+                if now - sent > SLOW_ANSWER_S:
+                    self._say(f"{model} has not answered for {SLOW_ANSWER_S:.0f} s: busy, or hung")
+                    self._probes[model] = (probe, now)
+                continue
+            probe.close()
+            del self._probes[model]
+            self._bad_answers[model] = self._bad_answers.get(model, 0) + 1 if answer is Answer.FOREIGN else 0
+            if self._bad_answers[model] >= MAX_BAD_ANSWERS:
+                return f"{model} does not answer: {probe.text}"
+        if now >= self._next_probe_s:
+            self._next_probe_s = now + PROBE_INTERVAL_S
+            for model in MODELS:
+                if model not in self._probes:
+                    self._probes[model] = (Probe(self._address, model), now)
+        return ""
+
+    def _close_probes(self) -> None:
+        for probe, _ in self._probes.values():
+            probe.close()
+        self._probes.clear()
+        self._bad_answers.clear()
+
+    def _restart(self, problem: str, failures: int) -> int:
+        """Put a new server, which answers, in the place of one that is no good.
+
+        Returns: the failures in a row so far.
+
+        Raises:
+            UnavailableError: no server came up in several attempts.
+        """
+        while failures < MAX_FAILURES:
+            pause_s = min(2.0 ** (failures - 1), MAX_PAUSE_S) if failures > 1 else 0.0
+            self._say(f"{problem}; starting tritonserver again" + (f" in {pause_s:.0f} s" if pause_s else ""))
+            if self._server:
+                self._server.kill()
+            self._pause(pause_s)
+            self._server = self._start()
+            try:
+                self._await_answers(self._server)
+            except UnavailableError as error:
+                problem, failures = str(error), failures + 1
+                continue
+            self._say("ready again")
+            return failures
+        raise UnavailableError(f"given up after {failures} failures in a row; the last: {problem}")

@@ -1,0 +1,134 @@
+"""One tritonserver process with its stubs, from its start until nothing of it is left."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import secrets
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from manylora.serve import processes
+from manylora.serve.installation import Installation
+from manylora.serve.ports import Ports
+
+SHARED_MEMORY = Path("/dev/shm")
+UNLOAD_GRACE_S = 30.0
+"""What tritonserver gets beyond its exit timeout, to unload the models, which end the engine."""
+CHILDREN_GRACE_S = 5.0
+"""What stubs and engine get to end by themselves once tritonserver is gone."""
+
+MAX_LINE = 400
+"""Characters of a log line that are shown."""
+
+_CHATTER = re.compile(r"[|+]|I\d{4} |\s*<frozen ")
+"""Tables, lines of the level INFO, frames of the import system."""
+_OWN_ERROR = re.compile(r"\[(?:INVALID_ARG|NOT_FOUND|UNSUPPORTED|UNAVAILABLE|INTERNAL)\] .+")
+
+
+class TritonServer:
+    """A running tritonserver. Only one at a time, since stopping it ends every child of this process."""
+
+    def __init__(
+        self,
+        installation: Installation,
+        *,
+        env: Mapping[str, str],
+        repository: Path,
+        ports: Ports,
+        log_path: Path,
+        exit_timeout_s: int,
+    ) -> None:
+        self._log_path = log_path
+        self._log_start = log_path.stat().st_size if log_path.exists() else 0
+        self._exit_timeout_s = exit_timeout_s
+        self._shm_prefix = f"manylora_{secrets.token_hex(6)}_"
+        command = [
+            str(installation.binary),
+            f"--model-repository={repository}",
+            f"--backend-directory={installation.backends}",
+            "--model-control-mode=none",
+            f"--http-address={ports.host}",
+            f"--grpc-address={ports.host}",
+            f"--metrics-address={ports.host}",
+            f"--http-port={ports.http}",
+            f"--grpc-port={ports.grpc}",
+            f"--metrics-port={ports.metrics}",
+            f"--exit-timeout-secs={exit_timeout_s}",
+            f"--backend-config=python,shm-region-prefix-name={self._shm_prefix}",
+        ]
+        with log_path.open("ab") as log:
+            self._process = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=dict(env),
+                cwd=installation.working_directory,
+                # Ctrl-C goes to the terminal's whole foreground group; only we stop tritonserver.
+                start_new_session=True,
+                # Safe here, since this process has one thread; nothing else stops it when we are killed.
+                preexec_fn=processes.end_with_parent,
+            )
+        self._stubs: list[int] = []
+
+    @property
+    def is_running(self) -> bool:
+        return self._process.poll() is None
+
+    def remember_stubs(self) -> None:
+        """Take note of the processes that run the models, once all are loaded."""
+        self._stubs = [
+            pid
+            for pid in processes.children(self._process.pid)
+            if any("python_backend_stub" in word for word in processes.command(pid)[:1])
+        ]
+
+    def problem(self) -> str:
+        """What has died since all was well, if anything. tritonserver itself notices no dead stub."""
+        code = self._process.poll()
+        if code is not None:
+            return f"tritonserver has ended with {_describe(code)}"
+        dead = [pid for pid in self._stubs if not processes.is_alive(pid)]
+        return f"a model's process has died (pid {', '.join(map(str, dead))})" if dead else ""
+
+    def stop(self, is_urgent: Callable[[], bool]) -> None:
+        """Stop in order: tritonserver finishes what is in flight, until its exit timeout; the rest is killed.
+
+        Args:
+            is_urgent: asked all the time; true means to kill at once.
+        """
+        # With a dead stub, tritonserver would only wait for its exit timeout.
+        if not self.problem():
+            self._process.send_signal(signal.SIGTERM)
+            # After that time, tritonserver unloads the models, which may take a while too.
+            deadline = time.monotonic() + self._exit_timeout_s + UNLOAD_GRACE_S
+            while self.is_running and time.monotonic() < deadline and not is_urgent():
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    self._process.wait(0.2)
+        self.kill()
+
+    def kill(self) -> None:
+        """Stop at once. What is in flight is lost. Removes what tritonserver leaves behind."""
+        if self.is_running:
+            self._process.kill()
+            self._process.wait()
+        processes.end_children(CHILDREN_GRACE_S)
+        for region in SHARED_MEMORY.glob(f"{self._shm_prefix}*"):
+            region.unlink(missing_ok=True)
+
+    def log_tail(self, max_lines: int = 25) -> str:
+        """The end of this server's log; its errors in our own words come first, where there are any."""
+        with self._log_path.open("rb") as log:
+            log.seek(self._log_start)
+            text = log.read().decode(errors="replace")
+        own = list(dict.fromkeys(_OWN_ERROR.findall(text)))
+        lines = [line[:MAX_LINE] for line in text.splitlines() if line.strip() and not _CHATTER.match(line)]
+        return "\n".join([*own[:3], *lines[-max_lines:]])
+
+
+def _describe(code: int) -> str:
+    return f"exit status {code}" if code >= 0 else f"signal {signal.Signals(-code).name}"
