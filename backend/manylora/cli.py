@@ -44,7 +44,7 @@ def _parser() -> argparse.ArgumentParser:
     serving = commands.add_parser(
         "serve",
         help="run tritonserver on the two front ends",
-        description="Run tritonserver on the two front ends until a signal comes. Prints `ready` when both are.",
+        description="Run tritonserver on the two front ends until a signal comes. Prints a line `ready`.",
         epilog=f"{SERVE_EXAMPLES}\n{serve.settings_help()}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
