@@ -1,0 +1,144 @@
+"""The engine process: `python -m manylora.engine.process`, started by `manylora.launch`.
+
+It reads one JSON line from standard input, `{"socket": path, "config": {...}}`, and answers with one on
+standard output: `{"ready": true}` or `{"error": {"code": ..., "message": ...}}`. It ends when its standard
+input does, so it never outlives its owner, however that one ended.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import signal
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+from manylora import run_dir
+from manylora.config import EngineConfig
+from manylora.errors import InternalError, InvalidArgumentError, ManyloraError
+
+log = logging.getLogger("manylora.engine.process")
+
+CLOSE_S = 20.0
+"""An engine that has not closed after so long is ended by force."""
+
+
+class _Owner:
+    """The process that started this one, as standard input and output show it."""
+
+    def __init__(self) -> None:
+        """Take its order.
+
+        Raises:
+            InvalidArgumentError: standard input has no order.
+        """
+        self.has_gone = threading.Event()
+        self._is_waiting = True
+        # What libraries print must not reach the owner's pipe.
+        self._reply_fd = os.dup(1)
+        os.dup2(2, 1)
+        # Ctrl-C in the server's terminal is for the server.
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        # A thread of its own waits for SIGTERM, so that it works during a long load, too. An ignored
+        # signal, as a parent may hand down, would never arrive.
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        self.order = _read_order()
+        for watch in (self._watch_input, self._watch_signal):
+            threading.Thread(target=watch, name="manylora-owner", daemon=True).start()
+
+    def reply(self, answer: dict[str, Any]) -> None:
+        """Answer the order. Until then the owner's end ends this process on the spot."""
+        self._is_waiting = False
+        with contextlib.suppress(BrokenPipeError), os.fdopen(self._reply_fd, "w") as out:
+            out.write(json.dumps(answer) + "\n")
+
+    def _watch_input(self) -> None:
+        while os.read(0, 4096):
+            pass
+        self._leave("its owner has gone")
+
+    def _watch_signal(self) -> None:
+        signal.sigwait({signal.SIGTERM})
+        self._leave("SIGTERM")
+
+    def _leave(self, why: str) -> None:
+        if self._is_waiting:
+            # Nothing is served yet, and loading cannot be interrupted otherwise.
+            os._exit(1)
+        log.info("the engine ends: %s", why)
+        watchdog = threading.Timer(CLOSE_S, os._exit, args=(1,))
+        watchdog.daemon = True
+        watchdog.start()
+        self.has_gone.set()
+
+
+def serve(owner: _Owner) -> None:
+    """Load the engine, serve it until the owner has gone, close it.
+
+    Raises:
+        ManyloraError: the engine cannot start; nothing has been replied.
+    """
+    # Here, since they import torch: the owner's end is watched by now.
+    from manylora.engine.engine import Engine
+    from manylora.engine.server import EngineServer
+
+    socket_path = Path(owner.order["socket"])
+    lock = run_dir.lock(socket_path)
+    engine = Engine(EngineConfig.from_json(json.dumps(owner.order["config"])))
+    server = None
+    try:
+        server = EngineServer(engine, socket_path)
+        owner.reply({"ready": True})
+        owner.has_gone.wait()
+    finally:
+        engine.close()
+        if server:
+            server.close()
+        os.close(lock)
+
+
+def main() -> int:
+    """Run the process.
+
+    Returns: the exit status: 0 after an orderly end, 1 after a failed start, 2 without a readable order.
+    """
+    logging.basicConfig(
+        level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
+    )
+    try:
+        owner = _Owner()
+    except (InvalidArgumentError, ValueError) as error:
+        print(f"manylora.engine.process: {error}", file=sys.stderr)
+        return 2
+    try:
+        serve(owner)
+    except ManyloraError as error:
+        owner.reply({"error": {"code": error.code, "message": error.message}})
+        return 1
+    except Exception:
+        log.exception("the engine could not start")
+        failure = InternalError("the engine could not start; the server's log has the reason")
+        owner.reply({"error": {"code": failure.code, "message": failure.message}})
+        return 1
+    return 0
+
+
+def _read_order() -> dict[str, Any]:
+    # Byte by byte: what follows the line is the watch's.
+    line = b""
+    while not line.endswith(b"\n"):
+        byte = os.read(0, 1)
+        if not byte:
+            raise InvalidArgumentError("standard input ended before a line with the configuration")
+        line += byte
+    order: dict[str, Any] = json.loads(line)
+    return order
+
+
+if __name__ == "__main__":
+    sys.exit(main())

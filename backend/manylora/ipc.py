@@ -1,0 +1,248 @@
+"""The local socket between front ends and the engine process: the front ends' side of it.
+
+Frames are `manylora.messages` in msgpack; an empty frame only asks whether the other side is there.
+`engine/server.py` is the other side.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import queue
+import socket
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+import msgspec
+import zmq
+from zmq.utils.monitor import recv_monitor_message
+
+from manylora.errors import UnavailableError
+from manylora.messages import (
+    Batch,
+    Cancel,
+    EngineInfo,
+    Failed,
+    FromEngine,
+    Generate,
+    GetStatus,
+    Hello,
+    Status,
+    Tokens,
+)
+
+Event = Tokens | Failed
+Item = TypeVar("Item")
+
+log = logging.getLogger(__name__)
+
+_encode = msgspec.msgpack.Encoder().encode
+_decode: Callable[[bytes], FromEngine] = msgspec.msgpack.Decoder(FromEngine).decode
+
+
+class Outbox(Generic[Item]):
+    """A queue that wakes the poll of the thread that empties it. Putting never blocks."""
+
+    def __init__(self) -> None:
+        self._items: queue.SimpleQueue[Item] = queue.SimpleQueue()
+        self._bell, self._ear = socket.socketpair()
+        self._bell.setblocking(False)
+        self._ear.setblocking(False)
+
+    def fileno(self) -> int:
+        """What to poll for reading."""
+        return self._ear.fileno()
+
+    def put(self, item: Item) -> None:
+        self._items.put(item)
+        self.wake()
+
+    def wake(self) -> None:
+        # Full means that the reader has been woken already, closed that there is none.
+        with contextlib.suppress(OSError):
+            self._bell.send(b"\0")
+
+    def take_all(self) -> list[Item]:
+        with contextlib.suppress(BlockingIOError):
+            while self._ear.recv(4096):
+                pass
+        items = []
+        with contextlib.suppress(queue.Empty):
+            while True:
+                items.append(self._items.get_nowait())
+        return items
+
+    def close(self) -> None:
+        self._bell.close()
+        self._ear.close()
+
+
+class EngineConnection:
+    """A front end's connection to the engine process. It comes back by itself when the engine does.
+
+    One thread owns the zmq socket and makes both callbacks; they must not block. What was sent before
+    `on_lost` and has not ended by then never will; what comes later is refused until the engine is back.
+    """
+
+    def __init__(
+        self,
+        socket_path: Path,
+        *,
+        on_events: Callable[[list[Event]], None],
+        on_lost: Callable[[], None],
+    ) -> None:
+        self._on_events = on_events
+        self._on_lost = on_lost
+        self._outbox: Outbox[bytes] = Outbox()
+        # Guards _info and, with it, the order of sends and of losing the engine.
+        self._changed = threading.Condition()
+        self._info: EngineInfo | None = None
+        self._is_closing = False
+        self._hello_is_due = False
+        self._context = zmq.Context()
+        self._dealer = self._context.socket(zmq.DEALER)
+        # Without a connection a message must not wait for the next engine: it would run there twice.
+        self._dealer.set(zmq.IMMEDIATE, 1)
+        self._dealer.set(zmq.LINGER, 0)
+        self._dealer.set(zmq.SNDHWM, 0)
+        self._dealer.set(zmq.RCVHWM, 0)
+        self._dealer.set(zmq.RECONNECT_IVL, 100)
+        self._monitor = self._dealer.get_monitor_socket(
+            zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED
+        )
+        self._dealer.connect(f"ipc://{socket_path}")
+        self._socket_path = socket_path
+        self._thread = threading.Thread(target=self._run, name="manylora-ipc", daemon=True)
+        self._thread.start()
+
+    @property
+    def info(self) -> EngineInfo | None:
+        """What the engine says of itself; None while there is no engine."""
+        return self._info
+
+    def wait_ready(self, timeout_s: float) -> EngineInfo | None:
+        """Wait until the engine has answered. None: it has not yet."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._info is not None, timeout_s)
+            return self._info
+
+    def send(self, message: Generate | Cancel) -> None:
+        """Hand over a message. Thread-safe, never blocks.
+
+        Raises:
+            UnavailableError: there is no engine now.
+        """
+        frame = _encode(message)
+        with self._changed:
+            if self._info is None:
+                raise UnavailableError("the engine is not running; try again in a while")
+            self._outbox.put(frame)
+
+    def close(self) -> None:
+        """End the connection. The engine cancels what is still running for it. May be called again."""
+        self._is_closing = True
+        self._outbox.wake()
+        self._thread.join()
+
+    # ---- the thread ----
+
+    def _run(self) -> None:
+        poller = zmq.Poller()
+        for source in (self._dealer, self._monitor, self._outbox.fileno()):
+            poller.register(source, zmq.POLLIN)
+        try:
+            while not self._is_closing:
+                poller.poll(10 if self._hello_is_due else None)
+                # Events are read before the messages that came ahead of them, and acted on after those.
+                changes = _receive_all(self._monitor, recv_monitor_message)
+                for frame in _receive_all(self._dealer, zmq.Socket.recv):
+                    self._take(frame)
+                for change in changes:
+                    self._follow(change["event"])
+                if self._hello_is_due:
+                    with contextlib.suppress(zmq.Again):
+                        self._dealer.send(_encode(Hello()), zmq.NOBLOCK)
+                        self._hello_is_due = False
+                self._send_all()
+        finally:
+            self._dealer.disable_monitor()
+            self._monitor.close(0)
+            self._dealer.close(0)
+            self._context.term()
+            self._lose()
+            self._outbox.close()
+
+    def _send_all(self) -> None:
+        for frame in self._outbox.take_all():
+            # Fails only between the engine's end and the event that tells of it.
+            with contextlib.suppress(zmq.Again):
+                self._dealer.send(frame, zmq.NOBLOCK)
+
+    def _take(self, frame: bytes) -> None:
+        if not frame:
+            return
+        try:
+            message = _decode(frame)
+            if isinstance(message, Batch):
+                self._on_events(message.events)
+            elif isinstance(message, EngineInfo):
+                with self._changed:
+                    self._info = message
+                    self._changed.notify_all()
+        except Exception:
+            log.exception("a message of the engine could not be taken")
+
+    def _follow(self, event: int) -> None:
+        if event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
+            self._hello_is_due = True
+        else:
+            self._hello_is_due = False
+            self._lose()
+
+    def _lose(self) -> None:
+        with self._changed:
+            had_engine, self._info = self._info is not None, None
+            self._outbox.take_all()
+        if had_engine:
+            try:
+                self._on_lost()
+            except Exception:
+                log.exception("the loss of the engine could not be handled")
+
+
+def query_status(socket_path: Path, timeout_s: float = 5.0) -> Status:
+    """Ask a running engine for its state, from any process of the same user.
+
+    Raises:
+        UnavailableError: no engine answers on the socket in time.
+    """
+    deadline = time.monotonic() + timeout_s
+    unavailable = UnavailableError(f"no engine answers on {socket_path} within {timeout_s:g} s")
+    if not socket_path.exists():
+        raise UnavailableError(f"no engine: there is no socket {socket_path}")
+    with zmq.Context() as context, context.socket(zmq.DEALER) as dealer:
+        dealer.set(zmq.IMMEDIATE, 1)
+        dealer.set(zmq.LINGER, 0)
+        dealer.set(zmq.SNDTIMEO, round(timeout_s * 1000))
+        dealer.connect(f"ipc://{socket_path}")
+        try:
+            dealer.send(_encode(GetStatus()))
+        except zmq.Again:
+            raise unavailable from None
+        while (left_s := deadline - time.monotonic()) > 0 and dealer.poll(max(1, round(left_s * 1000))):
+            frame = dealer.recv()
+            message = _decode(frame) if frame else None
+            if isinstance(message, Status):
+                return message
+    raise unavailable
+
+
+def _receive_all(source: Any, receive: Callable[[Any, int], Any]) -> list[Any]:
+    received = []
+    with contextlib.suppress(zmq.Again):
+        while True:
+            received.append(receive(source, zmq.NOBLOCK))
+    return received

@@ -1,0 +1,214 @@
+"""Starts the engine process, watches it, and starts it again when it dies."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import importlib.util
+import json
+import logging
+import os
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+from manylora import errors
+from manylora.config import EngineConfig
+from manylora.errors import ManyloraError, UnavailableError
+
+log = logging.getLogger(__name__)
+
+STOP_S = 25.0
+"""Time for the engine to close, a little more than it gives itself."""
+MAX_PAUSE_S = 30.0
+STEADY_S = 60.0
+"""An engine that ran so long starts a new series of pauses when it dies."""
+
+
+class EngineProcess:
+    """One engine process, from start to end."""
+
+    def __init__(self, config: EngineConfig, socket_path: Path) -> None:
+        # The server's working directory may hold packages for its own use (an older numpy), so it is not the
+        # engine's, and paths relative to it must be made whole.
+        paths = {name: _absolute(getattr(config, name)) for name in ("base_model", "adapter_root")}
+        order = {"socket": str(socket_path.absolute()), "config": {**dataclasses.asdict(config), **paths}}
+        self._order = json.dumps(order).encode() + b"\n"
+        # Its own session: Ctrl-C in the server's terminal is for the server.
+        self._process = subprocess.Popen(
+            [python_executable(), "-m", "manylora.engine.process"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env=environment(),
+            cwd="/",
+            start_new_session=True,
+        )
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def wait_ready(self) -> None:
+        """Wait until the engine serves its socket.
+
+        Raises:
+            ManyloraError: the engine's own error, or UNAVAILABLE when it ended without one.
+        """
+        assert self._process.stdin
+        assert self._process.stdout
+        try:
+            self._process.stdin.write(self._order)
+            self._process.stdin.flush()
+            line = self._process.stdout.readline()
+        except (BrokenPipeError, ValueError):  # it has ended, or stop() has closed the pipes
+            line = b""
+        if not line:
+            status = self.stop()
+            raise UnavailableError(
+                f"the engine process ended with status {status} before it was ready; see the log"
+            )
+        answer: dict[str, Any] = json.loads(line)
+        if "error" in answer:
+            self.stop()
+            raise errors.from_code(answer["error"]["code"], answer["error"]["message"])
+
+    def wait(self) -> int:
+        """Wait for its end; returns the exit status, negative for a signal."""
+        return self._process.wait()
+
+    def stop(self) -> int:
+        """End it: by closing its standard input, later by force. May be called again and from any thread."""
+        assert self._process.stdin
+        assert self._process.stdout
+        with contextlib.suppress(BrokenPipeError):
+            self._process.stdin.close()
+        try:
+            status = self._process.wait(STOP_S)
+        except subprocess.TimeoutExpired:
+            log.error("the engine process %d does not end; it is killed", self.pid)
+            self._process.kill()
+            status = self._process.wait()
+        self._process.stdout.close()
+        return status
+
+
+class EngineKeeper:
+    """Keeps an engine running: one that dies is started again, after pauses of 1, 2, 4 .. 30 s."""
+
+    def __init__(self, config: EngineConfig, socket_path: Path) -> None:
+        self._config = config
+        self._socket_path = socket_path
+        self._is_stopping = threading.Event()
+        # Guards _process against a start that meets stop().
+        self._lock = threading.Lock()
+        self._process: EngineProcess | None = None
+        self._thread = threading.Thread(target=self._watch, name="manylora-keeper", daemon=True)
+
+    @property
+    def pid(self) -> int | None:
+        """Of the engine process, while there is one."""
+        process = self._process
+        return process.pid if process else None
+
+    def start(self) -> None:
+        """Start the engine for the first time.
+
+        Raises:
+            ManyloraError: it cannot start; it is not tried again.
+        """
+        self._start_process().wait_ready()
+        self._thread.start()
+
+    def stop(self) -> None:
+        """End the engine for good."""
+        self._is_stopping.set()
+        with self._lock:
+            process = self._process
+        if process:
+            process.stop()
+        if self._thread.is_alive():
+            self._thread.join()
+
+    def _start_process(self) -> EngineProcess:
+        with self._lock:
+            if self._is_stopping.is_set():
+                raise UnavailableError("the engine is being stopped")
+            self._process = EngineProcess(self._config, self._socket_path)
+            return self._process
+
+    def _watch(self) -> None:
+        pause_s = 1.0
+        started_at = time.monotonic()
+        while self._process:
+            status = self._process.wait()
+            if self._is_stopping.is_set():
+                return
+            if time.monotonic() - started_at > STEADY_S:
+                pause_s = 1.0
+            log.error("the engine process ended with status %d; it is started again in %g s", status, pause_s)
+            self._process.stop()
+            if self._is_stopping.wait(pause_s):
+                return
+            pause_s = min(2 * pause_s, MAX_PAUSE_S)
+            started_at = time.monotonic()
+            try:
+                self._start_process().wait_ready()
+                log.info("the engine is back")
+            except (ManyloraError, OSError) as error:
+                log.error("the engine could not be started again: %s", error)
+
+
+def python_executable() -> str:
+    """The interpreter of this environment. In a Triton stub `sys.executable` may be something else.
+
+    Raises:
+        UnavailableError: none is found.
+    """
+    name = f"python{sys.version_info.major}.{sys.version_info.minor}"
+    venv = os.environ.get("VIRTUAL_ENV")
+    folders = [
+        Path(sys.prefix) / "bin",
+        *([Path(venv) / "bin"] if venv else []),
+        Path(sys.base_prefix) / "bin",
+    ]
+    folders += [Path(folder) for folder in os.environ.get("PATH", "").split(os.pathsep) if folder]
+    candidates = [Path(sys.executable)] if Path(sys.executable or "").name.startswith("python") else []
+    candidates += [folder / name for folder in folders]
+    for path in candidates:
+        if path.is_file() and os.access(path, os.X_OK):
+            return str(path)
+    raise UnavailableError(
+        f"no interpreter {name} found beside {sys.prefix} or on PATH to run the engine with"
+    )
+
+
+def environment() -> dict[str, str]:
+    """The environment of the engine process.
+
+    It finds the packages that this process finds. Triton's own libraries are left out of its search path:
+    they are other versions of libraries that torch needs.
+    """
+    found = dict(os.environ)
+    roots = [_package_root(name) for name in ("manylora", "manylora_kernels", "msgspec")]
+    paths = [root for root in roots if root] + found.get("PYTHONPATH", "").split(os.pathsep)
+    found["PYTHONPATH"] = os.pathsep.join(dict.fromkeys(path for path in paths if path))
+    libraries = found.pop("LD_LIBRARY_PATH", "").split(os.pathsep)
+    kept = [path for path in libraries if path and "pytriton" not in path and "tritonserver" not in path]
+    if kept:
+        found["LD_LIBRARY_PATH"] = os.pathsep.join(kept)
+    return found
+
+
+def _absolute(path: str) -> str:
+    return str(Path(path).expanduser().absolute()) if path else ""
+
+
+def _package_root(name: str) -> str | None:
+    """The folder that `import name` finds the package in."""
+    spec = importlib.util.find_spec(name)
+    if spec is None or not spec.submodule_search_locations:
+        return None
+    return str(Path(spec.submodule_search_locations[0]).resolve().parent)

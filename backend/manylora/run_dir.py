@@ -1,0 +1,114 @@
+"""The run directory: where the engine's socket lies, and where `llm` leaves word that its start failed."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import stat
+from pathlib import Path
+
+from manylora import errors
+from manylora.errors import InvalidArgumentError, ManyloraError, UnavailableError
+
+MAX_SOCKET_PATH_BYTES = 107
+"""sun_path of a Unix socket is 108 bytes with its end mark."""
+
+
+def default_path(server_pid: int) -> Path:
+    """Where the front ends of one tritonserver meet when no `run_dir` is configured.
+
+    Args:
+        server_pid: tritonserver's, which is the parent of every front end.
+    """
+    return Path("/tmp") / f"manylora-{os.getuid()}-{server_pid}"
+
+
+def prepare(path: Path) -> Path:
+    """Create the directory where it is missing, and make sure that nobody else can open it.
+
+    Raises:
+        InvalidArgumentError: it cannot be made, is no directory, is another user's or open to others.
+    """
+    asked = f"run_dir={str(path)!r}"
+    try:
+        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        found = path.lstat()
+    except OSError as error:
+        raise InvalidArgumentError(f"{asked}: cannot be used: {error}") from error
+    if not stat.S_ISDIR(found.st_mode):
+        raise InvalidArgumentError(f"{asked}: is a link; give the directory itself")
+    if found.st_uid != os.getuid():
+        raise InvalidArgumentError(
+            f"{asked}: belongs to user {found.st_uid}; it must be user {os.getuid()}'s own"
+        )
+    if found.st_mode & 0o077:
+        raise InvalidArgumentError(
+            f"{asked}: has mode {stat.S_IMODE(found.st_mode):04o}; others must be shut out (chmod 700)"
+        )
+    return path
+
+
+def socket_path(run_dir: Path, model: str) -> Path:
+    """The socket of the engine that the Triton model `model` starts.
+
+    Raises:
+        InvalidArgumentError: the path is longer than a Unix socket's may be.
+    """
+    path = run_dir.absolute() / f"{model}.sock"
+    length = len(os.fsencode(path))
+    if length > MAX_SOCKET_PATH_BYTES:
+        raise InvalidArgumentError(
+            f"run_dir={str(run_dir)!r}: the socket's path {path} has {length} bytes; "
+            f"allowed are {MAX_SOCKET_PATH_BYTES}, so choose a shorter directory"
+        )
+    return path
+
+
+def lock(path: Path) -> int:
+    """Make sure that one engine at a time serves a socket.
+
+    Args:
+        path: the socket's.
+
+    Returns: a file descriptor that holds the lock until it is closed or this process ends.
+
+    Raises:
+        UnavailableError: another process serves it.
+    """
+    fd = os.open(path.with_suffix(".lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        os.close(fd)
+        raise UnavailableError(
+            f"socket {path}: another engine serves it; stop that one or use another run_dir"
+        ) from error
+    return fd
+
+
+def clear(run_dir: Path, model: str) -> None:
+    """Remove what an engine and a failed start have left: socket, lock and failure note."""
+    for suffix in ("sock", "lock", "failed"):
+        (run_dir / f"{model}.{suffix}").unlink(missing_ok=True)
+
+
+def write_failure(run_dir: Path, model: str, error: ManyloraError) -> None:
+    """Tell those who wait for the engine of `model` that it will not come."""
+    note = {"server_pid": os.getppid(), "code": error.code, "message": error.message}
+    path = run_dir / f"{model}.failed"
+    partial = path.with_suffix(".failed.tmp")
+    partial.write_text(json.dumps(note))
+    partial.replace(path)
+
+
+def read_failure(run_dir: Path, model: str) -> ManyloraError | None:
+    """The failure that the `llm` of this same tritonserver has written, if any."""
+    try:
+        note = json.loads((run_dir / f"{model}.failed").read_text())
+    except FileNotFoundError:
+        return None
+    # A note of an earlier tritonserver in the same directory says nothing about this one.
+    if note["server_pid"] != os.getppid():
+        return None
+    return errors.from_code(note["code"], note["message"])

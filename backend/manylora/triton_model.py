@@ -1,0 +1,172 @@
+"""The two Triton models, `llm` and `llm_stream`. The only file that imports triton_python_backend_utils.
+
+`execute` only takes requests in and returns; replies come from the front end's reply thread.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import logging
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import triton_python_backend_utils as pb_utils
+
+# A front end needs a tokenizer, not tensors: without torch, transformers takes half the time to start and a
+# quarter of the memory. This process is a front end only; the engine has its own.
+sys.modules.setdefault("torch", None)  # type: ignore[arg-type]
+os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+
+from manylora import protocol, run_dir  # noqa: E402
+from manylora.config import EngineConfig  # noqa: E402
+from manylora.errors import InternalError, InvalidArgumentError, ManyloraError, UnavailableError  # noqa: E402
+from manylora.front_end import FrontEnd  # noqa: E402
+from manylora.launch import EngineKeeper  # noqa: E402
+from manylora.protocol import Tensors  # noqa: E402
+
+log = logging.getLogger(__name__)
+
+READY_TIMEOUT_S = 60.0
+"""From the engine's own ready to its answer on the socket."""
+ATTACH_TIMEOUT_S = 1800.0
+"""How long `llm_stream` waits for the engine: large models load for long."""
+
+
+class TritonResponder:
+    """Replies of one Triton request."""
+
+    def __init__(self, request: Any, request_id: str) -> None:
+        self._sender = request.get_response_sender()
+        self.request_id = request_id
+
+    def send(self, outputs: Tensors, *, is_last: bool) -> None:
+        tensors = [pb_utils.Tensor(name, values) for name, values in outputs.items()]
+        flags = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL if is_last else 0
+        self._sender.send(pb_utils.InferenceResponse(tensors), flags=flags)
+
+    def fail(self, error: ManyloraError) -> None:
+        # The codes' names are Triton's own. They exist only once the stub has imported the model.
+        code = getattr(pb_utils.TritonError, error.code)
+        response = pb_utils.InferenceResponse(error=pb_utils.TritonError(error.tagged(), code))
+        self._sender.send(response, flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
+
+    def is_cancelled(self) -> bool:
+        return bool(self._sender.is_cancelled())
+
+
+class _Model:
+    """What both models share: taking requests in."""
+
+    _front_end: FrontEnd
+
+    def initialize(self, args: dict[str, str]) -> None:
+        """Called by Triton once, before the first request."""
+        logging.basicConfig(
+            level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
+        )
+        self._name = args["model_name"]
+        self._numbers = itertools.count(1)
+        parameters = json.loads(args["model_config"])["parameters"]
+        settings = {key: value["string_value"] for key, value in parameters.items()}
+        # An empty value is one that was left out.
+        settings = {key: text for key, text in settings.items() if text.strip()}
+        try:
+            self._run_dir = run_dir.prepare(
+                Path(settings.pop("run_dir", "") or run_dir.default_path(os.getppid()))
+            )
+            self._start(settings)
+        except ManyloraError as error:
+            raise pb_utils.TritonModelException(error.tagged()) from error
+
+    def execute(self, requests: list[Any]) -> None:
+        """Called by Triton with the requests that came together. Returns at once."""
+        for request in requests:
+            request_id = request.request_id() or f"{self._name}-{next(self._numbers)}"
+            responder = TritonResponder(request, request_id)
+            try:
+                tensors, parameters = _read(request)
+            except InvalidArgumentError as error:
+                self._front_end.refuse(responder, error)
+            else:
+                self._front_end.submit(responder, tensors, parameters)
+
+    def finalize(self) -> None:
+        """Called by Triton once, at the end."""
+        self._front_end.close()
+
+    def _start(self, settings: dict[str, str]) -> None:
+        raise NotImplementedError
+
+
+class LlmModel(_Model):
+    """One reply per request. Owns the engine process."""
+
+    def _start(self, settings: dict[str, str]) -> None:
+        run_dir.clear(self._run_dir, self._name)
+        try:
+            if "base_model" not in settings:
+                raise InvalidArgumentError(
+                    "base_model is not set: give the base model's directory in config.pbtxt"
+                )
+            config = EngineConfig.from_strings(settings)
+            socket_path = run_dir.socket_path(self._run_dir, self._name)
+            self._keeper = EngineKeeper(config, socket_path)
+            self._keeper.start()
+            self._front_end = FrontEnd(socket_path, is_streaming=False)
+            if not self._front_end.wait_ready(READY_TIMEOUT_S):
+                raise UnavailableError(
+                    f"the engine does not answer on {socket_path} within {READY_TIMEOUT_S:g} s"
+                )
+        except Exception as error:
+            # llm_stream must not wait for what will not come.
+            known = error if isinstance(error, ManyloraError) else InternalError(repr(error))
+            run_dir.write_failure(self._run_dir, self._name, known)
+            raise
+
+    def finalize(self) -> None:
+        """End what is in flight, then the engine."""
+        super().finalize()
+        self._keeper.stop()
+        run_dir.clear(self._run_dir, self._name)
+
+
+class LlmStreamModel(_Model):
+    """Replies as tokens come. Attaches to the engine of `engine_model`."""
+
+    def _start(self, settings: dict[str, str]) -> None:
+        engine_model = settings.pop("engine_model", "llm")
+        if settings:
+            raise InvalidArgumentError(
+                f"unknown key {', '.join(sorted(settings))}; known are engine_model and run_dir; "
+                f"the engine's settings belong to {engine_model}"
+            )
+        socket_path = run_dir.socket_path(self._run_dir, engine_model)
+        self._front_end = FrontEnd(socket_path, is_streaming=True)
+        deadline = time.monotonic() + ATTACH_TIMEOUT_S
+        while not self._front_end.wait_ready(timeout_s=0.5):
+            failure = run_dir.read_failure(self._run_dir, engine_model)
+            if failure is not None:
+                raise UnavailableError(
+                    f"{engine_model} could not start its engine: {failure.message}"
+                ) from failure
+            if time.monotonic() > deadline:
+                raise UnavailableError(
+                    f"no engine of {engine_model} on {socket_path} within {ATTACH_TIMEOUT_S:g} s"
+                )
+
+
+def _read(request: Any) -> tuple[Tensors, str]:
+    """A request's inputs, copied, since Triton takes them back when `execute` returns, and its parameters."""
+    tensors: Tensors = {}
+    for name in protocol.INPUTS:
+        tensor = pb_utils.get_input_tensor_by_name(request, name)
+        if tensor is not None:
+            tensors[name] = tensor.as_numpy().copy()
+    try:
+        return tensors, request.parameters()
+    except UnicodeDecodeError as error:
+        raise InvalidArgumentError("a parameter's value is not UTF-8; send UTF-8 text") from error
