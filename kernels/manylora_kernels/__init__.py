@@ -1,0 +1,20 @@
+"""Many LoRA adapters in one batch: `y[t, s] += scale[t] * (x[t] A_s^T) B_s^T` for the adapter of row t.
+
+`add_lora` chooses the form: torch products on a CPU, Triton kernels on CUDA. `reference` is the
+specification.
+"""
+
+from __future__ import annotations
+
+import os
+
+# Contracting a product and a sum into one rounding is triton's default today and not promised for tomorrow.
+# Outputs must not change with triton's version, so the choice is made here, before triton can be imported by
+# anything below.
+os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
+
+from manylora_kernels.lora import add_lora
+from manylora_kernels.mix import Mix
+from manylora_kernels.pool import PAGE_ROWS, SitePool
+
+__all__ = ["PAGE_ROWS", "Mix", "SitePool", "add_lora"]

@@ -1,0 +1,78 @@
+"""The form that serves on a CPU: matrix products over rows grouped by adapter.
+
+Shape key: T rows, S linears, K inputs, N outputs of all S, I pages of a batch, M rows that a page is given, R
+rank rows.
+
+Why it is made so (found at decode shapes): torch's batched product streams weights about as fast as a copy,
+as long as its output is contiguous; a gather of pages leaves them in the cache for the product and so costs
+little; adding with an index costs as much as the products, so results are brought into row order first and
+added as slices; preallocated outputs gain nothing. Products are in float32 whatever the pool's dtype: torch's
+small 16-bit products are slower, and round in between.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from manylora_kernels.pool import PAGE_ROWS, SitePool
+from manylora_kernels.segments import KindSegments, Rows, Segment, SegmentBatch, Targets
+
+
+def add_lora(y: torch.Tensor, x: torch.Tensor, pool: SitePool, kind: KindSegments) -> None:
+    """Add the adapters' term of one site in place, as `manylora_kernels.add_lora` says, which checks the
+    arguments."""
+    for batch in kind.batches:
+        _add_batch(y, x, pool, batch)
+    for segment in kind.segments:
+        _add_segment(y, x, pool, segment)
+
+
+def _add_batch(y: torch.Tensor, x: torch.Tensor, pool: SitePool, batch: SegmentBatch) -> None:
+    a = _take(pool.a, batch.pages)  # [I, S, 16, K]
+    b = _take(pool.b, batch.pages)  # [I, 16, N]
+    num_items, num_linears, _, num_inputs = a.shape
+    x_IMK = _take(x, batch.rows).view(num_items, -1, num_inputs)
+    h = torch.bmm(a.flatten(1, 2), x_IMK.transpose(1, 2)).mul_(batch.scales)
+    h = h.view(num_items, num_linears, PAGE_ROWS, -1)
+    start = 0
+    for s, width in enumerate(pool.widths):
+        out = torch.bmm(h[:, s].transpose(1, 2), b[:, :, start : start + width]).flatten(
+            0, 1
+        )  # [I * M, width]
+        if batch.bags is None:
+            out = out.index_select(0, batch.picks)
+        else:
+            out = F.embedding_bag(batch.picks, out, batch.bags, mode="sum")
+        _add_rows(y[:, start : start + width], batch.targets, out)
+        start += width
+
+
+def _add_segment(y: torch.Tensor, x: torch.Tensor, pool: SitePool, segment: Segment) -> None:
+    a = _take(pool.a, segment.pages)  # [pages, S, 16, K]
+    b = _take(pool.b, segment.pages).flatten(0, 1)  # [R, N]
+    h = torch.mm(_take(x, segment.rows), a.flatten(0, 2).t()).mul_(segment.scales)
+    h = h.view(-1, a.shape[0], a.shape[1], PAGE_ROWS)
+    start = 0
+    for s, width in enumerate(pool.widths):
+        h_MR = h[:, :, s].flatten(1)
+        b_RN = b[:, start : start + width]
+        y_part = y[:, start : start + width]
+        if isinstance(segment.rows, slice) and y.dtype == torch.float32:
+            y_part[segment.rows].addmm_(h_MR, b_RN)
+        else:
+            _add_rows(y_part, segment.targets, torch.mm(h_MR, b_RN))
+        start += width
+
+
+def _add_rows(y: torch.Tensor, targets: Targets, out: torch.Tensor) -> None:
+    if isinstance(targets, torch.Tensor):
+        y.index_add_(0, targets, out.to(y.dtype))
+    else:
+        for y_rows, out_rows in targets:
+            y[y_rows].add_(out[out_rows])
+
+
+def _take(tensor: torch.Tensor, rows: Rows) -> torch.Tensor:
+    taken = tensor[rows] if isinstance(rows, slice) else tensor.index_select(0, rows)
+    return taken.float()
