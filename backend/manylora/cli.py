@@ -61,9 +61,9 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _status(arguments: argparse.Namespace) -> int:
-    from manylora.serve import status
+    from manylora.serve.status import print_status
 
-    return status.main(arguments.run_dir, as_json=arguments.json)
+    return print_status(arguments.run_dir, as_json=arguments.json)
 
 
 if __name__ == "__main__":

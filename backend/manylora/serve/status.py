@@ -15,7 +15,7 @@ from manylora.serve.repository import ENGINE_MODEL
 from manylora.serve.workspace import find_running
 
 
-def main(run_dir: Path | None, *, as_json: bool) -> int:
+def print_status(run_dir: Path | None, *, as_json: bool = False) -> int:
     """Print the state of one engine.
 
     Args:

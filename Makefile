@@ -1,0 +1,31 @@
+# `make` alone says what there is.
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test check bench serve clean
+PYTHON_FILES := backend kernels client examples scripts tests bench model_repository
+VENV := .venv/bin
+
+help: ## say what there is
+	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-8s %s\n", $$1, $$2}'
+
+setup: ## make .venv and .build (packages, tritonserver, base model); PYTHON=... names the interpreter
+	@python=$$(sh scripts/find_python.sh) && exec "$$python" scripts/setup.py
+
+demo: setup ## three adapters and the base model answer one mixed batch on a real tritonserver
+	@$(VENV)/python examples/demo.py
+
+test: setup ## the whole CPU test suite, real server included; ARGS="-k name" is passed to pytest
+	@$(VENV)/python -m pytest $(ARGS)
+
+check: setup ## lint, format and types; changes nothing
+	@$(VENV)/ruff check $(PYTHON_FILES)
+	@$(VENV)/ruff format --check $(PYTHON_FILES)
+	@$(VENV)/mypy
+
+bench: setup ## the CPU benchmarks
+	@for script in bench/bench_*.py; do echo "== $$script"; $(VENV)/python "$$script" || exit 1; done
+
+serve: setup ## the base model and the example adapters on ports 8000 (HTTP), 8001 (gRPC), 8002 (metrics)
+	@exec $(VENV)/manylora serve --base-model .build/base_model --adapter-root examples/adapters
+
+clean: ## remove what set-up and tools have made
+	rm -rf .venv .build .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info backend/*.egg-info
