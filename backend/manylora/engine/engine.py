@@ -10,10 +10,8 @@ import logging
 import os
 import queue
 import threading
-from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from concurrent.futures import Future
-from dataclasses import dataclass
 
 import torch
 
@@ -26,72 +24,13 @@ from manylora.engine.kv_cache import BlockPool
 from manylora.engine.runner import Runner
 from manylora.engine.scheduler import Limits, Scheduler
 from manylora.engine.sequence import Sequence, State
+from manylora.engine.session import Asked, Closed, Deliver, Note, Sent, Session, Wake
 from manylora.errors import CancelledRequestError, InternalError, ManyloraError, UnavailableError
-from manylora.messages import Cancel, EngineInfo, Failed, Generate, Status, Tokens
+from manylora.messages import EngineInfo, Generate, Status, Tokens
 from manylora.model.loading import LoadedModel, load_model
 from manylora.text import Tokenizer
 
 log = logging.getLogger(__name__)
-
-Event = Tokens | Failed
-Deliver = Callable[[list[Event]], None]
-
-
-class Session:
-    """One user of an engine: a front end's connection or a caller in this process. Made by `connect`."""
-
-    def __init__(self, engine: Engine, deliver: Deliver) -> None:
-        self._engine = engine
-        self._deliver = deliver
-        # Below: the engine thread's.
-        self.sequences: dict[int, Sequence] = {}
-        self.events: list[Event] = []
-
-    def send(self, message: Generate | Cancel) -> None:
-        """Hand a message to the engine. Thread-safe, never blocks; the answer comes through `deliver`."""
-        self._engine.post(_Sent(self, message))
-
-    def close(self) -> None:
-        """Cancel all sequences of this session. Nothing is delivered any more."""
-        self._deliver = _drop
-        self._engine.post(_Closed(self))
-
-    def flush(self) -> None:
-        """Deliver what the step left. Engine thread only."""
-        events, self.events = self.events, []
-        if events:
-            try:
-                self._deliver(events)
-            except Exception:
-                log.exception("a session's deliver callback failed")
-
-
-def _drop(_events: list[Event]) -> None:
-    """Where a closed session's events go."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Sent:
-    session: Session
-    message: Generate | Cancel
-
-
-@dataclass(frozen=True, slots=True)
-class _Closed:
-    session: Session
-
-
-@dataclass(frozen=True, slots=True)
-class _Asked:
-    answer: Future[Status]
-
-
-@dataclass(frozen=True, slots=True)
-class _Wake:
-    """A load has finished, or the engine is to end: look again."""
-
-
-_Note = _Sent | _Closed | _Asked | _Wake
 
 
 class Engine:
@@ -106,18 +45,19 @@ class Engine:
 
     def __init__(self, config: EngineConfig) -> None:
         self.config = config
-        self._inbox: queue.SimpleQueue[_Note] = queue.SimpleQueue()
+        self._inbox: queue.SimpleQueue[Note] = queue.SimpleQueue()
         self._sessions: set[Session] = set()
         self._counters = dict.fromkeys(
             ("steps", "prompt_tokens", "generated_tokens", "cancelled", "failed"), 0
         )
         self._closing = threading.Event()
         self.model: LoadedModel = load_model(config)
+        dtype = _lora_dtype(config, self.model)
         self.pool = DevicePool(
             self.model.spec,
             config.max_loras,
             config.max_lora_rank,
-            lora_dtype(config, self.model),
+            dtype,
             self.model.device,
         )
         self.runner = Runner(self.model, config, self.pool)
@@ -126,8 +66,8 @@ class Engine:
             self.model.spec,
             config,
             self.pool,
-            lora_dtype(config, self.model),
-            wake=lambda: self.post(_Wake()),
+            dtype,
+            wake=lambda: self.post(Wake()),
         )
         try:
             self.registry.preload()
@@ -165,7 +105,7 @@ class Engine:
             deliver: called on the engine thread, once per step, with all events of this session; must not
                 block.
         """
-        return Session(self, deliver)
+        return Session(self.post, deliver)
 
     @functools.cached_property
     def tokenizer(self) -> Tokenizer:
@@ -183,13 +123,13 @@ class Engine:
             UnavailableError: the engine is closed.
         """
         answer: Future[Status] = Future()
-        self.post(_Asked(answer))
+        self.post(Asked(answer))
         return answer.result()
 
     def close(self) -> None:
         """Fail what is in flight with UNAVAILABLE and end the thread. May be called again."""
         self._closing.set()
-        self.post(_Wake())
+        self.post(Wake())
         self._thread.join()
         self._refuse_rest()
 
@@ -199,7 +139,7 @@ class Engine:
     def __exit__(self, *_exc: object) -> None:
         self.close()
 
-    def post(self, note: _Note) -> None:
+    def post(self, note: Note) -> None:
         """Put a note into the inbox; a closed engine answers it at once."""
         self._inbox.put(note)
         if self._closing.is_set() and not self._thread.is_alive():
@@ -258,19 +198,19 @@ class Engine:
         except queue.Empty:
             return
 
-    def _take(self, note: _Note) -> None:
-        if isinstance(note, _Asked):
+    def _take(self, note: Note) -> None:
+        if isinstance(note, Asked):
             note.answer.set_result(self._status())
-        elif isinstance(note, _Closed):
+        elif isinstance(note, Closed):
             for sequence in list(note.session.sequences.values()):
                 self._cancel(sequence)
             self._sessions.discard(note.session)
-        elif isinstance(note, _Sent):
+        elif isinstance(note, Sent):
             self._sessions.add(note.session)
             if isinstance(note.message, Generate):
                 self._add(note.session, note.message)
-            elif (sequence := note.session.sequences.get(note.message.id)) is not None:
-                self._cancel(sequence)
+            elif note.message.id in note.session.sequences:
+                self._cancel(note.session.sequences[note.message.id])
 
     def _add(self, session: Session, message: Generate) -> None:
         lease = None
@@ -294,14 +234,12 @@ class Engine:
             if lease is not None:
                 self.registry.release(lease)
             self._counters["failed"] += 1
-            session.events.append(Failed(message.id, error.code, error.message))
+            session.fail(message.id, error)
         except Exception:
             if lease is not None:
                 self.registry.release(lease)
             log.exception("request %d could not be added", message.id)
-            session.events.append(
-                Failed(message.id, "INTERNAL", "the engine failed on this request; see its log")
-            )
+            session.fail(message.id, InternalError("the engine failed on this request; see its log"))
 
     def _cancel(self, sequence: Sequence) -> None:
         self.scheduler.remove(sequence)
@@ -315,7 +253,7 @@ class Engine:
 
     def _fail(self, sequence: Sequence, error: ManyloraError) -> None:
         self._counters["failed"] += not isinstance(error, CancelledRequestError)
-        sequence.session.events.append(Failed(sequence.id, error.code, error.message))
+        sequence.session.fail(sequence.id, error)
         self._forget(sequence)
 
     def _forget(self, sequence: Sequence) -> None:
@@ -375,13 +313,14 @@ class Engine:
             except queue.Empty:
                 return
             error = UnavailableError("the engine is closed")
-            if isinstance(note, _Asked):
+            if isinstance(note, Asked):
                 note.answer.set_exception(error)
-            elif isinstance(note, _Sent) and isinstance(note.message, Generate):
-                note.session.events.append(Failed(note.message.id, error.code, error.message))
+            elif isinstance(note, Sent) and isinstance(note.message, Generate):
+                note.session.fail(note.message.id, error)
                 note.session.flush()
 
 
-def lora_dtype(config: EngineConfig, model: LoadedModel) -> torch.dtype:
+def _lora_dtype(config: EngineConfig, model: LoadedModel) -> torch.dtype:
     """The pool's element type; `auto` is the base model's."""
-    return model.dtype if config.lora_dtype == "auto" else getattr(torch, config.lora_dtype)  # type: ignore[no-any-return]
+    dtype: torch.dtype = model.dtype if config.lora_dtype == "auto" else getattr(torch, config.lora_dtype)
+    return dtype

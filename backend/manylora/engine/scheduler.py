@@ -13,30 +13,22 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from manylora.engine.batch import Batch, Item
 from manylora.engine.kv_cache import BlockPool
 from manylora.engine.sequence import Sequence, State
 from manylora.errors import ManyloraError, UnavailableError
 
-
-class LeaseLike(Protocol):
-    """What the scheduler reads of adapters.registry.Lease."""
-
-    @property
-    def state(self) -> str: ...
-    @property
-    def version(self) -> str: ...
-    @property
-    def error(self) -> ManyloraError | None: ...
+if TYPE_CHECKING:
+    from manylora.adapters.lease import Lease
 
 
 class Activator(Protocol):
     """What the scheduler asks of adapters.registry.Registry."""
 
-    def try_activate(self, lease: LeaseLike, /) -> bool: ...
-    def deactivate(self, lease: LeaseLike, /) -> None: ...
+    def try_activate(self, lease: Lease, /) -> bool: ...
+    def deactivate(self, lease: Lease, /) -> None: ...
 
 
 @dataclass(slots=True)

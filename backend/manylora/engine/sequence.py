@@ -10,8 +10,8 @@ from manylora.engine.kv_cache import Key
 from manylora.messages import SamplingParams
 
 if TYPE_CHECKING:
-    from manylora.adapters.registry import Lease
-    from manylora.engine.engine import Session
+    from manylora.adapters.lease import Lease
+    from manylora.engine.session import Session
 
 
 class State(enum.Enum):

@@ -205,7 +205,8 @@ def _sdpa(
 ) -> torch.Tensor:
     mask = group.mask(window, q.dtype)
     if mask is not None or group.num_queries == 1:
-        return functional.scaled_dot_product_attention(q, k, v, attn_mask=_fold(mask, per_kv), scale=scaling)
+        folded = None if mask is None else _fold(mask, per_kv)
+        return functional.scaled_dot_product_attention(q, k, v, attn_mask=folded, scale=scaling)
     # Plain causal: the kernel skips the upper half, which is worth a copy of the keys per query head.
     num_seqs, num_kv, _, size = q.shape
     q = q.view(num_seqs, num_kv * per_kv, group.num_queries, size)
@@ -214,9 +215,9 @@ def _sdpa(
     return out.reshape(num_seqs, num_kv, per_kv * group.num_queries, -1)
 
 
-def _fold(mask: torch.Tensor | None, per_kv: int) -> torch.Tensor | None:
+def _fold(mask: torch.Tensor, per_kv: int) -> torch.Tensor:
     """Repeat a mask [B, 1, Q, C] for the query heads that were folded into the queries."""
-    return mask if mask is None or mask.shape[2] == 1 or per_kv == 1 else mask.repeat(1, 1, per_kv, 1)
+    return mask if mask.shape[2] == 1 or per_kv == 1 else mask.repeat(1, 1, per_kv, 1)
 
 
 def _explicit(
@@ -235,8 +236,8 @@ def _explicit(
     if softcap is not None:
         scores = torch.tanh(scores / softcap) * softcap
     mask = group.mask(window, torch.float32, even_if_causal=True)
-    if mask is not None:
-        scores = scores + _fold(mask, per_kv)
+    assert mask is not None
+    scores = scores + _fold(mask, per_kv)
     if s_aux is None:
         return torch.matmul(scores.softmax(-1).to(v.dtype), v)
     num_kv = k.shape[1]

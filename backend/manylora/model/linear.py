@@ -26,7 +26,7 @@ def fuse(linears: Sequence[torch.nn.Module]) -> tuple[torch.Tensor, torch.Tensor
         Weight [N, K] and bias [N] (None when no linear has one; zeros stand in for those that have none).
     """
     weights = [weight_of(linear) for linear in linears]
-    biases = [linear.bias for linear in linears]
+    biases = [bias if isinstance(bias := linear.bias, torch.Tensor) else None for linear in linears]
     weight_NK = weights[0] if len(weights) == 1 else torch.cat(weights)
     if all(bias is None for bias in biases):
         return weight_NK, None

@@ -50,7 +50,7 @@ class Site:
     def part(self, index: int, x: torch.Tensor) -> torch.Tensor:
         """Output [..., N_index] of one linear of the site for its input x [..., K]."""
         if self._x is not x or self._parts[index] is None:
-            self._parts = list(self._compute(x).split(self.widths, dim=-1))
+            self._parts = list(torch.split(self._compute(x), list(self.widths), dim=-1))
             self._x = x
         result = self._parts[index]
         assert result is not None
@@ -110,6 +110,7 @@ def find_sites(model: torch.nn.Module, run_probe: Callable[[], object], num_rows
     calls: list[_Call] = []
     # Inputs are kept until the probe ends, so that an id is never used twice.
     alive: list[torch.Tensor] = []
+    linears: dict[str, torch.nn.Module]
     linears = {path: m for path, m in model.named_modules() if isinstance(m, torch.nn.Linear | Conv1D)}
 
     def observe(path: str) -> Callable[[torch.nn.Module, tuple[torch.Tensor, ...]], None]:
