@@ -79,14 +79,13 @@ def bind(
     for path in targets.unserved:
         reasons.unsupported("target_modules names modules on which no LoRA is served", path)
     bounds = []
-    for path, pair in pairs.items():
+    for path in pairs:
         if path in spec.linears and path not in targets.linears:
             reasons.invalid("the file has tensors for linears that the config does not target", path)
         elif path in spec.other_modules and path not in targets.unserved:
             reasons.unsupported("the file has LoRA for modules on which none is served", path)
         elif path not in spec.linears and path not in spec.other_modules:
             reasons.invalid("the file has LoRA for modules that the base model does not have", path)
-        del pair
     for path, target in targets.linears.items():
         bound = _bind_one(spec.linears[path], target, pairs.get(path, _Pair()), max_lora_rank, reasons)
         if bound is not None:

@@ -41,9 +41,9 @@ UNSERVED_UNLESS_EMPTY = {
     "alora_invocation_tokens": "activated LoRA",
     "layer_replication": "layer replication",
     "lora_bias": "bias in LoRA",
-    "modules_to_save": "fully trained modules",
+    "modules_to_save": "full training of modules",
     "target_parameters": "LoRA on parameters",
-    "trainable_token_indices": "trained tokens",
+    "trainable_token_indices": "training of single tokens",
     "use_dora": "DoRA",
     "use_qalora": "QALoRA",
 }
@@ -52,7 +52,7 @@ UNSERVED_UNLESS_EMPTY = {
 UNSERVED_UNLESS_NULL = {
     "arrow_config": "Arrow",
     "kasa_config": "KaSA",
-    "megatron_config": "Megatron layers",
+    "megatron_config": "LoRA on Megatron layers",
     "monteclora_config": "MonteCLoRA",
     "use_bdlora": "block-diagonal LoRA",
     "velora_config": "VeLoRA",
@@ -177,7 +177,7 @@ def _refuse_kinds(values: dict[str, Any], reasons: Reasons) -> None:
                 reasons.unsupported(f"{key}={quote(value)}: {UNSERVED_UNLESS_NULL[key]} is not served")
         elif key not in NO_EFFECT and key not in _READ and value is not None and value is not False:
             reasons.unsupported(
-                f"{quote(key)}={quote(value)}: a key of adapter_config.json that is not known"
+                f"{quote(key)}={quote(value)}: the key is not known"
             )
     bias = values.get("bias", "none")
     if bias != "none":

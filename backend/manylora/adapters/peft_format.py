@@ -242,8 +242,7 @@ def _fill(
     row, rank = bound.linear.row, bound.target.rank
     a_RK = tensor_of(bound.a, data)
     b_NR = tensor_of(bound.b, data)
-    _check_finite(a_RK, bound.a, reasons)
-    _check_finite(b_NR, bound.b, reasons)
+    are_finite = _check_finite(a_RK, bound.a, reasons) and _check_finite(b_NR, bound.b, reasons)
     ratio = bound.target.scaling / scale if scale else 0.0
     if ratio != 1.0:
         b_NR = b_NR.to(torch.float64 if b_NR.dtype == torch.float64 else torch.float32) * ratio
@@ -254,23 +253,26 @@ def _fill(
         b[row, page, :count, column : column + bound.linear.out_features] = b_NR[:, first:last].T
     stored_a = a[row, :, bound.linear.slice]
     stored_b = b[row, :, :, column : column + bound.linear.out_features]
-    _check_range(stored_a, a_RK, bound.a, reasons)
-    _check_range(stored_b, b_NR, bound.b, reasons)
+    if are_finite:
+        _check_range(stored_a, bound.a, reasons)
+        _check_range(stored_b, bound.b, reasons)
     is_zero = not bool(stored_a.any()) or not bool(stored_b.any())
     return ModuleBinding(
         path=bound.linear.path, rank=rank, scaling=bound.target.scaling, dtype=bound.b.dtype, is_zero=is_zero
     )
 
 
-def _check_finite(tensor: torch.Tensor, info: TensorInfo, reasons: Reasons) -> None:
-    if not bool(torch.isfinite(tensor).all()):
-        reasons.invalid("tensors hold NaN or infinity", info.name)
+def _check_finite(tensor: torch.Tensor, info: TensorInfo, reasons: Reasons) -> bool:
+    if bool(torch.isfinite(tensor).all()):
+        return True
+    reasons.invalid("tensors hold NaN or infinity", info.name)
+    return False
 
 
-def _check_range(stored: torch.Tensor, source: torch.Tensor, info: TensorInfo, reasons: Reasons) -> None:
-    if not bool(torch.isfinite(stored).all()) and bool(torch.isfinite(source).all()):
+def _check_range(stored: torch.Tensor, info: TensorInfo, reasons: Reasons) -> None:
+    if not bool(torch.isfinite(stored).all()):
         name = str(stored.dtype).removeprefix("torch.")
-        reasons.invalid(f"values are too large for lora_dtype={name}, use bfloat16 or float32", info.name)
+        reasons.invalid(f"tensors hold values too large for lora_dtype={name}", info.name)
 
 
 def _report(

@@ -172,8 +172,8 @@ class Registry:
             or min(self._residents.pages_beside_pinned(entry.weights)) < largest
         ):
             raise UnavailableError(
-                f"adapter {adapter_id!r} cannot be pinned: beside all pinned ones, others need a host slot and "
-                f"{largest} device pages of each kind"
+                f"adapter {adapter_id!r} cannot be pinned: others need a host slot and {largest} device "
+                "pages of each kind beside the pinned ones"
             )
         self._pin(adapter_id)
 
