@@ -67,7 +67,11 @@ def shrink(x: torch.Tensor, a: torch.Tensor, mix: RoutedMix, kind: int, plan: Pl
     return h
 
 
-@triton.jit(do_not_specialize=["num_rows", "max_blocks"])
+@triton.jit(
+    do_not_specialize=["num_rows", "max_blocks"],
+    # Parts of one upload, whose alignment changes with T.
+    do_not_specialize_on_alignment=["counts_ptr", "table_ptr"],
+)
 def _shrink_kernel(
     x_ptr,
     a_ptr,

@@ -1,0 +1,141 @@
+"""Cases for every form of the kernels.
+
+The Triton forms run where there is a GPU; elsewhere in triton's interpreter, which must be switched on before
+triton is imported by anybody: test_interpreter.py runs their files in a process of its own.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+from manylora_kernels import SitePool, reference
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+TRITON_FILES = ["test_route.py", "test_shrink.py", "test_expand.py", "test_gpu.py"]
+collect_ignore = [] if INTERPRETED or torch.cuda.is_available() else TRITON_FILES
+
+MAX_SLOTS = 4
+MAX_PAGES = 3
+
+
+@dataclass(frozen=True)
+class Case:
+    """One step at one site, with everything that must not be read or written set to NaN."""
+
+    slots: npt.NDArray[np.int32]
+    scales: npt.NDArray[np.float32]
+    pages: tuple[tuple[int, ...], ...]
+    pool: SitePool
+    x: torch.Tensor
+    y: torch.Tensor
+    """[T, N], a view with longer rows."""
+
+    def expected(self) -> torch.Tensor:
+        """What y becomes, in float32, by the reference."""
+        y = self.y.clone().float()
+        reference.add_lora(
+            y, self.x, self.pool, self.slots.tolist(), self.scales.tolist(), [list(p) for p in self.pages]
+        )
+        return y
+
+
+# name: (slot of each row, pages of each slot, rank of each slot, K, widths)
+STEPS: dict[str, tuple[list[int], tuple[tuple[int, ...], ...], tuple[int, ...], int, tuple[int, ...]]] = {
+    "one_row": ([0], ((3,),), (16,), 32, (48,)),
+    "33_rows_three_adapters": (
+        [(5 * t) % 3 for t in range(33)],
+        ((2,), (0, 5), (4,)),
+        (16, 32, 16),
+        48,
+        (32, 16, 16),
+    ),
+    "empty_segment": ([2, 0, 2, 2], ((1,), (0,), (2,)), (16, 16, 16), 32, (16, 16)),
+    "rank_1": ([0, 0, 1], ((1,), (3,)), (1, 16), 32, (32,)),
+    "rank_24_and_40": ([1, 0, 1, 0, 0], ((6, 1), (0, 2, 5)), (24, 40), 32, (16, 32)),
+    "all_rows_without_adapter": ([-1, -1, -1], ((1,), (2,)), (16, 16), 32, (32,)),
+    "some_rows_without_adapter": ([-1, 1, -1, 0, 1, -1], ((1,), (2,)), (16, 16), 32, (32, 16)),
+    "adapter_without_pages_here": ([0, 1, 0, 1], ((), (2,)), (0, 16), 32, (32,)),
+    "inputs_not_a_multiple_of_the_block": ([1, 0, 1], ((1,), (2, 3)), (16, 32), 72, (40, 24)),
+    "widths_not_a_multiple_of_16": ([1, 0, 1, -1], ((1,), (0,)), (16, 8), 30, (21, 7, 3)),
+    "20_rows_of_one_adapter": ([0] * 20, ((1, 2),), (32,), 32, (48, 16)),
+    "17_and_2_rows_interleaved": ([0, 1, 0, 1] + [0] * 15, ((5, 1), (2,)), (32, 16), 32, (48, 16)),
+}
+
+TOLERANCE = {
+    # Sums of at most 120 products of values about 1, in another order.
+    torch.float32: 2e-5,
+    # Results up to 8 are rounded to 11 and 8 bits, and the Triton forms round in between, too.
+    torch.float16: 8e-3,
+    torch.bfloat16: 6e-2,
+}
+
+
+def build_case(name: str, dtype: torch.dtype, device: str) -> Case:
+    slots, pages, ranks, num_inputs, widths = STEPS[name]
+    generator = torch.Generator().manual_seed(7)
+    num_rows, num_outputs, num_pages = len(slots), sum(widths), 8
+
+    def randn(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    a = torch.full((num_pages, len(widths), 16, num_inputs), torch.nan)
+    b = torch.full((num_pages, 16, num_outputs), torch.nan)
+    for slot in set(slots) - {-1}:
+        for nth, page in enumerate(pages[slot]):
+            true_rows = (torch.arange(16) < ranks[slot] - 16 * nth).float()
+            a[page] = randn(len(widths), 16, num_inputs) / num_inputs**0.5 * true_rows[:, None]
+            b[page] = randn(16, num_outputs) / 4 * true_rows[:, None]
+    served = torch.tensor([slot >= 0 and bool(pages[slot]) for slot in slots])
+    x = torch.where(served[:, None], randn(num_rows, num_inputs), torch.nan)
+    y = torch.full((num_rows, num_outputs + 16), torch.nan)
+    y[:, :num_outputs] = torch.where(served[:, None], randn(num_rows, num_outputs), torch.nan)
+    y = y.to(device, dtype)
+    return Case(
+        slots=np.array(slots, dtype=np.int32),
+        scales=np.linspace(0.5, 2.0, num_rows, dtype=np.float32),
+        pages=pages,
+        pool=SitePool(a.to(device, dtype), b.to(device, dtype), widths),
+        x=x.to(device, dtype),
+        y=y[:, :num_outputs],
+    )
+
+
+def assert_agrees(y: torch.Tensor, expected: torch.Tensor) -> None:
+    """NaN must stay NaN, and nothing else may become it."""
+    torch.testing.assert_close(
+        y.float(), expected.float(), rtol=TOLERANCE[y.dtype], atol=TOLERANCE[y.dtype], equal_nan=True
+    )
+
+
+@pytest.fixture(params=list(STEPS))
+def step(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture
+def make_case() -> Callable[[str, torch.dtype, str], Case]:
+    return build_case
+
+
+@pytest.fixture
+def agrees() -> Callable[[torch.Tensor, torch.Tensor], None]:
+    return assert_agrees
+
+
+@pytest.fixture
+def triton_device() -> str:
+    """Where the Triton forms run."""
+    return "cpu" if INTERPRETED else "cuda"
+
+
+@pytest.fixture(params=["float32", "float16", "bfloat16"])
+def triton_dtype(request: pytest.FixtureRequest) -> torch.dtype:
+    if INTERPRETED and request.param == "bfloat16":
+        pytest.skip("triton's interpreter computes bfloat16 wrongly")
+    return {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}[request.param]

@@ -1,0 +1,65 @@
+"""Route, shrink and expand together, as the engine calls them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from manylora_kernels import SitePool, gpu, reference
+from manylora_kernels.routed import RoutedMix
+
+
+def test_agrees_with_the_reference(
+    step: str, triton_dtype: torch.dtype, triton_device: str, make_case: Any, agrees: Any
+) -> None:
+    case = make_case(step, triton_dtype, triton_device)
+    expected = case.expected()
+    mix = RoutedMix.build(case.slots, case.scales, [case.pages], 4, 3, torch.device(triton_device))
+    gpu.add_lora(case.y, case.x, case.pool, mix, 0)
+    agrees(case.y, expected)
+
+
+def test_takes_a_pool_of_another_dtype(triton_device: str, make_case: Any) -> None:
+    case = make_case("rank_24_and_40", torch.float32, triton_device)
+    pool = SitePool(case.pool.a.half(), case.pool.b.half(), case.pool.widths)
+    expected = case.y.clone()
+    reference.add_lora(expected, case.x, pool, case.slots.tolist(), case.scales.tolist(), case.pages)
+    mix = RoutedMix.build(case.slots, case.scales, [case.pages], 4, 3, torch.device(triton_device))
+    gpu.add_lora(case.y, case.x, pool, mix, 0)
+    # The operands are rounded to the pool's dtype, the result is not.
+    torch.testing.assert_close(case.y, expected, rtol=8e-3, atol=8e-3)
+
+
+def test_prefill_blocks_agree_with_the_reference(triton_device: str) -> None:
+    """More rows than decode has, so that blocks are of 64 rows and K is not split."""
+    slots = np.array([0] * 70 + [-1] * 30 + [1] * 160, dtype=np.int32)
+    generator = torch.Generator().manual_seed(3)
+    x = torch.randn(260, 32, generator=generator).to(triton_device)
+    y = torch.randn(260, 48, generator=generator).to(triton_device)
+    pool = SitePool(
+        (torch.randn(3, 1, 16, 32, generator=generator) / 6).to(triton_device),
+        (torch.randn(3, 16, 48, generator=generator) / 4).to(triton_device),
+        (48,),
+    )
+    scales = np.ones(260, dtype=np.float32)
+    pages = [(2,), (0, 1)]
+    expected = y.clone()
+    reference.add_lora(expected, x, pool, slots.tolist(), scales.tolist(), pages)
+    mix = RoutedMix.build(slots, scales, [pages], 2, 2, torch.device(triton_device))
+    assert mix.route.block_rows == 64
+    gpu.add_lora(y, x, pool, mix, 0)
+    torch.testing.assert_close(y, expected, rtol=2e-5, atol=2e-5)
+    assert torch.equal(y[70:100], expected[70:100])
+
+
+@pytest.mark.parametrize("repeat", range(2))
+def test_the_same_step_gives_the_same_bits(repeat: int, triton_device: str, make_case: Any) -> None:
+    results = []
+    for _ in range(2):
+        case = make_case("33_rows_three_adapters", torch.float32, triton_device)
+        mix = RoutedMix.build(case.slots, case.scales, [case.pages], 4, 3, torch.device(triton_device))
+        gpu.add_lora(case.y, case.x, case.pool, mix, 0)
+        results.append(case.y)
+    assert torch.equal(results[0], results[1])
