@@ -1,0 +1,71 @@
+"""Imports point one way: model_repository -> backend -> kernels; the client imports neither."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+FORBIDDEN = {
+    "kernels/manylora_kernels": {
+        "manylora",
+        "manylora_client",
+        "transformers",
+        "triton_python_backend_utils",
+    },
+    "client/manylora_client": {"manylora", "manylora_kernels", "torch", "transformers", "triton"},
+    "backend/manylora": {"manylora_client"},
+}
+WITHOUT_TORCH = [
+    "manylora.triton_model",
+    "manylora.front_end",
+    "manylora.protocol",
+    "manylora.ipc",
+    "manylora.cli",
+    "manylora.serve.command",
+]
+
+
+def imported(path: Path) -> set[str]:
+    """Top-level packages that a file imports anywhere in it."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name.partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module and node.level == 0:
+            names.add(node.module.partition(".")[0])
+    return names
+
+
+@pytest.mark.parametrize("package", FORBIDDEN)
+def test_a_package_imports_nothing_above_it(package: str) -> None:
+    files = sorted((ROOT / package).rglob("*.py"))
+    assert files
+    wrong = {str(f.relative_to(ROOT)): bad for f in files if (bad := imported(f) & FORBIDDEN[package])}
+    assert wrong == {}
+
+
+def test_only_one_file_knows_tritons_own_module() -> None:
+    users = [
+        str(f.relative_to(ROOT))
+        for folder in ("backend", "kernels", "client", "model_repository")
+        for f in sorted((ROOT / folder).rglob("*.py"))
+        if "triton_python_backend_utils" in imported(f)
+    ]
+    assert users == ["backend/manylora/triton_model.py"]
+
+
+@pytest.mark.parametrize("module", WITHOUT_TORCH)
+def test_front_ends_and_commands_start_without_torch(module: str) -> None:
+    """A stub of Triton holds no second copy of torch."""
+    script = (
+        "import sys, types\n"
+        "sys.modules['triton_python_backend_utils'] = types.ModuleType('triton_python_backend_utils')\n"
+        f"import {module}\n"
+        "assert 'torch' not in sys.modules, 'torch was imported'\n"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True)
