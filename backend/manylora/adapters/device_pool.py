@@ -15,6 +15,7 @@ import torch
 
 from manylora.adapters.pages import PageAllocator
 from manylora.adapters.weights import PAGE_ROWS, AdapterWeights
+from manylora.memory import zeros
 from manylora.model.spec import ModelSpec
 
 
@@ -149,7 +150,7 @@ class DevicePool:
                 target.b[:, page : page + count].copy_(source.b[:, first : first + count], non_blocking=True)
 
     def _zeros(self, *shape: int) -> torch.Tensor:
-        return torch.zeros(shape, dtype=self.dtype, device=self.device)
+        return zeros(shape, self.dtype, self.device)
 
 
 def num_pages_of(rank: int) -> int:

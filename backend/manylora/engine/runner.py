@@ -16,6 +16,7 @@ from manylora.engine import sampler
 from manylora.engine.batch import Batch, BatchBuilder, Item
 from manylora.engine.sequence import Sequence
 from manylora.errors import InvalidArgumentError, UnsupportedError
+from manylora.memory import zeros
 from manylora.messages import SamplingParams
 from manylora.model.attention import LayerCache
 from manylora.model.loading import LoadedModel
@@ -148,10 +149,9 @@ def _num_blocks(model: LoadedModel, config: EngineConfig) -> int:
 
 def _layer_cache(model: LoadedModel, shape: tuple[int, int, int], num_rows: int) -> LayerCache:
     num_heads, key_size, value_size = shape
-    new = {"dtype": model.dtype, "device": model.device}
     return LayerCache(
-        keys=torch.zeros(num_rows, num_heads * key_size, **new),  # type: ignore[arg-type]
-        values=torch.zeros(num_rows, num_heads * value_size, **new),  # type: ignore[arg-type]
+        keys=zeros((num_rows, num_heads * key_size), model.dtype, model.device),
+        values=zeros((num_rows, num_heads * value_size), model.dtype, model.device),
         num_heads=num_heads,
         key_size=key_size,
         value_size=value_size,
