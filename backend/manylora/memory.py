@@ -14,7 +14,7 @@ _ALIGNMENT = 64
 def zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """A zeroed tensor. On a CPU, memory is taken when it is first written.
 
-    `torch.zeros` writes its zeros, so a KV cache for the busiest hour would cost its whole size from the start.
+    `torch.zeros` writes its zeros, so a KV cache for the busiest hour would cost its whole size at once.
     """
     if device.type != "cpu":
         return torch.zeros(shape, dtype=dtype, device=device)
