@@ -11,7 +11,7 @@ from manylora_kernels import reference
 
 def loops(case: Any) -> torch.Tensor:
     """`y[t, s, n] += scale[t] * sum over r of (sum over k of x[t, k] A_s[r, k]) B_s[n, r]`."""
-    y = case.y.double()
+    y: torch.Tensor = case.y.double()
     a, b, x = case.pool.a.double(), case.pool.b.double(), case.x.double()
     for t, slot in enumerate(case.slots.tolist()):
         if slot < 0:
