@@ -22,7 +22,7 @@ check: setup ## lint, format and types; changes nothing
 	@$(VENV)/mypy
 
 bench: setup ## the CPU benchmarks
-	@for script in bench/bench_*.py; do echo "== $$script"; $(VENV)/python "$$script" || exit 1; done
+	@for script in bench/*.py; do echo "== $$script"; $(VENV)/python "$$script" || exit 1; done
 
 serve: setup ## the base model and the example adapters on ports 8000 (HTTP), 8001 (gRPC), 8002 (metrics)
 	@exec $(VENV)/manylora serve --base-model .build/base_model --adapter-root examples/adapters

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import IO
 
 from manylora.errors import UnavailableError
-from manylora.serve import processes
 
 STOP_S = 90.0
 """More than `manylora serve` takes in the worst case before it kills what is left."""
@@ -51,10 +50,8 @@ def running_server(
     """
     command = [sys.executable, "-m", "manylora.cli", "serve"]
     command += [f"--base-model={base_model}", f"--adapter-root={adapter_root}"]
-    command += ["--http-port=0", "--grpc-port=0", "--metrics-port=0", *arguments]
-    process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=stderr, text=True, preexec_fn=processes.end_with_parent
-    )
+    command += ["--http-port=0", "--grpc-port=0", "--metrics-port=0", "--stop-with-parent", *arguments]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=stderr, text=True)
     try:
         yield _read_ready(process)
     finally:

@@ -38,6 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             metavar="N",
             help="0: a free one (default: %(default)s)",
         )
+    add("--stop-with-parent", action="store_true", help="stop when the program that started this one ends")
     add("--run-dir", metavar="DIR", help="for sockets and the log (default: a temporary one)")
     add(
         "--ready-timeout",
@@ -63,6 +64,8 @@ def main(arguments: argparse.Namespace) -> int:
     Raises:
         ManyloraError: what was asked for cannot be served, or the server failed.
     """
+    if arguments.stop_with_parent:
+        processes.end_with_parent()
     settings = read_settings(arguments)
     ports = resolve(
         Ports(

@@ -21,7 +21,7 @@ def adopt_orphans() -> None:
 
 
 def end_with_parent() -> None:
-    """Between fork and exec: be sent SIGTERM when the parent's thread that forked ends, however it ends."""
+    """Have SIGTERM sent to this process when the parent's thread that started it ends, however it ends."""
     _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
 
 

@@ -70,7 +70,8 @@ class TritonServer:
                 cwd=installation.working_directory,
                 # Ctrl-C goes to the terminal's whole foreground group; only we stop tritonserver.
                 start_new_session=True,
-                # Safe here, since this process has one thread; nothing else stops it when we are killed.
+                # Nothing else would stop it when we are killed. No other Python thread runs here that could
+                # hold a lock at the fork.
                 preexec_fn=processes.end_with_parent,
             )
         self._stubs: list[int] = []
