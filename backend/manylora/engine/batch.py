@@ -115,10 +115,10 @@ class BatchBuilder:
             else:
                 groups.append([item])
         for group in groups:
-            group.sort(key=lambda i: i.sequence.adapter_id)
+            group.sort(key=_pool_order)
         fresh = sorted(
             (i for i in items if i.num_tokens > 1 and i.start == 0),
-            key=lambda i: (i.num_tokens, i.sequence.adapter_id),
+            key=lambda i: (i.num_tokens, _pool_order(i)),
         )
         groups += [list(same) for _, same in groupby(fresh, key=lambda i: i.num_tokens)]
         groups += [[i] for i in items if i.num_tokens > 1 and i.start > 0]
@@ -181,3 +181,9 @@ class BatchBuilder:
     def _tensor(self, array: np.ndarray[tuple[int, ...], np.dtype[np.int64]]) -> torch.Tensor:
         tensor = torch.from_numpy(array)
         return tensor if self.device.type == "cpu" else tensor.to(self.device, non_blocking=True)
+
+
+def _pool_order(item: Item) -> tuple[tuple[int, ...], ...]:
+    """Sorts rows as their adapters lie in the pool, so that the CPU form reads both without a gather."""
+    lease = item.sequence.lease
+    return lease.placement.pages if lease is not None and lease.placement is not None else ()
