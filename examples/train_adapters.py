@@ -54,6 +54,8 @@ class Recipe:
     rank: int = 8
     alpha: int = 16
     target_modules: tuple[str, ...] = ATTENTION + MLP
+    layers: tuple[int, ...] | None = None
+    """Indices of the decoder layers to adapt; None is all."""
     use_rslora: bool = False
     rank_pattern: dict[str, int] = field(default_factory=dict)
     alpha_pattern: dict[str, int] = field(default_factory=dict)
@@ -67,8 +69,8 @@ class Recipe:
 
 
 RECIPES = {
-    "haiku": Recipe(use_rslora=True, alpha=8, dtype=torch.float16),
-    "json": Recipe(target_modules=ATTENTION, alpha=32),
+    "haiku": Recipe(use_rslora=True, alpha=8, dtype=torch.float16, num_epochs=4),
+    "json": Recipe(target_modules=ATTENTION, layers=tuple(range(10, 30)), alpha=32, num_epochs=3),
     "pirate": Recipe(rank_pattern={"down_proj": 4}, alpha_pattern={"down_proj": 8}),
 }
 
@@ -129,6 +131,7 @@ def train(base: Any, tokenizer: Any, name: str) -> PeftModel:
         r=recipe.rank,
         lora_alpha=recipe.alpha,
         target_modules=list(recipe.target_modules),
+        layers_to_transform=None if recipe.layers is None else list(recipe.layers),
         use_rslora=recipe.use_rslora,
         rank_pattern=dict(recipe.rank_pattern),
         alpha_pattern=dict(recipe.alpha_pattern),
@@ -174,7 +177,8 @@ def save(model: PeftModel, name: str, out_dir: Path) -> None:
         if parameter.requires_grad:
             parameter.data = parameter.data.to(RECIPES[name].dtype)
     with tempfile.TemporaryDirectory(dir=out_dir) as staging:
-        model.save_pretrained(staging)
+        # "auto" would ask the network whether the vocabulary grew.
+        model.save_pretrained(staging, save_embedding_layers=False)
         target = out_dir / name
         target.mkdir(exist_ok=True)
         shutil.copyfile(Path(staging, "adapter_model.safetensors"), target / "adapter_model.safetensors")
