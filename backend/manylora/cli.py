@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import sys
 from pathlib import Path
 
@@ -10,6 +11,9 @@ from manylora.errors import InvalidArgumentError, ManyloraError, NotFoundError, 
 
 USAGE_ERRORS = (InvalidArgumentError, NotFoundError, UnsupportedError)
 """Exit status 2, as for a wrong option: to try again changes nothing. Other errors exit with 1."""
+
+SERVER_PACKAGES = ("msgspec", "torch", "transformers", "zmq")
+"""What the plain install, which is the client, does not bring."""
 
 SERVE_EXAMPLES = """\
 examples:
@@ -25,6 +29,7 @@ def main(argv: list[str] | None = None) -> int:
     """
     arguments = _parser().parse_args(argv)
     try:
+        _require_server_packages()
         return int(arguments.run(arguments))
     except ManyloraError as error:
         print(f"manylora {arguments.command}: {error.message}", file=sys.stderr)
@@ -58,6 +63,12 @@ def _parser() -> argparse.ArgumentParser:
     status.add_argument("--json", action="store_true", help="as one line of JSON")
     status.set_defaults(run=_status)
     return parser
+
+
+def _require_server_packages() -> None:
+    missing = [name for name in SERVER_PACKAGES if importlib.util.find_spec(name) is None]
+    if missing:
+        raise UnsupportedError(f"needs {', '.join(missing)}: pip install 'manylora[server]'")
 
 
 def _status(arguments: argparse.Namespace) -> int:

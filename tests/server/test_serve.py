@@ -209,25 +209,27 @@ def test_a_killed_serve_takes_its_server_with_it(base_model, adapter_root):
         wait_until_gone(below)
 
 
-@pytest.mark.parametrize("model", repository.MODELS)
-def test_a_killed_front_end_is_restarted_and_answers(model, base_model, adapter_root):
+def test_a_killed_front_end_is_restarted_and_answers(base_model, adapter_root):
     read_end, write_end = os.pipe()
-    with os.fdopen(read_end) as messages, os.fdopen(write_end, "w") as stderr, running_server(
-        base_model=base_model, adapter_root=adapter_root, stderr=stderr
-    ) as server:  # fmt: skip
-        before = {each: ask(server, each, adapter_id="synthetic-000") for each in repository.MODELS}
-        below = descendants(server.pid)
-        (stub,) = (
-            pid for pid in below if any(f"/{model}/1/model.py" in word for word in processes.command(pid))
-        )
-        regions = shared_memory_of(server)
-        os.kill(stub, signal.SIGKILL)
-        told = [next(line for line in messages if word in line) for word in ("has died", "ready again")]
-        assert str(stub) in told[0]
-        after = {each: ask(server, each, adapter_id="synthetic-000") for each in repository.MODELS}
-        assert after == before
-        assert [pid for pid in below if processes.is_alive(pid)] == []
-        assert [region for region in regions if region.exists()] == []
+    with (
+        os.fdopen(read_end) as messages,
+        os.fdopen(write_end, "w") as stderr,
+        running_server(base_model=base_model, adapter_root=adapter_root, stderr=stderr) as server,
+    ):
+        before = {model: ask(server, model, adapter_id="synthetic-000") for model in repository.MODELS}
+        for model in repository.MODELS:
+            below = descendants(server.pid)
+            (stub,) = (
+                pid for pid in below if any(f"/{model}/1/model.py" in word for word in processes.command(pid))
+            )
+            regions = shared_memory_of(server)
+            os.kill(stub, signal.SIGKILL)
+            told = [next(line for line in messages if word in line) for word in ("has died", "ready again")]
+            assert str(stub) in told[0]
+            after = {each: ask(server, each, adapter_id="synthetic-000") for each in repository.MODELS}
+            assert after == before
+            assert [pid for pid in below if processes.is_alive(pid)] == []
+            assert [region for region in regions if region.exists()] == []
 
 
 def test_status_shows_the_adapters_that_were_used(server):
