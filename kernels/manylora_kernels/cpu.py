@@ -41,8 +41,9 @@ def _add_batch(y: torch.Tensor, x: torch.Tensor, pool: SitePool, batch: SegmentB
             0, 1
         )  # [I * M, width]
         if batch.bags is None:
-            out = out.index_select(0, batch.picks)
+            out = _take(out, batch.picks)
         else:
+            assert isinstance(batch.picks, torch.Tensor)
             out = F.embedding_bag(batch.picks, out, batch.bags, mode="sum")
         _add_rows(y[:, start : start + width], batch.targets, out)
         start += width

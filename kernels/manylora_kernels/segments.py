@@ -63,7 +63,7 @@ class SegmentBatch:
     """[I, 1, M]."""
     pages: Rows
     """The I pages, ascending."""
-    picks: torch.Tensor
+    picks: Rows
     """The lanes that make up each row of the result, row after row."""
     bags: torch.Tensor | None
     """Where each row begins in `picks`; None when each has one lane."""
@@ -125,12 +125,13 @@ def _batch(members: Sequence[tuple[IntArray, Sequence[int]]], row_scales: FloatA
     by_row = np.argsort(lane_rows[lanes_used], kind="stable")
     picks = np.flatnonzero(lanes_used)[by_row]
     result_rows, bags = np.unique(lane_rows.reshape(-1)[picks], return_index=True)
+    summed = len(bags) < len(picks)
     return SegmentBatch(
         rows=_choice(lane_rows.reshape(-1)),
         scales=torch.from_numpy(row_scales[lane_rows][:, None, :]),
         pages=_choice(np.array([page for page, _ in items], dtype=np.int64)),
-        picks=torch.from_numpy(picks),
-        bags=torch.from_numpy(bags) if len(bags) < len(picks) else None,
+        picks=torch.from_numpy(picks) if summed else _choice(picks),
+        bags=torch.from_numpy(bags) if summed else None,
         targets=_targets(result_rows),
     )
 

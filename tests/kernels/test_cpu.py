@@ -84,6 +84,7 @@ def test_the_worked_example_of_the_segments_page() -> None:
     assert isinstance(batch, SegmentBatch)
     assert isinstance(batch.rows, torch.Tensor)
     assert isinstance(batch.pages, torch.Tensor)
+    assert isinstance(batch.picks, torch.Tensor)
     assert batch.bags is not None
     assert batch.rows.tolist() == [1, 1, 1, 0, 2, 4, 0, 2, 4]
     assert batch.pages.tolist() == [4, 5, 7]
@@ -92,10 +93,24 @@ def test_the_worked_example_of_the_segments_page() -> None:
     assert batch.targets == ((slice(0, 3), slice(0, 3)), (slice(4, 5), slice(3, 4)))
 
 
+def test_single_rows_of_several_pages_are_summed() -> None:
+    """Their lanes lie in row order, yet are no view: two lanes make one row."""
+    kind = build_segments(np.array([0, 1], dtype=np.int32), np.ones(2, dtype=np.float32), [(0, 1), (2,)])
+    (batch,) = kind.batches
+    assert isinstance(batch.picks, torch.Tensor)
+    assert batch.picks.tolist() == [0, 1, 2]
+    assert batch.bags is not None
+    assert batch.bags.tolist() == [0, 2]
+
+
 def test_consecutive_pages_and_rows_are_views() -> None:
     kind = build_segments(np.array([0, 0, 1, 1], dtype=np.int32), np.ones(4, dtype=np.float32), [(5,), (4,)])
     (batch,) = kind.batches
     assert batch.pages == slice(4, 6)
+    assert isinstance(batch.rows, torch.Tensor)
+    kind = build_segments(np.array([0, 0, 1, 1], dtype=np.int32), np.ones(4, dtype=np.float32), [(4,), (5,)])
+    (batch,) = kind.batches
+    assert (batch.rows, batch.picks, batch.bags) == (slice(0, 4), slice(0, 4), None)
     kind = build_segments(np.zeros(40, dtype=np.int32), np.ones(40, dtype=np.float32), [(2, 3)])
     (segment,) = kind.segments
     assert segment.rows == slice(0, 40)
