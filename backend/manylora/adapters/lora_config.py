@@ -176,9 +176,7 @@ def _refuse_kinds(values: dict[str, Any], reasons: Reasons) -> None:
             if value is not None:
                 reasons.unsupported(f"{key}={quote(value)}: {UNSERVED_UNLESS_NULL[key]} is not served")
         elif key not in NO_EFFECT and key not in _READ and value is not None and value is not False:
-            reasons.unsupported(
-                f"{quote(key)}={quote(value)}: the key is not known"
-            )
+            reasons.unsupported(f"{quote(key)}={quote(value)}: the key is not known")
     bias = values.get("bias", "none")
     if bias != "none":
         reasons.unsupported(f"bias={quote(bias)}: trained biases are not served, only 'none'")

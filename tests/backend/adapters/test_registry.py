@@ -337,6 +337,24 @@ def test_a_slot_goes_to_the_oldest_lease(bench: Bench) -> None:
     registry.release(again)
 
 
+def test_a_running_adapter_does_not_give_way_to_an_older_lease(bench: Bench, llama_spec: ModelSpec) -> None:
+    bench.write("a", "b")
+    registry = bench.registry(max_loras=1, max_cpu_loras=1)
+    first = bench.ready(registry, "a")
+    b = registry.acquire("b")
+    running = registry.acquire("a")
+    assert registry.try_activate(running)
+    registry.release(first)
+    bench.settle(registry, b)
+    assert (running.state, b.state) == ("ready", "queued")
+    assert holds(registry, running, llama_spec)
+    registry.deactivate(running)
+    bench.settle(registry, b, running)
+    assert (running.state, b.state) == ("queued", "ready")
+    registry.release(b)
+    registry.release(running)
+
+
 def test_an_older_waiting_adapter_does_not_give_way(bench: Bench) -> None:
     bench.write("a", "b")
     registry = bench.registry(max_loras=1, max_cpu_loras=1)
