@@ -99,8 +99,9 @@ class EngineConfig:
     @classmethod
     def from_json(cls, text: str) -> EngineConfig:
         """The inverse of `to_json`."""
-        values = json.loads(text)
-        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+        read = json.loads(text)
+        values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in read.items()}
+        return cls(**values)
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self))
