@@ -73,7 +73,11 @@ class Loader:
         while (job := self._jobs.get()) is not None:
             if not self._closing.is_set():
                 self._results.put(load(self._read, *job))
-                self._wake()
+                try:
+                    self._wake()
+                except Exception:
+                    # The result is on the queue all the same, and later loads need this thread.
+                    log.exception("the engine could not be woken for adapter %r", job[0])
 
 
 def load(read: Read, name: str, directory: Path) -> Loaded:

@@ -99,8 +99,12 @@ def read_adapter(
         if config is None:
             reasons.raise_if_any()
             raise AssertionError("a config that cannot be used has no reason")
-        targets = find_targets(config, spec)
-        tensors, data_bytes = _read_header(weights_file, digest)
+        try:
+            targets = find_targets(config, spec)
+            tensors, data_bytes = _read_header(weights_file, digest)
+        except InvalidArgumentError as error:
+            reasons.invalid(error.message)
+            raise reasons.error() from error
         bounds = bind(tensors, targets, spec, max_lora_rank=max_lora_rank, reasons=reasons)
         reasons.raise_if_any()
         data = bytearray(data_bytes)

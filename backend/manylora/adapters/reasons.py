@@ -49,16 +49,17 @@ class Reasons:
             lines = [*lines[:MAX_REASONS], f"and {len(lines) - MAX_REASONS} more reasons"]
         return "; ".join(lines)
 
+    def error(self) -> UnsupportedError | InvalidArgumentError:
+        """UNSUPPORTED if something in the adapter is of a kind that is not served, else INVALID_ARG."""
+        return (UnsupportedError if self._unsupported else InvalidArgumentError)(self.message())
+
     def raise_if_any(self) -> None:
         """
         Raises:
-            UnsupportedError: something in the adapter is of a kind that is not served.
-            InvalidArgumentError: all else.
+            UnsupportedError, InvalidArgumentError: there are reasons; see `error`.
         """
-        if self._unsupported:
-            raise UnsupportedError(self.message())
-        if self._invalid:
-            raise InvalidArgumentError(self.message())
+        if self:
+            raise self.error()
 
 
 def _add(reasons: dict[str, list[str]], reason: str, example: str) -> None:

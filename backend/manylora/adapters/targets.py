@@ -54,7 +54,13 @@ def find_targets(config: LoraConfig, spec: ModelSpec) -> Targets:
     """
     paths = [*spec.linears, *sorted(spec.other_modules)]
     patterns = _Patterns(config, paths)
-    chosen = [path for path in paths if _is_targeted(config, spec, path, patterns)]
+    named, excluded = _names(config.target_modules), _names(config.exclude_modules)
+    chosen = [
+        path
+        for path in paths
+        if not _is_excluded(config, path, excluded, patterns)
+        and _is_named(config, spec, path, named, patterns)
+    ]
     linears = {}
     for path in chosen:
         if path in spec.linears:
@@ -95,22 +101,29 @@ class _Patterns:
         return values.get(key, default)
 
 
-def _is_targeted(config: LoraConfig, spec: ModelSpec, path: str, patterns: _Patterns) -> bool:
+def _names(setting: str | tuple[str, ...]) -> frozenset[str]:
+    return frozenset() if isinstance(setting, str) else frozenset(setting)
+
+
+def _is_excluded(config: LoraConfig, path: str, names: frozenset[str], patterns: _Patterns) -> bool:
     if isinstance(config.exclude_modules, str):
-        if config.exclude_modules and path in patterns.of("exclude_modules", config.exclude_modules):
-            return False
-    elif any(suffix in config.exclude_modules for suffix in _suffixes(path)):
-        return False
+        return bool(config.exclude_modules) and path in patterns.of("exclude_modules", config.exclude_modules)
+    return any(suffix in names for suffix in _suffixes(path))
+
+
+def _is_named(
+    config: LoraConfig, spec: ModelSpec, path: str, names: frozenset[str], patterns: _Patterns
+) -> bool:
     if isinstance(config.target_modules, str):
         if config.target_modules.lower() == ALL_LINEAR:
             # Other linears than the spec's cannot be told from norms here. Tensors for them bind to nothing
             # that is served, so an adapter that has some is refused all the same.
             return path in spec.linears
         return path in patterns.of("target_modules", config.target_modules)
-    if path in config.target_modules:
+    if path in names:
         # Named in full: layers_to_transform does not apply.
         return True
-    if not any(suffix in config.target_modules for suffix in _suffixes(path)):
+    if not any(suffix in names for suffix in _suffixes(path)):
         return False
     return not config.layers_to_transform or _layer_of(config, path, patterns) in config.layers_to_transform
 

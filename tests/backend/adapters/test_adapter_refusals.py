@@ -363,6 +363,32 @@ def test_an_adapter_that_matches_nothing_is_refused(write: Write, llama_spec: Mo
     assert message == "nothing to apply: the config targets no linear of the base model"
 
 
+@pytest.mark.parametrize(
+    ("changes", "data", "message"),
+    [
+        (
+            {"use_dora": True, "target_modules": "("},
+            None,
+            "use_dora=True: DoRA is not served; target_modules has '(', which is no regular expression: "
+            "missing ), unterminated subpattern at position 0",
+        ),
+        (
+            {"bias": "all", "r": 2},
+            b"",
+            "bias='all': trained biases are not served, only 'none'; "
+            "the safetensors file has 0 bytes; even an empty one has 10",
+        ),
+    ],
+    ids=["pattern", "container"],
+)
+def test_reasons_of_all_stages_stand_in_one_message(
+    write: Write, llama_spec: ModelSpec, changes: dict[str, Any], data: bytes | None, message: str
+) -> None:
+    refused = refuse(write(data, **changes), llama_spec)
+    assert refused.message == message
+    assert type(refused) is UnsupportedError
+
+
 def test_rank_over_the_limit_is_refused(write: Write, llama_spec: ModelSpec) -> None:
     assert refuse(write(), llama_spec, rank=3).message == f"rank 4 is over max_lora_rank=3: {FIRST_FIVE}"
 

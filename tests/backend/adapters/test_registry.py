@@ -265,6 +265,21 @@ def test_a_fault_of_ours_is_internal_and_logged(bench: Bench, caplog: pytest.Log
     registry.release(lease)
 
 
+def test_a_wake_that_fails_loses_no_load(bench: Bench, caplog: pytest.LogCaptureFixture) -> None:
+    bench.write("a", "b", "c", "d")
+    registry = bench.registry()
+
+    def wake() -> None:
+        bench.wakes.release()
+        raise RuntimeError("nobody listens")
+
+    registry._loader._wake = wake
+    for name in ("a", "b", "c", "d"):
+        registry.release(bench.ready(registry, name))
+    registry.close()
+    assert "nobody listens" in caplog.text
+
+
 def test_the_host_cache_drops_the_least_recently_used(bench: Bench) -> None:
     bench.write("a", "b", "c")
     registry = bench.registry(max_loras=1, max_cpu_loras=2)
