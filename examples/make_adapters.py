@@ -26,8 +26,10 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
-DEFAULT_STRENGTH = 0.3
-"""Enough for SmolLM2-135M to answer otherwise at every rank from 8 to 64, with logits of the usual size."""
+DEFAULT_STRENGTH = 0.5
+"""About a tenth of what SmolLM2-135M's own linears do to random inputs. At ranks 8, 16 and 64, 16 seeds
+continued an open sentence in 16 ways, none the base model's, with logits of the usual size; at 1.0 the text
+falls apart. A question with one short answer can still get the base model's."""
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 ALL_LINEAR = "all-linear"
 
