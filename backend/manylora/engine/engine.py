@@ -18,6 +18,7 @@ import torch
 from manylora.adapters.device_pool import DevicePool
 from manylora.adapters.registry import Registry
 from manylora.config import EngineConfig
+from manylora.engine import report
 from manylora.engine.batch import Batch
 from manylora.engine.generate import Completion, Prompt, generate
 from manylora.engine.kv_cache import BlockPool
@@ -89,6 +90,8 @@ class Engine:
             self.registry,
             self.model.eos_token_ids,
         )
+        for line in report.capacity(self.pool, self.blocks, config, self.model):
+            log.info(line)
         self.info = EngineInfo(
             base_model=str(self.model.directory),
             max_model_len=self.model.max_model_len,
@@ -125,6 +128,11 @@ class Engine:
         answer: Future[Status] = Future()
         self.post(Asked(answer))
         return answer.result()
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether the engine's thread runs. False before `close` means a fault in the loop itself."""
+        return self._thread.is_alive()
 
     def close(self) -> None:
         """Fail what is in flight with UNAVAILABLE and end the thread. May be called again."""
@@ -266,24 +274,7 @@ class Engine:
             session.flush()
 
     def _status(self) -> Status:
-        scheduler, blocks = self.scheduler, self.blocks
-        return Status(
-            adapters=self.registry.states(),
-            counters={
-                **self._counters,
-                **self.registry.counters,
-                "preemptions": scheduler.num_preemptions,
-                "prefix_hit_tokens": scheduler.num_prefix_hit_tokens,
-            },
-            gauges={
-                "running": len(scheduler.running),
-                "waiting": len(scheduler.waiting),
-                "kv_blocks_free": blocks.num_free,
-                "kv_blocks_total": len(blocks.blocks),
-                **self.registry.gauges,
-            },
-            check_errors=self.check(),
-        )
+        return report.status(self.scheduler, self.blocks, self.registry, dict(self._counters), self.check())
 
     def check(self) -> list[str]:
         """Broken invariants of every part. Engine thread only; others ask `status`."""

@@ -23,6 +23,7 @@ from manylora.errors import InternalError, InvalidArgumentError, ManyloraError
 
 log = logging.getLogger("manylora.engine.process")
 
+ALIVE_CHECK_S = 1.0
 CLOSE_S = 20.0
 """An engine that has not closed after so long is ended by force."""
 
@@ -51,9 +52,18 @@ class _Owner:
         for watch in (self._watch_input, self._watch_signal):
             threading.Thread(target=watch, name="manylora-owner", daemon=True).start()
 
-    def reply(self, answer: dict[str, Any]) -> None:
-        """Answer the order. Until then the owner's end ends this process on the spot."""
+    def reply_ready(self) -> None:
+        """Answer that the engine serves. Until then the owner's end ends this process on the spot."""
+        self._reply({"ready": True})
+
+    def reply_error(self, error: ManyloraError) -> None:
+        """Answer that the start has failed; does nothing once it had not."""
+        if self._is_waiting:
+            self._reply({"error": {"code": error.code, "message": error.message}})
+
+    def _reply(self, answer: dict[str, Any]) -> None:
         self._is_waiting = False
+        # An owner that has gone is the watches' matter.
         with contextlib.suppress(BrokenPipeError), os.fdopen(self._reply_fd, "w") as out:
             out.write(json.dumps(answer) + "\n")
 
@@ -81,20 +91,24 @@ def serve(owner: _Owner) -> None:
     """Load the engine, serve it until the owner has gone, close it.
 
     Raises:
-        ManyloraError: the engine cannot start; nothing has been replied.
+        ManyloraError: the engine cannot start, or its thread has died.
     """
-    # Here, since they import torch: the owner's end is watched by now.
+    socket_path = Path(owner.order["socket"])
+    lock = run_dir.lock(socket_path)
+    config = EngineConfig.from_json(json.dumps(owner.order["config"]))
+    # Here, since they import torch, which takes seconds: the owner is watched by now.
     from manylora.engine.engine import Engine
     from manylora.engine.server import EngineServer
 
-    socket_path = Path(owner.order["socket"])
-    lock = run_dir.lock(socket_path)
-    engine = Engine(EngineConfig.from_json(json.dumps(owner.order["config"])))
+    engine = Engine(config)
     server = None
     try:
         server = EngineServer(engine, socket_path)
-        owner.reply({"ready": True})
-        owner.has_gone.wait()
+        owner.reply_ready()
+        while not owner.has_gone.wait(ALIVE_CHECK_S):
+            if not engine.is_alive:
+                # Its traceback is in the log. The owner starts another process.
+                raise InternalError("the engine's thread has ended by itself")
     finally:
         engine.close()
         if server:
@@ -118,12 +132,12 @@ def main() -> int:
     try:
         serve(owner)
     except ManyloraError as error:
-        owner.reply({"error": {"code": error.code, "message": error.message}})
+        log.error("%s", error.tagged())
+        owner.reply_error(error)
         return 1
     except Exception:
-        log.exception("the engine could not start")
-        failure = InternalError("the engine could not start; the server's log has the reason")
-        owner.reply({"error": {"code": failure.code, "message": failure.message}})
+        log.exception("the engine process failed")
+        owner.reply_error(InternalError("the engine could not start; the server's log has the reason"))
         return 1
     return 0
 
@@ -141,4 +155,7 @@ def _read_order() -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    status = main()
+    logging.shutdown()
+    # All is closed. The interpreter would take seconds more to take torch apart.
+    os._exit(status)

@@ -123,6 +123,7 @@ class EngineServer:
                 threading.Thread(target=self._answer_status, args=(peer,), daemon=True).start()
             elif (session := self._sessions.get(peer)) is not None:
                 session.send(message)
+            # Else it was meant for an earlier engine, and has been given up by its sender.
         except Exception:
             log.exception("a front end's message could not be taken")
 

@@ -1,0 +1,57 @@
+"""What an engine holds and what it does, for logs and for people."""
+
+from __future__ import annotations
+
+from manylora.adapters.device_pool import DevicePool
+from manylora.adapters.registry import Registry
+from manylora.config import EngineConfig
+from manylora.engine.kv_cache import BlockPool
+from manylora.engine.scheduler import Scheduler
+from manylora.messages import Status
+from manylora.model.loading import LoadedModel
+
+_RANKS = (8, 16, 32, 64, 128, 256)
+
+
+def capacity(pool: DevicePool, blocks: BlockPool, config: EngineConfig, model: LoadedModel) -> list[str]:
+    """Lines for the start-up log: what fits."""
+    num_tokens = len(blocks.blocks) * blocks.block_size
+    fits = ", ".join(f"{pool.plan(r)} of rank {r}" for r in _RANKS if r <= config.max_lora_rank)
+    return [
+        f"base model {model.directory.name}: {type(model.module).__name__}, {model.dtype} on {model.device}, "
+        f"sequences of {model.max_model_len} tokens at most",
+        f"KV cache: {num_tokens} tokens, {_mib(num_tokens * model.cache_bytes_per_token())}",
+        f"device pool: {_mib(pool.num_bytes)}, holds adapters on all linears: {fits}; "
+        f"{config.max_loras} at most in one step; host cache: {config.num_cpu_loras} adapters",
+    ]
+
+
+def status(
+    scheduler: Scheduler,
+    blocks: BlockPool,
+    registry: Registry,
+    counters: dict[str, int],
+    check_errors: list[str],
+) -> Status:
+    """A picture of the engine between two steps."""
+    return Status(
+        adapters=registry.states(),
+        counters={
+            **counters,
+            **registry.counters,
+            "preemptions": scheduler.num_preemptions,
+            "prefix_hit_tokens": scheduler.num_prefix_hit_tokens,
+        },
+        gauges={
+            "running": len(scheduler.running),
+            "waiting": len(scheduler.waiting),
+            "kv_blocks_free": blocks.num_free,
+            "kv_blocks_total": len(blocks.blocks),
+            **registry.gauges,
+        },
+        check_errors=check_errors,
+    )
+
+
+def _mib(num_bytes: int) -> str:
+    return f"{num_bytes / 2**20:.0f} MiB"
