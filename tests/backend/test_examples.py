@@ -19,9 +19,6 @@ pytest.importorskip("peft", reason="peft is the judge of the adapters here; it c
 from peft import PeftModel
 from transformers import LlamaConfig, LlamaForCausalLM
 
-# peft 0.21 still asks transformers 5 for this by its old name.
-pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")
-
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 TRAINED = ("haiku", "json", "pirate")
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
