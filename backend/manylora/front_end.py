@@ -50,6 +50,11 @@ class FrontEnd:
             self._tokenizer = Tokenizer.load(info.base_model)
         return info is not None
 
+    @property
+    def is_ready(self) -> bool:
+        """Whether there is an engine now."""
+        return self._tokenizer is not None and self._connection.info is not None
+
     def submit(
         self, responder: Responder, tensors: Mapping[str, npt.NDArray[Any]], parameters_json: str
     ) -> None:

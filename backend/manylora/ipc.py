@@ -101,11 +101,9 @@ class EngineConnection:
         self._changed = threading.Condition()
         self._info: EngineInfo | None = None
         self._is_closing = False
-        self._hello_is_due = False
         self._context = zmq.Context()
         self._dealer = self._context.socket(zmq.DEALER)
-        # Without a connection a message must not wait for the next engine: it would run there twice.
-        self._dealer.set(zmq.IMMEDIATE, 1)
+        # A frame that the engine's end overtakes reaches the next engine ahead of Hello and is dropped there.
         self._dealer.set(zmq.LINGER, 0)
         self._dealer.set(zmq.SNDHWM, 0)
         self._dealer.set(zmq.RCVHWM, 0)
@@ -155,31 +153,26 @@ class EngineConnection:
             poller.register(source, zmq.POLLIN)
         try:
             while not self._is_closing:
-                poller.poll(10 if self._hello_is_due else None)
+                poller.poll()
                 # Events are read before the messages that came ahead of them, and acted on after those.
                 changes = _receive_all(self._monitor, recv_monitor_message)
                 for frame in _receive_all(self._dealer, zmq.Socket.recv):
                     self._take(frame)
                 for change in changes:
-                    self._follow(change["event"])
-                if self._hello_is_due:
-                    with contextlib.suppress(zmq.Again):
+                    if change["event"] == zmq.EVENT_HANDSHAKE_SUCCEEDED:
                         self._dealer.send(_encode(Hello()), zmq.NOBLOCK)
-                        self._hello_is_due = False
-                self._send_all()
+                    else:
+                        self._lose()
+                for frame in self._outbox.take_all():
+                    self._dealer.send(frame, zmq.NOBLOCK)
         finally:
             self._dealer.disable_monitor()
             self._monitor.close(0)
             self._dealer.close(0)
             self._context.term()
-            self._lose()
+            with self._changed:
+                self._info = None
             self._outbox.close()
-
-    def _send_all(self) -> None:
-        for frame in self._outbox.take_all():
-            # Fails only between the engine's end and the event that tells of it.
-            with contextlib.suppress(zmq.Again):
-                self._dealer.send(frame, zmq.NOBLOCK)
 
     def _take(self, frame: bytes) -> None:
         if not frame:
@@ -194,13 +187,6 @@ class EngineConnection:
                     self._changed.notify_all()
         except Exception:
             log.exception("a message of the engine could not be taken")
-
-    def _follow(self, event: int) -> None:
-        if event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
-            self._hello_is_due = True
-        else:
-            self._hello_is_due = False
-            self._lose()
 
     def _lose(self) -> None:
         with self._changed:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import os
@@ -91,6 +92,13 @@ def clear(run_dir: Path, model: str) -> None:
     """Remove what an engine and a failed start have left: socket, lock and failure note."""
     for suffix in ("sock", "lock", "failed"):
         (run_dir / f"{model}.{suffix}").unlink(missing_ok=True)
+
+
+def remove(run_dir: Path) -> None:
+    """Remove the directory, unless it is used for more than this."""
+    # Another front end may have removed it, or something may lie in it.
+    with contextlib.suppress(OSError):
+        run_dir.rmdir()
 
 
 def write_failure(run_dir: Path, model: str, error: ManyloraError) -> None:

@@ -74,9 +74,11 @@ class _Model:
         settings = {key: value["string_value"] for key, value in parameters.items()}
         # An empty value is one that was left out.
         settings = {key: text for key, text in settings.items() if text.strip()}
+        configured = settings.pop("run_dir", "")
+        self._owns_run_dir = not configured
         try:
             self._run_dir = run_dir.prepare(
-                Path(settings.pop("run_dir", "") or run_dir.default_path(os.getppid()))
+                Path(configured) if configured else run_dir.default_path(os.getppid())
             )
             self._start(settings)
         except ManyloraError as error:
@@ -132,6 +134,8 @@ class LlmModel(_Model):
         super().finalize()
         self._keeper.stop()
         run_dir.clear(self._run_dir, self._name)
+        if self._owns_run_dir:
+            run_dir.remove(self._run_dir)
 
 
 class LlmStreamModel(_Model):
