@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 import secrets
 import signal
@@ -19,7 +20,7 @@ SHARED_MEMORY = Path("/dev/shm")
 UNLOAD_GRACE_S = 30.0
 """What tritonserver gets beyond its exit timeout, to unload the models, which end the engine."""
 CHILDREN_GRACE_S = 5.0
-"""What stubs and engine get to end by themselves once tritonserver is gone."""
+"""What the engine gets to end by itself once tritonserver and its stubs are gone."""
 
 MAX_LINE = 400
 """Characters of a log line that are shown."""
@@ -51,6 +52,8 @@ class TritonServer:
             f"--model-repository={repository}",
             f"--backend-directory={installation.backends}",
             "--model-control-mode=none",
+            # Both configurations are complete; completing them would start each front end twice.
+            "--disable-auto-complete-config",
             f"--http-address={ports.host}",
             f"--grpc-address={ports.host}",
             f"--metrics-address={ports.host}",
@@ -82,11 +85,7 @@ class TritonServer:
 
     def remember_stubs(self) -> None:
         """Take note of the processes that run the models, once all are loaded."""
-        self._stubs = [
-            pid
-            for pid in processes.children(self._process.pid)
-            if any("python_backend_stub" in word for word in processes.command(pid)[:1])
-        ]
+        self._stubs = _stubs_below(self._process.pid)
 
     def problem(self) -> str:
         """What has died since all was well, if anything. tritonserver itself notices no dead stub."""
@@ -117,6 +116,10 @@ class TritonServer:
         if self.is_running:
             self._process.kill()
             self._process.wait()
+        # Orphaned stubs are our children now, and no use to anybody; their end is what ends the engine.
+        for pid in _stubs_below(os.getpid()):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
         processes.end_children(CHILDREN_GRACE_S)
         for region in SHARED_MEMORY.glob(f"{self._shm_prefix}*"):
             region.unlink(missing_ok=True)
@@ -129,6 +132,15 @@ class TritonServer:
         own = list(dict.fromkeys(_OWN_ERROR.findall(text)))
         lines = [line[:MAX_LINE] for line in text.splitlines() if line.strip() and not _CHATTER.match(line)]
         return "\n".join([*own[:3], *lines[-max_lines:]])
+
+
+def _stubs_below(pid: int) -> list[int]:
+    """The processes that run models, among the children of a process."""
+    return [
+        child
+        for child in processes.children(pid)
+        if any("python_backend_stub" in word for word in processes.command(child)[:1])
+    ]
 
 
 def _describe(code: int) -> str:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from manylora import run_dir
 from manylora.errors import UnavailableError
+from manylora.serve import processes
 from manylora.serve.repository import MODELS
 
 RECORD = "serve.json"
@@ -79,8 +80,9 @@ def workspace(asked: str | None) -> Iterator[Workspace]:
 
 def find_running() -> list[Path]:
     """The run directories in the usual place whose server is up, of this user."""
-    found = Path(tempfile.gettempdir()).glob(f"{Path(_prefix()).name}*/{RECORD}")
-    return sorted(record.parent for record in found if record.stat().st_uid == os.getuid())
+    records = Path(tempfile.gettempdir()).glob(f"{Path(_prefix()).name}*/{RECORD}")
+    # A server that was killed leaves its record.
+    return sorted(path.parent for path in records if processes.is_alive(json.loads(path.read_text())["pid"]))
 
 
 def _prefix() -> str:
