@@ -122,6 +122,9 @@ def _wire_value(name: str, value: ParameterValue) -> WireValue:
     if isinstance(value, (str, bool)):
         if isinstance(value, str):
             _check_text(f"parameter {name!r}", value)
+            if "\0" in value:
+                # Triton would pass on what stands before it.
+                raise InvalidArgument(f"parameter {name!r}={value!r}: text must not hold the character NUL")
         return value
     # The abstract types take in numpy's scalars.
     if isinstance(value, Integral):
