@@ -145,7 +145,7 @@ class EngineConnection:
         self._outbox.wake()
         self._thread.join()
 
-    # ---- the thread ----
+    # From here on: the thread's own methods.
 
     def _run(self) -> None:
         poller = zmq.Poller()

@@ -77,7 +77,7 @@ class ReplyLoop:
         self._inbox.put(_Closed())
         self._thread.join()
 
-    # ---- the thread ----
+    # From here on: the thread's own methods.
 
     def _run(self) -> None:
         while not self._is_closing:

@@ -89,9 +89,17 @@ def lock(path: Path) -> int:
 
 
 def clear(run_dir: Path, model: str) -> None:
-    """Remove what an engine and a failed start have left: socket, lock and failure note."""
-    for suffix in ("sock", "lock", "failed"):
+    """Remove what an engine and a failed start have left: socket, lock and failure note.
+
+    Does nothing while an engine serves there.
+    """
+    try:
+        held = lock(run_dir / f"{model}.sock")
+    except (UnavailableError, FileNotFoundError):
+        return
+    for suffix in ("sock", "failed", "lock"):
         (run_dir / f"{model}.{suffix}").unlink(missing_ok=True)
+    os.close(held)
 
 
 def remove(run_dir: Path) -> None:

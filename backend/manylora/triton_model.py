@@ -27,6 +27,7 @@ from manylora.errors import InternalError, InvalidArgumentError, ManyloraError, 
 from manylora.front_end import FrontEnd  # noqa: E402
 from manylora.launch import EngineKeeper  # noqa: E402
 from manylora.protocol import Tensors  # noqa: E402
+from manylora.reply_loop import internal_error  # noqa: E402
 
 log = logging.getLogger(__name__)
 
@@ -93,6 +94,9 @@ class _Model:
                 tensors, parameters = _read(request)
             except InvalidArgumentError as error:
                 self._front_end.refuse(responder, error)
+            except Exception as error:
+                # Raised from here it would fail every request of the call.
+                self._front_end.refuse(responder, internal_error(responder, error))
             else:
                 self._front_end.submit(responder, tensors, parameters)
 
@@ -102,6 +106,12 @@ class _Model:
 
     def _start(self, settings: dict[str, str]) -> None:
         raise NotImplementedError
+
+    def _clear(self, engine_model: str) -> None:
+        """Leave nothing behind in a directory that only these two models know of."""
+        run_dir.clear(self._run_dir, engine_model)
+        if self._owns_run_dir:
+            run_dir.remove(self._run_dir)
 
 
 class LlmModel(_Model):
@@ -133,9 +143,7 @@ class LlmModel(_Model):
         """End what is in flight, then the engine."""
         super().finalize()
         self._keeper.stop()
-        run_dir.clear(self._run_dir, self._name)
-        if self._owns_run_dir:
-            run_dir.remove(self._run_dir)
+        self._clear(self._name)
 
 
 class LlmStreamModel(_Model):
@@ -154,6 +162,7 @@ class LlmStreamModel(_Model):
         while not self._front_end.wait_ready(timeout_s=0.5):
             failure = run_dir.read_failure(self._run_dir, engine_model)
             if failure is not None:
+                self._clear(engine_model)
                 raise UnavailableError(
                     f"{engine_model} could not start its engine: {failure.message}"
                 ) from failure

@@ -254,9 +254,6 @@ def test_an_outbox_wakes_its_reader_and_keeps_the_order() -> None:
     outbox.wake()
 
 
-# ---- the run directory ----
-
-
 def test_a_run_directory_is_made_for_its_owner_only(tmp_path: Path) -> None:
     made = run_dir.prepare(tmp_path / "a" / "b")
     assert made.stat().st_mode & 0o777 == 0o700
@@ -299,8 +296,14 @@ def test_one_engine_at_a_time_serves_a_socket(path: Path) -> None:
     first = run_dir.lock(path)
     with pytest.raises(UnavailableError, match="another engine serves it"):
         run_dir.lock(path)
+    path.touch()
+    run_dir.clear(path.parent, "llm")
+    assert path.exists()
     os.close(first)
     os.close(run_dir.lock(path))
+    run_dir.clear(path.parent, "llm")
+    assert not any(path.parent.iterdir())
+    run_dir.clear(path.parent / "absent", "llm")
 
 
 def test_a_failed_start_is_told_to_this_tritonserver_only(path: Path) -> None:

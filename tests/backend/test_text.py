@@ -135,7 +135,7 @@ def test_deltas_of_random_ids_join_to_the_decoded_text(make: Any, data: st.DataO
 @settings(max_examples=100, deadline=None)
 @given(text=st.text(max_size=20), cuts=st.sets(st.integers(0, 60)))
 def test_real_text_is_shown_whole_and_never_within_a_character(make: Any, text: str, cuts: set[int]) -> None:
-    ids = wrapped(make)._ids(text)
+    ids = wrapped(make).encode(text)
     expected = plain_decode(make, ids)
     stream = TextStream(wrapped(make))
     shown = ""
@@ -150,7 +150,7 @@ def test_real_text_is_shown_whole_and_never_within_a_character(make: Any, text: 
 @given(data=st.data())
 def test_stop_strings_cut_where_a_search_of_the_whole_text_finds_them(make: Any, data: st.DataObject) -> None:
     alphabet = st.sampled_from(["a", "b", "he", " ", "é", "🎉", "ab", "\n"])
-    ids = wrapped(make)._ids("".join(data.draw(st.lists(alphabet, max_size=20))))
+    ids = wrapped(make).encode("".join(data.draw(st.lists(alphabet, max_size=20))))
     stop = data.draw(
         st.lists(st.lists(alphabet, min_size=1, max_size=3).map("".join), min_size=1, max_size=3)
     )
@@ -196,7 +196,7 @@ def test_stop_matcher_agrees_with_find(stop: str, parts: list[str]) -> None:
 
 def test_text_that_may_become_a_stop_string_is_held_back_and_released() -> None:
     tokenizer = wrapped(byte_fallback)
-    a, b, c = (tokenizer._ids(char)[-1] for char in "abc")
+    a, b, c = (tokenizer.encode(char)[-1] for char in "abc")
     stream = TextStream(tokenizer, stop=["abc"])
     assert stream.add([a]) == ("", 1)
     assert stream.add([b]) == ("", 1)
@@ -208,7 +208,7 @@ def test_text_that_may_become_a_stop_string_is_held_back_and_released() -> None:
 
 def test_an_emoji_over_several_tokens_appears_at_once() -> None:
     tokenizer = wrapped(byte_fallback)
-    ids = tokenizer._ids("a🎉b")
+    ids = tokenizer.encode("a🎉b")
     stream = TextStream(tokenizer)
     deltas = [stream.add([i])[0] for i in ids]
     assert [d for d in deltas if d] == ["a", "🎉", "b"]
@@ -216,14 +216,14 @@ def test_an_emoji_over_several_tokens_appears_at_once() -> None:
 
 def test_leading_space_is_dropped_at_the_start_and_kept_after_a_prompt() -> None:
     tokenizer = wrapped(byte_fallback)
-    ids = tokenizer._ids("he")
+    ids = tokenizer.encode("he")
     assert streamed(tokenizer, [ids])[0] == "he"
     assert streamed(tokenizer, [ids], continues=True)[0] == " he"
 
 
 def test_special_tokens_show_nothing_and_do_not_split_a_character() -> None:
     tokenizer = wrapped(byte_level)
-    first, *rest = tokenizer._ids("\N{SNOWMAN}")
+    first, *rest = tokenizer.encode("\N{SNOWMAN}")
     assert rest
     eos = byte_level().eos_token_id
     assert streamed(tokenizer, [[first], [eos], rest, [eos]])[0] == "\N{SNOWMAN}"

@@ -86,7 +86,7 @@ class EngineServer:
         self._thread.join()
         self._socket_path.unlink(missing_ok=True)
 
-    # ---- the thread ----
+    # From here on: the thread's own methods.
 
     def _run(self) -> None:
         poller = zmq.Poller()
