@@ -65,6 +65,14 @@ def test_draws_follow_the_distribution(params: dict[str, object]) -> None:
     assert (found - wanted).abs().max() < 4 * (0.25 / num_draws) ** 0.5
 
 
+@pytest.mark.parametrize("temperature", [1e-10, 1e-38, 5e-324])
+@pytest.mark.parametrize("params", [{}, {"top_p": 0.5}, {"top_k": 3}], ids=str)
+def test_the_smallest_temperatures_are_greedy(temperature: float, params: dict[str, object]) -> None:
+    values = logits(3)
+    sequences = [sequence(seed=s, temperature=temperature, **params) for s in range(3)]
+    assert sample(values.clone(), sequences, []) == values.argmax(-1).tolist()
+
+
 def test_min_tokens_holds_the_end_back() -> None:
     values = torch.zeros(3, 10)
     values[:, 4] = 9

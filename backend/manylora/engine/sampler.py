@@ -16,6 +16,8 @@ import torch
 
 from manylora.engine.sequence import Sequence
 
+_LEAST_TEMPERATURE = 1e-30
+"""Below this float32 cannot divide; long before, only the best token is left."""
 _FIRST_CANDIDATES = 512
 """Rows with top_p look at this many best tokens first, and at all only when these do not hold the mass."""
 
@@ -52,8 +54,11 @@ def sample(logits_BV: torch.Tensor, sequences: Seq[Sequence], eos_token_ids: Seq
     for rows, draw in ((plain, _draw_all), (filtered, _draw_filtered)):
         if rows:
             chosen = [sequences[row] for row in rows]
-            temperatures = torch.tensor([s.params.temperature for s in chosen], device=logits_BV.device)
-            scaled = logits_BV[rows].float() / temperatures[:, None]
+            values = [max(s.params.temperature, _LEAST_TEMPERATURE) for s in chosen]
+            temperatures = torch.tensor(values, device=logits_BV.device)
+            chosen_logits = logits_BV[rows].float()
+            # Measured from the best one, so that the smallest temperature makes no infinity of it.
+            scaled = (chosen_logits - chosen_logits.amax(-1, keepdim=True)) / temperatures[:, None]
             for row, token in zip(rows, draw(scaled, chosen), strict=True):
                 next_ids[row] = token
     return next_ids
