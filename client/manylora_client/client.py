@@ -126,7 +126,8 @@ class Client:
         """Continue a prompt and return the answer's chunks as they come.
 
         The request is sent now; errors of the server come from the Stream. Closing the Stream early, dropping
-        it (as a loop left with `break` does) or closing the client cancels the request.
+        it (as a loop left with `break` does) or closing the client cancels the request. Over HTTP, Triton
+        24.10 sees that only after the first reply.
 
         Args and Raises: as `generate`.
         """
