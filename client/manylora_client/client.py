@@ -8,18 +8,13 @@ import weakref
 from collections.abc import Mapping
 from types import TracebackType
 from typing import Literal, overload
-from urllib.parse import urlsplit
 
+from manylora_client.address import Address, ProtocolName, read_address
 from manylora_client.errors import ConnectionFailed, InvalidArgument, ManyloraClientError
 from manylora_client.request import build_request, chat_text
 from manylora_client.stream import Stream
 from manylora_client.transport import Deadline, Transport
 from manylora_client.types import Completion, Messages, ParameterValue, TokenIds
-
-ProtocolName = Literal["http", "grpc"]
-
-_PROTOCOLS: dict[str, ProtocolName] = {"http": "http", "https": "http", "grpc": "grpc", "grpcs": "grpc"}
-_PORTS: dict[ProtocolName, int] = {"http": 8000, "grpc": 8001}
 
 
 class Client:
@@ -48,7 +43,7 @@ class Client:
 
         Args:
             url: `host`, `host:port`, or a URL with the scheme http, https, grpc or grpcs. The port defaults
-                to 8000 for HTTP and 8001 for gRPC. A path in an HTTP URL comes before Triton's own.
+                to 8000 for http, 8001 for grpc and 443 for the encrypted two. A path in an HTTP URL comes before Triton's own.
             protocol: `http` or `grpc`. None is the scheme's, or http.
             timeout: seconds that a call may take as a whole, up to a stream's last chunk. None is no bound.
             headers: sent with each request, such as a gateway's authorization.
@@ -63,7 +58,7 @@ class Client:
         self._timeout = timeout
         self._model = model
         self._stream_model = stream_model
-        self._transport = _open_transport(url, protocol, headers or {}, tls)
+        self._transport = _open_transport(read_address(url, protocol), headers or {}, tls)
         self._streams: weakref.WeakSet[Stream] = weakref.WeakSet()
         self._closed = False
         # Guards _streams and _closed.
@@ -290,31 +285,13 @@ def _parameters(
     }
 
 
-def _open_transport(
-    url: str, protocol: ProtocolName | None, headers: Mapping[str, str], tls: ssl.SSLContext | None
-) -> Transport:
-    try:
-        parts = urlsplit(url if "://" in url else f"//{url}")
-        host, port = parts.hostname, parts.port
-    except ValueError as error:
-        raise InvalidArgument(f"url={url!r}: {error}") from error
-    scheme = parts.scheme or protocol or "http"
-    if scheme not in _PROTOCOLS:
-        raise InvalidArgument(f"url={url!r}: the scheme is {scheme!r}; allowed are {', '.join(_PROTOCOLS)}")
-    if protocol not in (None, _PROTOCOLS[scheme]):
-        raise InvalidArgument(f"url={url!r} and protocol={protocol!r} contradict each other")
-    protocol = _PROTOCOLS[scheme]
-    if not host:
-        raise InvalidArgument(f"url={url!r}: the host is missing; expected host:port")
-    port = port or _PORTS[protocol]
+def _open_transport(address: Address, headers: Mapping[str, str], tls: ssl.SSLContext | None) -> Transport:
     # Each is imported only where it is used: gevent and grpc take long to load.
-    if protocol == "http":
+    if address.protocol == "http":
         from manylora_client.http_transport import HttpTransport
 
-        context = (tls or ssl.create_default_context()) if scheme == "https" else None
-        return HttpTransport(host, port, path=parts.path, tls=context, headers=headers)
-    if parts.path.strip("/"):
-        raise InvalidArgument(f"url={url!r}: gRPC takes no path, found {parts.path!r}")
+        context = (tls or ssl.create_default_context()) if address.is_encrypted else None
+        return HttpTransport(address.host, address.port, path=address.path, tls=context, headers=headers)
     from manylora_client.grpc_transport import GrpcTransport
 
-    return GrpcTransport(host, port, tls=scheme == "grpcs", headers=headers)
+    return GrpcTransport(address.host, address.port, tls=address.is_encrypted, headers=headers)

@@ -42,7 +42,7 @@ class HttpTransport:
         headers: Mapping[str, str],
     ) -> None:
         self._address = f"{host}:{port}"
-        self._path = path.rstrip("/")
+        self._path = path
         self._headers = dict(headers)
         self._pool = ConnectionPool(host, port, tls)
 

@@ -398,25 +398,6 @@ def test_a_closed_client_says_so(serve):
             call("x")
 
 
-@pytest.mark.parametrize(
-    ("url", "protocol", "words"),
-    [
-        ("ftp://localhost", None, "ftp"),
-        ("grpc://localhost", "http", "contradict"),
-        ("https://localhost", "grpc", "contradict"),
-        ("localhost", "grpcs2", "grpcs2"),
-        ("", None, "host"),
-        ("http://", None, "host"),
-        ("localhost:port", None, "port"),
-        ("localhost:70000", None, "70000|range"),
-        ("grpc://localhost/path", None, "path"),
-    ],
-)
-def test_urls_that_cannot_be_understood(url: str, protocol, words: str):
-    with pytest.raises(InvalidArgument, match=words):
-        Client(url, protocol)
-
-
 @pytest.mark.parametrize("timeout", [0, -1, float("nan")])
 def test_a_timeout_is_above_zero(timeout: float):
     with pytest.raises(InvalidArgument, match="timeout"):
