@@ -202,8 +202,9 @@ def test_sigterm_leaves_no_process_no_shared_memory_and_no_file(base_model, adap
     assert not server.run_dir.exists()
 
 
-def test_a_killed_serve_takes_its_server_with_it(base_model, adapter_root):
-    with running_server(base_model=base_model, adapter_root=adapter_root) as server:
+def test_a_killed_serve_takes_its_server_with_it(base_model, adapter_root, tmp_path):
+    run_dir = f"--run-dir={tmp_path / 'run'}"
+    with running_server(base_model=base_model, adapter_root=adapter_root, arguments=[run_dir]) as server:
         below = descendants(server.pid)
         os.kill(server.pid, signal.SIGKILL)
         wait_until_gone(below)

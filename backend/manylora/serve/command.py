@@ -13,6 +13,7 @@ from manylora.errors import InvalidArgumentError
 from manylora.serve import processes, repository
 from manylora.serve.installation import environment, find_installation
 from manylora.serve.ports import Ports, resolve
+from manylora.serve.stop_signals import StopSignals
 from manylora.serve.supervisor import Supervisor
 from manylora.serve.triton_server import TritonServer
 from manylora.serve.workspace import Workspace, workspace
@@ -64,6 +65,7 @@ def main(arguments: argparse.Namespace) -> int:
     Raises:
         ManyloraError: what was asked for cannot be served, or the server failed.
     """
+    signals = StopSignals()
     if arguments.stop_with_parent:
         processes.end_with_parent()
     settings = read_settings(arguments)
@@ -94,11 +96,12 @@ def main(arguments: argparse.Namespace) -> int:
             ready_timeout_s=arguments.ready_timeout,
             on_ready=lambda: _announce(ports, space),
             say=_say,
+            signals=signals,
         )
         _say(f"starting {installation.binary}; its log is {space.log}")
         supervisor.run()
     _say("stopped")
-    return 0 if supervisor.was_ready else 128 + supervisor.signal
+    return 0 if supervisor.was_ready else 128 + signals.first
 
 
 def read_settings(arguments: argparse.Namespace) -> dict[str, str]:

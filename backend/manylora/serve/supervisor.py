@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import signal
 import time
 from collections.abc import Callable
-from types import FrameType
 
 from manylora.errors import UnavailableError
 from manylora.serve.probe import Answer, Probe, is_ready
 from manylora.serve.repository import MODELS
+from manylora.serve.stop_signals import StopSignals
 from manylora.serve.triton_server import TritonServer
 
 LOOK_INTERVAL_S = 0.25
@@ -28,7 +27,7 @@ MAX_PAUSE_S = 30.0
 
 
 class _StopAsked(Exception):
-    """Raised by the supervisor itself where it may stop, never by the signal's handler."""
+    """Raised where the supervisor may stop, never by a signal's handler."""
 
 
 class Supervisor:
@@ -42,33 +41,28 @@ class Supervisor:
         ready_timeout_s: float,
         on_ready: Callable[[], None],
         say: Callable[[str], None],
+        signals: StopSignals,
     ) -> None:
         self._start = start
         self._address = address
         self._ready_timeout_s = ready_timeout_s
         self._on_ready = on_ready
         self._say = say
+        self._signals = signals
         self._server: TritonServer | None = None
         self.was_ready = False
-        self._signals: list[int] = []
         self._probes: dict[str, tuple[Probe, float]] = {}
         self._bad_answers: dict[str, int] = {}
         self._next_probe_s = 0.0
 
-    @property
-    def signal(self) -> int:
-        """The first signal that asked to stop; 0 while there is none."""
-        return self._signals[0] if self._signals else 0
-
     def run(self) -> None:
-        """Serve until SIGINT, SIGTERM or SIGHUP. Nothing of the server is left when this returns or raises.
+        """Serve until a signal asks to stop. Nothing of the server is left when this returns or raises.
 
         Raises:
             UnavailableError: the server did not start, or died and could not be started again.
         """
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            signal.signal(number, self._note_signal)
         try:
+            self._pause(0)
             self._server = self._start()
             self._await_answers(self._server)
             self.was_ready = True
@@ -84,17 +78,14 @@ class Supervisor:
         finally:
             self._close_probes()
             if self._server:
-                self._server.stop(lambda: len(self._signals) > 1)
-
-    def _note_signal(self, number: int, frame: FrameType | None) -> None:
-        self._signals.append(number)
+                self._server.stop(lambda: self._signals.is_urgent)
 
     def _pause(self, seconds: float) -> None:
         """Sleep, but no longer than until a signal comes."""
         end = time.monotonic() + seconds
-        while not self._signals and (left := end - time.monotonic()) > 0:
+        while not self._signals.first and (left := end - time.monotonic()) > 0:
             time.sleep(min(left, LOOK_INTERVAL_S))
-        if self._signals:
+        if self._signals.first:
             raise _StopAsked
 
     def _await_answers(self, server: TritonServer) -> None:
