@@ -43,7 +43,8 @@ class Client:
 
         Args:
             url: `host`, `host:port`, or a URL with the scheme http, https, grpc or grpcs. The port defaults
-                to 8000 for http, 8001 for grpc and 443 for the encrypted two. A path in an HTTP URL comes before Triton's own.
+                to 8000 for http, 8001 for grpc and 443 for the encrypted two. A path in an HTTP URL comes
+                before Triton's own.
             protocol: `http` or `grpc`. None is the scheme's, or http.
             timeout: seconds that a call may take as a whole, up to a stream's last chunk. None is no bound.
             headers: sent with each request, such as a gateway's authorization.
