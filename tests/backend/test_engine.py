@@ -108,6 +108,16 @@ def test_one_adapter_alone_matches_peft(
         pytest.param({"max_loras": 8}, id="all at once"),
         pytest.param({"max_loras": 2, "max_cpu_loras": 3}, id="rotating through both caches"),
         pytest.param({"max_loras": 1, "max_cpu_loras": 1}, id="one place"),
+        pytest.param(
+            {
+                "max_loras": 1,
+                "max_cpu_loras": 1,
+                "max_model_len": 40,
+                "kv_block_size": 4,
+                "kv_cache_bytes": 36864,
+            },
+            id="one place and preemptions",
+        ),
         pytest.param({"max_batched_tokens": 8, "max_num_seqs": 8, "kv_block_size": 4}, id="small chunks"),
     ],
 )
@@ -126,6 +136,8 @@ def test_any_mix_matches_peft(
     assert status.check_errors == []
     assert (status.gauges["running"], status.gauges["waiting"]) == (0, 0)
     assert status.gauges["kv_blocks_free"] == status.gauges["kv_blocks_total"]
+    if "kv_cache_bytes" in limits:
+        assert status.counters["preemptions"] > 0
     if "max_cpu_loras" in limits:
         assert status.counters["host_evictions"] > 0
         assert status.counters["device_evictions"] > 0
@@ -242,6 +254,56 @@ def test_a_fault_in_a_step_ends_its_requests_and_no_others(
         assert engine.status().check_errors == []
 
 
+def test_a_fault_of_the_loop_itself_leaves_nobody_waiting(
+    base: Path, adapter_root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = Engine(make_config(base, adapter_root))
+    inbox = Inbox(engine)
+    params = SamplingParams(max_tokens=200, ignore_eos=True)
+    for i, name in enumerate(["", "r8"]):
+        inbox.session.send(Generate(id=i, input_ids=prompts()[0], adapter_id=name, params=params))
+    inbox.events.get(timeout=60)
+
+    def broken() -> None:
+        raise RuntimeError("injected")
+
+    monkeypatch.setattr(engine.registry, "poll", broken)
+    inbox.session.send(Generate(id=2, input_ids=prompts()[0], params=params))
+    assert {e.code for e in inbox.until_end(0, 1, 2).values()} <= {"INTERNAL", "UNAVAILABLE"}
+    with pytest.raises(UnavailableError):
+        engine.generate([prompts()[0]])
+    with pytest.raises(UnavailableError):
+        engine.status()
+    engine.close()
+    assert not engine.is_alive
+
+
+def test_messages_that_no_front_end_sends_hurt_nobody(base: Path, adapter_root: Path) -> None:
+    with Engine(make_config(base, adapter_root)) as engine:
+        inbox = Inbox(engine)
+        inbox.session.send(Generate(id=0, input_ids=[]))
+        inbox.session.send(Generate(id=1, input_ids=[5] * 400))
+        inbox.session.send(Generate(id=2, input_ids=[300]))
+        inbox.session.send(Generate(id=3, input_ids=prompts()[0], params=SamplingParams(max_tokens=3)))
+        last = inbox.until_end(0, 1, 2, 3)
+        assert [getattr(last[i], "code", "ok") for i in range(4)] == [*["INVALID_ARG"] * 3, "ok"]
+
+
+@pytest.mark.parametrize("stage", ["session", "engine"])
+def test_closing_while_an_adapter_loads_hangs_nothing(base: Path, adapter_root: Path, stage: str) -> None:
+    engine = Engine(make_config(base, adapter_root))
+    inbox = Inbox(engine)
+    inbox.session.send(Generate(id=0, input_ids=prompts()[0], adapter_id="r64"))
+    if stage == "session":
+        inbox.session.close()
+        (after,) = engine.generate([prompts()[0]], adapter_ids=["r64"], max_tokens=2)
+        assert len(after.token_ids) == 2
+        assert engine.status().check_errors == []
+    engine.close()
+    if stage == "engine":
+        assert inbox.until_end(0)
+
+
 def test_a_seed_gives_the_same_text_alone_and_in_a_batch(base: Path, adapter_root: Path) -> None:
     options = {"temperature": 1.0, "top_p": 0.95, "seed": 7, "max_tokens": NUM_TOKENS}
     with Engine(make_config(base, adapter_root)) as engine:
@@ -273,11 +335,22 @@ def test_what_a_caller_gets_wrong_is_told(base: Path, adapter_root: Path) -> Non
     with Engine(make_config(base, adapter_root)) as engine:
         with pytest.raises(InvalidArgumentError, match="unknown option max_token; known are max_tokens"):
             engine.generate(["x"], max_token=3)
-        with pytest.raises(InvalidArgumentError, match="the prompt is empty"):
+        with pytest.raises(InvalidArgumentError, match="the prompt has no tokens"):
             engine.generate([""])
-        with pytest.raises(InvalidArgumentError, match="the prompt has 256 tokens; max_model_len=256"):
+        with pytest.raises(
+            InvalidArgumentError, match="the prompt has 256 tokens; allowed are below max_model_len=256"
+        ):
             engine.generate([[5] * 256])
-        with pytest.raises(InvalidArgumentError, match="token id 300: the vocabulary has 0 to 299"):
+        with pytest.raises(InvalidArgumentError, match="got 300, allowed are ids from 0 to 299"):
             engine.generate([[5, 300]])
+        for option, value in [
+            ("seed", -1),
+            ("temperature", -1.0),
+            ("temperature", float("nan")),
+            ("top_k", -600),
+            ("max_tokens", 0),
+        ]:
+            with pytest.raises(InvalidArgumentError, match=f"option {option}: got"):
+                engine.generate(["x"], **{option: value})
         with pytest.raises(InvalidArgumentError, match="2 prompts, 1 adapter_ids: must be as many"):
             engine.generate(["a", "b"], adapter_ids=["r8"])

@@ -20,7 +20,7 @@ def test_a_shared_prefix_is_found_again_under_the_same_version_only() -> None:
     tokens = list(range(10))
     table, covered, keys = fill(pool, "v1", tokens)
     assert covered == 0
-    pool.mark_computed(table, keys, 10)
+    pool.mark_computed(table, keys, 10, 10)
     again, covered, _ = fill(pool, "v1", [*tokens[:8], 77, 78])
     assert covered == 8
     assert again[:2] == table[:2]
@@ -34,7 +34,7 @@ def test_a_whole_shared_prompt_leaves_one_token_to_compute() -> None:
     pool = BlockPool(8, 4)
     tokens = list(range(8))
     table, _, keys = fill(pool, "", tokens)
-    pool.mark_computed(table, keys, 8)
+    pool.mark_computed(table, keys, 8, 8)
     _, covered, _ = fill(pool, "", tokens)
     assert covered == 4
 
@@ -43,7 +43,7 @@ def test_a_block_that_is_not_computed_yet_is_not_shared() -> None:
     pool = BlockPool(8, 4)
     tokens = list(range(8))
     table, _, keys = fill(pool, "", tokens)
-    pool.mark_computed(table, keys, 3)
+    pool.mark_computed(table, keys, 3, 3)
     _, covered, _ = fill(pool, "", tokens)
     assert covered == 0
 
@@ -52,7 +52,7 @@ def test_released_prefixes_survive_until_their_blocks_are_needed() -> None:
     pool = BlockPool(4, 4)
     first = list(range(8))
     table, _, keys = fill(pool, "", first)
-    pool.mark_computed(table, keys, 8)
+    pool.mark_computed(table, keys, 8, 8)
     pool.release(table)
     table, covered, _ = fill(pool, "", [*first, 1])
     assert covered == 8
@@ -95,7 +95,7 @@ class Blocks(RuleBasedStateMachine):
         assert covered < len(tokens)
         for i, index in enumerate(table[covered // 2 :], covered // 2):
             self.truth[index] = (namespace, tuple(tokens[: 2 * i + 2]))
-        self.pool.mark_computed(table, keys, len(tokens))
+        self.pool.mark_computed(table, keys, len(tokens) - covered, len(tokens))
         self.live.append((namespace, tokens, table, keys))
 
     @precondition(lambda self: self.live)
@@ -107,7 +107,7 @@ class Blocks(RuleBasedStateMachine):
         tokens.append(token)
         self.truth[table[-1]] = (namespace, tuple(tokens))
         self.pool.prefix_keys(namespace, tokens, keys)
-        self.pool.mark_computed(table, keys, len(tokens))
+        self.pool.mark_computed(table, keys, 1, len(tokens))
 
     @precondition(lambda self: self.live)
     @rule(which=st.integers(0, 99))

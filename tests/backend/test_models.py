@@ -60,6 +60,18 @@ def test_a_cache_too_small_for_all_preempts_and_loses_nothing(tiny_model: Callab
     assert [c.token_ids for c in found] == own_generate(directory, 24)
 
 
+def test_the_smallest_cache_that_holds_a_sequence_starts(tiny_model: Callable[..., Path]) -> None:
+    """The comparison at start needs blocks of its own: too few are told, not met."""
+    directory = str(tiny_model("llama"))
+    block_bytes = 16 * 4 * 2 * 2 * 12 * 4
+    options = {"base_model": directory, "max_model_len": 32, "kv_block_size": 16}
+    with pytest.raises(InvalidArgumentError, match=f"need {4 * block_bytes} bytes"):
+        Engine(EngineConfig(**options, kv_cache_bytes=2 * block_bytes))
+    with Engine(EngineConfig(**options, kv_cache_bytes=4 * block_bytes)) as engine:
+        (found,) = engine.generate([[5] * 20], max_tokens=20)
+        assert len(found.token_ids) == 12
+
+
 def test_a_shared_prefix_is_not_computed_again(tiny_model: Callable[..., Path]) -> None:
     directory = tiny_model("llama")
     with Engine(EngineConfig(base_model=str(directory), kv_block_size=4)) as engine:
@@ -129,7 +141,7 @@ def test_limits_of_the_model_and_the_cache_are_told(tiny_model: Callable[..., Pa
     directory = str(tiny_model("llama"))
     with pytest.raises(InvalidArgumentError, match="max_position_embeddings=256"):
         Engine(EngineConfig(base_model=directory, max_model_len=257))
-    with pytest.raises(InvalidArgumentError, match="one sequence of max_model_len=256 needs"):
+    with pytest.raises(InvalidArgumentError, match="one sequence of max_model_len=256, and the"):
         Engine(EngineConfig(base_model=directory, kv_cache_bytes=10000))
     with pytest.raises(InvalidArgumentError, match="no such directory"):
         Engine(EngineConfig(base_model=str(tmp_path / "nothing")))

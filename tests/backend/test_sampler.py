@@ -46,6 +46,25 @@ def test_a_draw_is_the_same_alone_and_in_any_batch(params: dict[str, object]) ->
     assert sample(values[2:3].clone(), [sequences[2]], []) == together[2:3]
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("params", SETTINGS[1:])
+def test_ties_of_16_bits_are_drawn_the_same_beside_a_row_with_a_huge_top_k(
+    params: dict[str, object], dtype: torch.dtype
+) -> None:
+    values = logits(2, vocab=40000).to(dtype)
+    for seed in range(20):
+        row, greedy = sequence(seed=seed, **params), sequence(seed=1, temperature=1.0, top_k=39000)
+        together = sample(values.clone(), [row, greedy], [])
+        assert sample(values[:1].clone(), [row], []) == together[:1]
+
+
+@pytest.mark.parametrize("params", [{"top_p": 1e-9}, {"top_k": 1}, {"top_k": 10**6, "top_p": 1e-6}], ids=str)
+def test_filters_at_their_edge_leave_the_best_token(params: dict[str, object]) -> None:
+    values = logits(2)
+    sequences = [sequence(seed=s, temperature=1.0, **params) for s in range(2)]
+    assert sample(values.clone(), sequences, []) == values.argmax(-1).tolist()
+
+
 @pytest.mark.parametrize("params", SETTINGS[1:])
 def test_draws_follow_the_distribution(params: dict[str, object]) -> None:
     values = logits(1, vocab=12)

@@ -54,7 +54,7 @@ class FakeRegistry:
 
 def make(num_blocks: int = 64, num_places: int = 8, **limits: int) -> Scheduler:
     values = {"max_loras": 2, "max_num_seqs": 4, "max_batched_tokens": 8, "max_waiting": 100}
-    values = {**values, "max_model_len": 64, **limits}
+    values = {**values, "max_model_len": 64, "max_passes": 4, **limits}
     return Scheduler(Limits(**values), BlockPool(num_blocks, 4), FakeRegistry(num_places), [EOS])
 
 

@@ -62,6 +62,16 @@ class BindingReport:
     unmatched: tuple[str, ...]
     """Names in the config that match nothing in this base model. Without effect, in PEFT as here."""
 
+    def notes(self) -> list[str]:
+        """What whoever trained the adapter may not have meant."""
+        notes = []
+        if self.unmatched:
+            notes.append(f"{', '.join(self.unmatched)} in its config match nothing in this base model")
+        zero = sum(module.is_zero for module in self.modules)
+        if zero:
+            notes.append(f"changes nothing in {zero} of its {len(self.modules)} modules: A or B is all zeros")
+        return notes
+
 
 def read_adapter(
     directory: Path,

@@ -6,6 +6,7 @@ What is on the device is on host too. What an active lease uses is evicted from 
 from __future__ import annotations
 
 import itertools
+import logging
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -30,6 +31,8 @@ from manylora.messages import AdapterState
 from manylora.model.spec import ModelSpec
 
 __all__ = ["Lease", "Registry"]
+
+log = logging.getLogger(__name__)
 
 
 class Registry:
@@ -256,7 +259,7 @@ class Registry:
 
     def _reader(self, spec: ModelSpec, dtype: torch.dtype, *, pin: bool) -> Read:
         def read(directory: Path) -> AdapterWeights:
-            weights, _report = read_adapter(
+            weights, report = read_adapter(
                 directory,
                 spec,
                 max_lora_rank=self.config.max_lora_rank,
@@ -264,6 +267,8 @@ class Registry:
                 pin=pin,
                 root=self.root.path,
             )
+            for line in report.notes():
+                log.warning("adapter %s: %s", directory.name, line)
             return weights
 
         return read

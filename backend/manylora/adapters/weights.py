@@ -8,9 +8,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from manylora_kernels import PAGE_ROWS
 
-PAGE_ROWS = 16
-"""Rank rows of one page."""
+__all__ = ["PAGE_ROWS", "AdapterWeights", "KindWeights"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -27,8 +27,10 @@ from manylora.engine.scheduler import Limits, Scheduler
 from manylora.engine.sequence import Sequence, State
 from manylora.engine.session import Asked, Closed, Deliver, Note, Sent, Session, Wake
 from manylora.errors import CancelledRequestError, InternalError, ManyloraError, UnavailableError
+from manylora.memory import keep_freed_memory
 from manylora.messages import EngineInfo, Generate, Status, Tokens
 from manylora.model.loading import LoadedModel, load_model
+from manylora.protocol import check_input_ids
 from manylora.text import Tokenizer
 
 log = logging.getLogger(__name__)
@@ -52,6 +54,8 @@ class Engine:
             ("steps", "prompt_tokens", "generated_tokens", "cancelled", "failed"), 0
         )
         self._closing = threading.Event()
+        self._has_ended = threading.Event()
+        keep_freed_memory()
         self.model: LoadedModel = load_model(config)
         dtype = _lora_dtype(config, self.model)
         self.pool = DevicePool(
@@ -85,6 +89,7 @@ class Engine:
                 max_batched_tokens=config.max_batched_tokens,
                 max_waiting=config.max_waiting,
                 max_model_len=self.model.max_model_len,
+                max_passes=config.max_num_seqs,
             ),
             self.blocks,
             self.registry,
@@ -150,23 +155,30 @@ class Engine:
     def post(self, note: Note) -> None:
         """Put a note into the inbox; a closed engine answers it at once."""
         self._inbox.put(note)
-        if self._closing.is_set() and not self._thread.is_alive():
+        if self._has_ended.is_set():
             self._refuse_rest()
 
     # ---- the engine thread ----
 
     def _loop(self) -> None:
-        idle = False
-        while not self._closing.is_set():
-            self._read_inbox(wait=idle)
-            self.registry.poll()
-            batch = self.scheduler.schedule()
-            self._report_failed()
-            idle = batch is None
-            if batch is not None:
-                self._step(batch)
-            self._flush()
-        self._shut_down()
+        try:
+            idle = False
+            while not self._closing.is_set():
+                self._read_inbox(wait=idle)
+                self.registry.poll()
+                batch = self.scheduler.schedule()
+                self._report_failed()
+                idle = batch is None
+                if batch is not None:
+                    self._step(batch)
+                self._flush()
+            error: ManyloraError = UnavailableError("the engine is shutting down")
+        except Exception:
+            log.exception("the engine has failed and ends; all its requests end with INTERNAL")
+            error = InternalError("the engine has failed; see its log")
+        self._closing.set()
+        self._end_all(error)
+        self._refuse_rest()
 
     def _step(self, batch: Batch) -> None:
         try:
@@ -222,7 +234,11 @@ class Engine:
 
     def _add(self, session: Session, message: Generate) -> None:
         lease = None
+        if message.id in session.sequences:
+            log.error("a session used the id %d twice; its second request is dropped", message.id)
+            return
         try:
+            check_input_ids(message.input_ids, self.info)
             if message.adapter_id:
                 lease = self.registry.acquire(message.adapter_id)
             seed = message.params.seed
@@ -287,13 +303,14 @@ class Engine:
             ]
         return wrong
 
-    def _shut_down(self) -> None:
-        error = UnavailableError("the engine is shutting down")
+    def _end_all(self, error: ManyloraError) -> None:
+        """Answer what is in flight. Touches no queue or cache: after a fault these may be broken."""
         for session in self._sessions:
-            for sequence in list(session.sequences.values()):
-                self.scheduler.remove(sequence)
-                self._fail(sequence, error)
+            for sequence_id in session.sequences:
+                session.fail(sequence_id, error)
+            session.sequences.clear()
             session.flush()
+        self._has_ended.set()
         self.registry.close()
 
     def _refuse_rest(self) -> None:

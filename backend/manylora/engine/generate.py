@@ -7,10 +7,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import msgspec
-
 from manylora.errors import InvalidArgumentError, from_code
 from manylora.messages import Cancel, EngineInfo, Failed, Generate, SamplingParams, Tokens
+from manylora.parameters import parse
+from manylora.protocol import check_input_ids
 from manylora.text_stream import TextStream
 
 if TYPE_CHECKING:
@@ -104,10 +104,8 @@ def _params(sampling: Mapping[str, object]) -> SamplingParams:
     unknown = sorted(set(sampling) - set(known))
     if unknown:
         raise InvalidArgumentError(f"unknown option {', '.join(unknown)}; known are {', '.join(known)}")
-    try:
-        return msgspec.convert(dict(sampling), SamplingParams)
-    except msgspec.ValidationError as error:
-        raise InvalidArgumentError(f"sampling options {dict(sampling)}: {error}") from error
+    given = {name: value for name, value in sampling.items() if value is not None}
+    return SamplingParams(**parse(given, "option"))
 
 
 def _encode(tokenizer: Tokenizer, prompt: Prompt, info: EngineInfo) -> list[int]:
@@ -117,11 +115,5 @@ def _encode(tokenizer: Tokenizer, prompt: Prompt, info: EngineInfo) -> list[int]
         ids = tokenizer.encode_chat(prompt)  # type: ignore[arg-type]  # messages, by their first element
     else:
         ids = [int(token_id) for token_id in prompt]  # type: ignore[arg-type]  # ids, by elimination
-    if not ids:
-        raise InvalidArgumentError("the prompt is empty: at least one token is needed")
-    if len(ids) >= info.max_model_len:
-        raise InvalidArgumentError(f"the prompt has {len(ids)} tokens; max_model_len={info.max_model_len}")
-    wrong = [i for i in ids if not 0 <= i < info.vocab_size]
-    if wrong:
-        raise InvalidArgumentError(f"token id {wrong[0]}: the vocabulary has 0 to {info.vocab_size - 1}")
+    check_input_ids(ids, info)
     return ids

@@ -48,8 +48,15 @@ class BlockPool:
         return -(-num_tokens // self.block_size)
 
     def prefix_keys(self, namespace: str, token_ids: Sequence[int], known: list[Key]) -> list[Key]:
-        """Extend `known`, the keys of the first full blocks of `token_ids`, to all its full blocks."""
+        """Extend `known`, the keys of the first full blocks of `token_ids`, to all its full blocks.
+
+        Args:
+            namespace: all that decides keys and values besides the tokens: the adapter's version. What else
+                comes to decide them (a scale per request) belongs into it.
+        """
         size = self.block_size
+        if not self.reuse:
+            return known
         while len(known) < len(token_ids) // size:
             start = len(known) * size
             parent = known[-1] if known else namespace.encode()
@@ -90,11 +97,14 @@ class BlockPool:
         table.extend(self._take() for _ in range(num_new))
         return True
 
-    def mark_computed(self, table: Sequence[int], keys: Sequence[Key], num_computed: int) -> None:
-        """Make the full, computed blocks of a sequence findable."""
+    def mark_computed(
+        self, table: Sequence[int], keys: Sequence[Key], num_new: int, num_computed: int
+    ) -> None:
+        """Make the blocks of a sequence findable that its last `num_new` computed tokens have filled."""
         if not self.reuse:
             return
-        for index, key in zip(table[: num_computed // self.block_size], keys, strict=False):
+        filled = slice((num_computed - num_new) // self.block_size, num_computed // self.block_size)
+        for index, key in zip(table[filled], keys[filled], strict=True):
             block = self.blocks[index]
             if block.key is None and key not in self._by_key:
                 block.key = key

@@ -10,7 +10,7 @@ import logging
 import torch
 from manylora_kernels import SitePool
 
-from manylora.adapters.device_pool import DevicePool
+from manylora.adapters.device_pool import DevicePool, num_pages_of
 from manylora.config import EngineConfig
 from manylora.engine import sampler
 from manylora.engine.batch import Batch, BatchBuilder, Item
@@ -45,7 +45,7 @@ class Runner:
             block_size=config.kv_block_size,
             caches=caches,
             max_loras=config.max_loras,
-            max_pages=-(-config.max_lora_rank // 16),
+            max_pages=num_pages_of(config.max_lora_rank),
             num_kinds=len(model.spec.kinds),
         )
 
@@ -136,13 +136,15 @@ def _probe_sequence(index: int, tokens: list[int], table: list[int]) -> Sequence
 
 def _num_blocks(model: LoadedModel, config: EngineConfig) -> int:
     block_bytes = model.cache_bytes_per_token() * config.kv_block_size
-    needed = -(-model.max_model_len // config.kv_block_size)
+    for_probes = sum(-(-len(ids) // config.kv_block_size) for ids in model.probe_ids)
+    needed = max(for_probes, -(-model.max_model_len // config.kv_block_size))
     default = config.max_num_seqs * -(-_DEFAULT_TOKENS_PER_SEQ // config.kv_block_size)
     num_blocks = config.kv_cache_bytes // block_bytes if config.kv_cache_bytes else max(default, needed)
     if num_blocks < needed:
         raise InvalidArgumentError(
             f"kv_cache_bytes={config.kv_cache_bytes} holds {num_blocks * config.kv_block_size} tokens; "
-            f"one sequence of max_model_len={model.max_model_len} needs {needed * block_bytes} bytes"
+            f"one sequence of max_model_len={model.max_model_len}, and the comparison at start, need "
+            f"{needed * block_bytes} bytes"
         )
     return num_blocks
 

@@ -80,27 +80,41 @@ def _draw_all(scaled_BV: torch.Tensor, sequences: Seq[Sequence]) -> list[int]:
 
 def _draw_filtered(scaled_BV: torch.Tensor, sequences: Seq[Sequence]) -> list[int]:
     """top_k first, then top_p over what is left: the fewest best tokens that hold top_p of the mass."""
-    vocab = scaled_BV.shape[1]
-    total_B1 = torch.logsumexp(scaled_BV, -1, keepdim=True)
-    wide = min(vocab, max(_FIRST_CANDIDATES, *(s.params.top_k for s in sequences)))
-    values_BN, ids_BN = scaled_BV.topk(wide, dim=-1)
-    results = []
     draws = _draws(sequences, scaled_BV.device)
-    for row, s in enumerate(sequences):
-        values, ids = values_BN[row], ids_BN[row]
-        if s.params.top_k:
-            kept = min(s.params.top_k, vocab)
-            values, ids = values[:kept], ids[:kept]
-            probabilities = values.double().softmax(-1)
-        else:
-            probabilities = (values - total_B1[row]).double().exp()
-            if probabilities.sum() < s.params.top_p and wide < vocab:
-                values, ids = scaled_BV[row].sort(descending=True)
-                probabilities = values.double().softmax(-1)
-        mass = probabilities.cumsum(-1)
+    results = []
+    for scaled_V, sequence, draw in zip(scaled_BV, sequences, draws, strict=True):
+        values, ids, mass = _candidates(scaled_V, sequence.params.top_k, sequence.params.top_p)
         # The token that first reaches top_p is the last one kept.
-        limit = s.params.top_p * (1 - 1e-9)
-        kept = min(int(torch.searchsorted(mass, limit)) + 1, len(mass))
-        chosen = torch.searchsorted(mass[:kept], draws[row] * mass[kept - 1], right=True)
+        limit = sequence.params.top_p * (1 - 1e-9)
+        kept = min(int(torch.searchsorted(mass, limit)) + 1, len(values))
+        chosen = torch.searchsorted(mass[:kept], draw * mass[kept - 1], right=True)
         results.append(int(ids[min(int(chosen), kept - 1)]))
     return results
+
+
+def _candidates(
+    scaled_V: torch.Tensor, top_k: int, top_p: float
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The best tokens of one row, best first: logits, ids and cumulated probability.
+
+    They depend on the row alone: equal logits, which 16-bit models have often, are ordered by id.
+    """
+    vocab = len(scaled_V)
+    if top_k:
+        values, ids = _best(scaled_V, min(top_k, vocab))
+        return values, ids, values.double().softmax(-1).cumsum(-1)
+    log_total = torch.logsumexp(scaled_V, -1)
+    for count in (min(_FIRST_CANDIDATES, vocab), vocab):
+        values, ids = _best(scaled_V, count)
+        mass = (values - log_total).double().exp().cumsum(-1)
+        if mass[-1] >= top_p:
+            break
+    return values, ids, mass
+
+
+def _best(scaled_V: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The `count` highest logits and their ids, equal ones by id."""
+    least = scaled_V.topk(count).values[-1]
+    ids = (scaled_V >= least).nonzero().squeeze(1)
+    values, order = scaled_V[ids].sort(descending=True, stable=True)
+    return values[:count], ids[order[:count]]

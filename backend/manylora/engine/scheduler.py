@@ -2,15 +2,19 @@
 
 Plain Python. Rules, in this order:
 1. Running sequences go on: decodes first, then prompt chunks, within `max_batched_tokens`. When KV blocks
-   lack, the youngest running sequence is preempted and computes its tokens anew later.
+   lack, the youngest running sequence is preempted: it goes back to its place in the queue, by arrival,
+   and computes its tokens anew later.
 2. Waiting sequences are admitted in order of arrival. One whose adapter is still being read is passed by.
    One whose adapter finds no room (`max_loras` in use, no pages, no host slot) is passed by too, but only by
-   `max_passes` later ones; after that, no later sequence with an adapter is admitted before it, so the
-   adapters in use drain and it gets its turn: no adapter waits for ever.
+   `max_passes` later ones with an adapter; after that, none of those is admitted before it, so the adapters
+   in use drain and it gets its turn: no adapter waits for ever. The registry gives out host slots by arrival
+   too; an order of our own here would let the two wait for each other.
 """
 
 from __future__ import annotations
 
+import bisect
+from collections import Counter
 from collections.abc import Collection
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
@@ -49,8 +53,8 @@ class Limits:
     max_batched_tokens: int
     max_waiting: int
     max_model_len: int
-    max_passes: int = 0
-    """0: max_num_seqs."""
+    max_passes: int
+    """Later sequences that may pass one whose adapter finds no room."""
 
 
 class Scheduler:
@@ -68,7 +72,9 @@ class Scheduler:
         self.failed: list[tuple[Sequence, ManyloraError]] = []
         self.num_preemptions = 0
         self.num_prefix_hit_tokens = 0
-        self._active: dict[tuple[str, str], int] = {}
+        self._active: Counter[str] = Counter()
+        """Running sequences by adapter."""
+        self._num_added = 0
 
     def add(self, sequence: Sequence) -> None:
         """Queue a sequence.
@@ -81,6 +87,8 @@ class Scheduler:
                 f"{len(self.waiting)} sequences are waiting, max_waiting={self.limits.max_waiting}; "
                 "try again later"
             )
+        sequence.arrival = self._num_added
+        self._num_added += 1
         self.waiting.append(sequence)
 
     def remove(self, sequence: Sequence) -> None:
@@ -114,7 +122,7 @@ class Scheduler:
             sequence = item.sequence
             sequence.num_computed += item.num_tokens
             keys = self.blocks.prefix_keys(sequence.version, sequence.token_ids, sequence.keys)
-            self.blocks.mark_computed(sequence.table, keys, sequence.num_computed)
+            self.blocks.mark_computed(sequence.table, keys, item.num_tokens, sequence.num_computed)
             if sequence.num_to_compute:
                 continue
             assert item.next_id is not None, "a step left a finished prompt without a token"
@@ -133,19 +141,18 @@ class Scheduler:
         wrong += [
             f"running sequence {s.id} is {s.state}" for s in self.running if s.state is not State.RUNNING
         ]
-        counted: dict[tuple[str, str], int] = {}
-        for s in self.running:
-            if s.lease is not None:
-                counted[s.adapter_id, s.version] = counted.get((s.adapter_id, s.version), 0) + 1
+        arrivals = [s.arrival for s in self.waiting]
+        if arrivals != sorted(arrivals):
+            wrong.append("waiting sequences are not in order of arrival")
+        counted = Counter(s.adapter_id for s in self.running if s.lease is not None)
         if counted != self._active:
-            wrong.append(f"active adapters {self._active}, found {counted}")
+            wrong.append(f"active adapters {dict(self._active)}, found {dict(counted)}")
         if len(counted) > self.limits.max_loras:
             wrong.append(f"{len(counted)} adapters run, max_loras={self.limits.max_loras}")
         return wrong
 
     def _admit(self, items: list[Item], budget: int) -> None:
         blocked: list[Sequence] = []
-        max_passes = self.limits.max_passes or self.limits.max_num_seqs
         for sequence in list(self.waiting):
             if budget == 0 or len(self.running) >= self.limits.max_num_seqs:
                 break
@@ -156,7 +163,7 @@ class Scheduler:
                     continue
                 if lease.state == "loading":
                     continue
-                barrier = any(earlier.num_passed >= max_passes for earlier in blocked)
+                barrier = any(earlier.num_passed >= self.limits.max_passes for earlier in blocked)
                 if barrier or not self._try_activate(sequence):
                     blocked.append(sequence)
                     continue
@@ -165,27 +172,28 @@ class Scheduler:
             num_tokens = min(sequence.num_to_compute, budget)
             items.append(Item(sequence, num_tokens))
             budget -= num_tokens
-            for earlier in blocked:
-                earlier.num_passed += 1
+            if lease is not None:
+                for earlier in blocked:
+                    earlier.num_passed += 1
 
     def _try_activate(self, sequence: Sequence) -> bool:
-        key = (sequence.adapter_id, sequence.version)
+        name = sequence.adapter_id
         if sequence.lease is None or sequence.lease.state != "ready":
             return False
-        if key not in self._active and len(self._active) >= self.limits.max_loras:
+        if name not in self._active and len(self._active) >= self.limits.max_loras:
             return False
         if not self.registry.try_activate(sequence.lease):
             return False
-        self._active[key] = self._active.get(key, 0) + 1
+        self._active[name] += 1
         return True
 
     def _deactivate(self, sequence: Sequence) -> None:
         if sequence.lease is None:
             return
-        key = (sequence.adapter_id, sequence.version)
-        self._active[key] -= 1
-        if not self._active[key]:
-            del self._active[key]
+        name = sequence.adapter_id
+        self._active[name] -= 1
+        if not self._active[name]:
+            del self._active[name]
         self.registry.deactivate(sequence.lease)
 
     def _try_start(self, sequence: Sequence) -> bool:
@@ -207,7 +215,7 @@ class Scheduler:
             self._stop(victim)
             victim.state = State.WAITING
             victim.num_computed = 0
-            self.waiting.insert(0, victim)
+            bisect.insort(self.waiting, victim, key=lambda waiting: waiting.arrival)
             self.num_preemptions += 1
             if victim is sequence:
                 return False

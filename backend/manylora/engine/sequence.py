@@ -35,6 +35,8 @@ class Sequence:
     lease: Lease | None
     """None: the base model."""
     adapter_id: str = ""
+    arrival: int = 0
+    """Counts up in the order in which sequences came. Filled by the scheduler."""
     state: State = State.WAITING
     num_computed: int = 0
     """Tokens whose keys and values are in the cache."""
@@ -43,7 +45,7 @@ class Sequence:
     keys: list[Key] = field(default_factory=list)
     """Prefix keys of the full blocks of token_ids."""
     num_passed: int = 0
-    """Later sequences that were admitted while this one waited for room among the adapters."""
+    """Later sequences with an adapter that were admitted while this one found no room for its own."""
 
     @property
     def num_generated(self) -> int:

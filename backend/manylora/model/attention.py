@@ -56,8 +56,8 @@ class Group:
     """[B, Q] position of each query in its sequence."""
     num_context: int
     """C."""
-    masks: dict[int, torch.Tensor] = field(default_factory=dict)
-    """By window (0: none): what may be seen, as a float mask [B, 1, Q, C]. Filled by the first layer."""
+    masks: dict[tuple[int, torch.dtype], torch.Tensor] = field(default_factory=dict)
+    """By window (0: none): what may be seen, as a mask [B, 1, Q, C] to add. Filled by the first layer."""
 
     def mask(self, window: int, dtype: torch.dtype, *, even_if_causal: bool = False) -> torch.Tensor | None:
         """0 where a query may look, -inf elsewhere: not past itself, not `window` or more tokens back.
@@ -66,9 +66,9 @@ class Group:
         """
         if self.context is None and not even_if_causal and (window == 0 or self.num_context <= window):
             return None
-        if window not in self.masks:
-            self.masks[window] = self._make_mask(window, dtype)
-        return self.masks[window]
+        if (window, dtype) not in self.masks:
+            self.masks[window, dtype] = self._make_mask(window, dtype)
+        return self.masks[window, dtype]
 
     def _make_mask(self, window: int, dtype: torch.dtype) -> torch.Tensor:
         key_C = torch.arange(self.num_context, device=self.positions.device)

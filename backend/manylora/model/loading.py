@@ -79,7 +79,7 @@ def load_model(config: EngineConfig) -> LoadedModel:
     with torch.inference_mode():
         probe_logits = [_whole_logits(module, ids) for ids in probe_ids]
         _use_our_attention(module)
-        layers, spec = _observe(module, str(hf_config.name_or_path or directory.name))
+        layers, spec = _observe(module)
         holder = MixHolder()
         sites = replace_linears(module, spec, holder)
     return LoadedModel(
@@ -194,7 +194,7 @@ def _no_mask(*_args: Any, **_kwargs: Any) -> None:
     """Masks follow from the step's plan; transformers need not build any."""
 
 
-def _observe(module: torch.nn.Module, name: str) -> tuple[dict[int, tuple[int, int, int]], ModelSpec]:
+def _observe(module: torch.nn.Module) -> tuple[dict[int, tuple[int, int, int]], ModelSpec]:
     probe = CacheProbe()
     device = next(module.parameters()).device
     ids = torch.arange(_PROBE_TOKENS, device=device)[None]

@@ -62,4 +62,3 @@ class ModelSpec:
     """By path."""
     other_modules: frozenset[str] = field(default_factory=frozenset)
     """Paths of the modules that hold weights but serve no adapter (embeddings, lm_head, norms, experts)."""
-    base_model_name: str = ""

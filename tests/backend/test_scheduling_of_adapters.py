@@ -1,0 +1,168 @@
+"""Scheduler, registry, pool and KV blocks together, with loads that take their time: nobody waits for ever.
+
+Each part's own tests see the others only as stand-ins. Deadlocks lie between them: when they disagree
+on who is next.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from manylora.adapters.device_pool import DevicePool
+from manylora.adapters.registry import Registry
+from manylora.adapters.weights import AdapterWeights, KindWeights
+from manylora.config import EngineConfig
+from manylora.engine.kv_cache import BlockPool
+from manylora.engine.scheduler import Limits, Scheduler
+from manylora.engine.sequence import Sequence, State
+from manylora.messages import SamplingParams
+from manylora.model.spec import ModelSpec, SiteKind
+
+SPEC = ModelSpec(
+    kinds=(SiteKind(name="q", num_layers=1, in_features=1, out_features=(1,)),),
+    linears={},
+)
+NAMES = "abcd"
+
+
+def weights_of(directory: Path) -> AdapterWeights:
+    """What the loader's threads read: rank 16, or 32 for `d`."""
+    pages = 2 if directory.name == "d" else 1
+    kind = KindWeights(rank=16 * pages, a=torch.zeros(1, pages, 1, 16, 1), b=torch.zeros(1, pages, 16, 1))
+    return AdapterWeights(version=f"hash of {directory.name}", scale=1.0, max_rank=16 * pages, kinds=(kind,))
+
+
+@dataclass
+class Wanted:
+    adapter: str
+    prompt: int
+    max_tokens: int
+
+
+@dataclass
+class World:
+    """An engine without a model: the loop's order of calls, tokens out of nothing."""
+
+    root: Path
+    max_loras: int
+    max_cpu_loras: int
+    max_num_seqs: int
+    num_blocks: int
+    live: list[Sequence] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        config = EngineConfig(
+            base_model="unused",
+            adapter_root=str(self.root),
+            max_loras=self.max_loras,
+            max_lora_rank=32,
+            max_cpu_loras=self.max_cpu_loras,
+        )
+        pool = DevicePool(SPEC, self.max_loras, 32, torch.float32, torch.device("cpu"))
+        self.registry = Registry(SPEC, config, pool, torch.float32, wake=lambda: None, read=weights_of)
+        limits = Limits(
+            max_loras=self.max_loras,
+            max_num_seqs=self.max_num_seqs,
+            max_batched_tokens=16,
+            max_waiting=1000,
+            max_model_len=24,
+            max_passes=self.max_num_seqs,
+        )
+        self.scheduler = Scheduler(limits, BlockPool(self.num_blocks, 4), self.registry, [])
+
+    def add(self, wanted: Wanted) -> Sequence:
+        lease = self.registry.acquire(wanted.adapter) if wanted.adapter else None
+        sequence = Sequence(
+            id=len(self.live),
+            session=None,
+            token_ids=[7] * wanted.prompt,
+            num_prompt=wanted.prompt,
+            params=SamplingParams(max_tokens=wanted.max_tokens),
+            seed=0,
+            lease=lease,
+            adapter_id=wanted.adapter,
+        )
+        self.scheduler.add(sequence)
+        self.live.append(sequence)
+        return sequence
+
+    def end(self, sequence: Sequence) -> None:
+        self.live.remove(sequence)
+        if sequence.lease is not None:
+            self.registry.release(sequence.lease)
+
+    def turn(self) -> bool:
+        """One turn of the loop. False: nothing ran."""
+        self.registry.poll()
+        batch = self.scheduler.schedule()
+        assert self.scheduler.failed == []
+        if batch is not None:
+            for item in batch.sampling_items:
+                item.next_id = 7
+            for result in self.scheduler.finish(batch):
+                if result.finish_reason:
+                    self.end(result.sequence)
+        assert self.scheduler.check() + self.registry.check() == []
+        return batch is not None
+
+    @property
+    def is_loading(self) -> bool:
+        return any(state.state == "loading" for state in self.registry.states())
+
+    def run(self) -> None:
+        """Turn until all have ended. A loader's thread may take a while; nothing else may."""
+        while self.live:
+            ran = self.turn()
+            stuck = not ran and not self.is_loading and not self.turn()
+            assert not (stuck and not self.is_loading), [
+                (s.adapter_id, s.lease and s.lease.state, s.num_passed) for s in self.scheduler.waiting
+            ]
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("adapters")
+    for name in NAMES:
+        (root / name).mkdir()
+    return root
+
+
+def test_a_preempted_sequence_and_an_older_one_do_not_wait_for_each_other(root: Path) -> None:
+    """The younger `a` is preempted and its adapter evicted for `b`, which is older, and has been passed."""
+    world = World(root, max_loras=1, max_cpu_loras=1, max_num_seqs=2, num_blocks=6)
+    for name in "abbba":
+        world.add(Wanted(name, 4, 10))
+    world.run()
+    world.registry.close()
+    assert world.scheduler.num_preemptions > 0
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_any_rotation_of_adapters_ends(root: Path, data: st.DataObject) -> None:
+    max_loras = data.draw(st.integers(1, 2))
+    world = World(
+        root,
+        max_loras=max_loras,
+        max_cpu_loras=max_loras + data.draw(st.integers(0, 2)),
+        max_num_seqs=data.draw(st.integers(1, 4)),
+        num_blocks=data.draw(st.integers(6, 10)),
+    )
+    wanted = st.builds(
+        Wanted, st.sampled_from(["", *NAMES]), prompt=st.integers(1, 12), max_tokens=st.integers(1, 14)
+    )
+    for item in data.draw(st.lists(wanted, min_size=1, max_size=14)):
+        added = world.add(item)
+        if data.draw(st.booleans()):
+            world.turn()
+        if data.draw(st.integers(0, 9)) == 0 and added.state is not State.ENDED:
+            world.scheduler.remove(added)
+            world.end(added)
+    world.run()
+    world.registry.close()
+    assert world.scheduler.blocks.num_free == world.num_blocks
