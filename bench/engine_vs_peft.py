@@ -60,9 +60,7 @@ def run_peft(model: torch.nn.Module, prompts: Tokens, adapters: list[str], num_t
 
 
 def run_engine(engine: Engine, prompts: Tokens, adapters: list[str], num_tokens: int) -> Tokens:
-    found = engine.generate(
-        prompts, adapter_ids=adapters, max_tokens=num_tokens, min_tokens=num_tokens, ignore_eos=True
-    )
+    found = engine.generate(prompts, adapter_ids=adapters, max_tokens=num_tokens, min_tokens=num_tokens)
     return [completion.token_ids for completion in found]
 
 

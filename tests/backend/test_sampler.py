@@ -96,10 +96,11 @@ def test_min_tokens_holds_the_end_back() -> None:
     values = torch.zeros(3, 10)
     values[:, 4] = 9
     values[:, 7] = 5
+    # Two tokens are there; an end may follow min_tokens of them.
     early, late, free = (
-        sequence(min_tokens=4),
         sequence(min_tokens=3),
-        sequence(min_tokens=4, ignore_eos=True),
+        sequence(min_tokens=2),
+        sequence(min_tokens=3, ignore_eos=True),
     )
     assert sample(values, [early, late, free], [4]) == [7, 4, 4]
 

@@ -41,7 +41,7 @@ def sample(logits_BV: torch.Tensor, sequences: Seq[Sequence], eos_token_ids: Seq
     held = [
         row
         for row, s in enumerate(sequences)
-        if s.num_generated + 1 < s.params.min_tokens and not s.params.ignore_eos
+        if s.num_generated < s.params.min_tokens and not s.params.ignore_eos
     ]
     if held and eos_token_ids:
         logits_BV[torch.tensor(held)[:, None], torch.tensor(list(eos_token_ids))] = float("-inf")
