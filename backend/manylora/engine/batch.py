@@ -5,7 +5,7 @@ Shape key: T tokens of the step, B sequences of a group, Q query tokens of each,
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import groupby
 from typing import TYPE_CHECKING
 
@@ -17,6 +17,9 @@ from manylora.model.attention import AttentionPlan, Group, LayerCache
 
 if TYPE_CHECKING:
     from manylora.engine.sequence import Sequence
+
+_DECODE_SPREAD_TOKENS = 64
+"""Decodes share a group while the longest context is at most twice the shortest plus this many tokens."""
 
 
 @dataclass(slots=True)
@@ -82,8 +85,6 @@ class BatchBuilder:
     max_pages: int
     """Most pages of one adapter in one kind."""
     num_kinds: int
-    _decode_spread: int = field(default=64)
-    """Decodes share a group while the longest context is at most twice the shortest plus this many tokens."""
 
     def build(self, batch: Batch) -> StepTensors:
         """Order the items so that each group is one run of rows, and make the step's tensors."""
@@ -110,7 +111,7 @@ class BatchBuilder:
         singles = sorted((i for i in items if i.num_tokens == 1), key=lambda i: i.end)
         groups: list[list[Item]] = []
         for item in singles:
-            if groups and item.end <= 2 * groups[-1][0].end + self._decode_spread:
+            if groups and item.end <= 2 * groups[-1][0].end + _DECODE_SPREAD_TOKENS:
                 groups[-1].append(item)
             else:
                 groups.append([item])
