@@ -14,7 +14,13 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     temperature: float = 0.0
     top_p: float = 1.0
     top_k: int = 0
+    min_p: float = 0.0
     seed: int | None = None
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logprobs: int = 0
+    """Alternatives reported for each generated token; 0: no log probabilities at all."""
 
 
 # Front end to engine.
@@ -31,6 +37,14 @@ class Generate(msgspec.Struct, tag="generate", frozen=True, kw_only=True):
     """Chosen by the front end, unique on its connection."""
     input_ids: list[int]
     adapter_id: str = ""
+    adapter_scale: float = 1.0
+    """Multiplies the adapter's own scaling. Without meaning for the base model."""
+    priority: int = 0
+    """Higher runs earlier."""
+    deadline_ms: int = 0
+    """What the user allowed, for the message; 0: no deadline."""
+    deadline_s: float = 0.0
+    """When it passes, on the machine's monotonic clock (`time.monotonic`, one for all its processes)."""
     params: SamplingParams = SamplingParams()
 
 
@@ -57,6 +71,16 @@ class EngineInfo(msgspec.Struct, tag="info", frozen=True, kw_only=True):
     eos_token_ids: list[int]
 
 
+class TokenLogprobs(msgspec.Struct, array_like=True, frozen=True):
+    """Log probabilities (natural, of the model's own distribution, before penalties, temperature and filters)
+    at one generated token."""
+
+    logprob: float
+    """Of the token itself."""
+    top: list[tuple[int, float]]
+    """The likeliest ids with theirs, best first, equal ones by id; as many as were asked for."""
+
+
 class Tokens(msgspec.Struct, tag="tokens", frozen=True, kw_only=True):
     """New tokens of a sequence, in order."""
 
@@ -66,6 +90,8 @@ class Tokens(msgspec.Struct, tag="tokens", frozen=True, kw_only=True):
     """`stop` or `length` with the last tokens, empty before."""
     adapter_version: str = ""
     """Content hash of the adapter that computes the sequence; empty for the base model."""
+    logprobs: list[TokenLogprobs] = []
+    """One for each of `token_ids` where the request asks for them, else empty."""
 
 
 class Failed(msgspec.Struct, tag="failed", frozen=True):

@@ -46,6 +46,8 @@ class Answer:
     num_input_tokens: int
     num_output_tokens: int
     adapter_version: str
+    logprobs: str = ""
+    """JSON, where the request asks for log probabilities."""
 
 
 def decode(tensors: Mapping[str, npt.NDArray[Any]], parameters_json: str) -> list[Prompt]:
@@ -107,7 +109,7 @@ def encode(answers: Sequence[Answer]) -> Tensors:
         "finish_reason": _strings([answer.finish_reason for answer in answers]),
         "num_input_tokens": _integers([answer.num_input_tokens for answer in answers]),
         "num_output_tokens": _integers([answer.num_output_tokens for answer in answers]),
-        "logprobs": _strings(["" for _ in answers]),
+        "logprobs": _strings([answer.logprobs for answer in answers]),
         "adapter_version": _strings([answer.adapter_version for answer in answers]),
     }
 
