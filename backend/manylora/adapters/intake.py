@@ -6,7 +6,7 @@ from pathlib import Path
 
 from manylora.adapters.failures import Failures
 from manylora.adapters.host_cache import HostCache
-from manylora.adapters.lease import Entry, Stage
+from manylora.adapters.lease import Entry, Order, Stage
 from manylora.adapters.loader import Loaded, Loader
 from manylora.adapters.residents import Residents
 from manylora.adapters.weights import AdapterWeights
@@ -16,8 +16,10 @@ from manylora.errors import UnavailableError
 class Intake:
     """Every adapter that is neither absent nor failed, and the queue of those without a host slot.
 
-    A slot goes to the adapter whose oldest lease is the oldest. Adapters without leases make room first,
-    least recently used first; then those that have only waiting leases, all younger, which queue again.
+    A slot goes to the adapter whose first lease comes first (`Lease.order`: by priority, then by age).
+    Adapters without leases make room first, least recently used first; then those that have only waiting
+    leases, all behind that one, which queue again. The scheduler admits in the same order: whoever is first
+    in its queue is first here, so the two never wait for each other.
     """
 
     def __init__(
@@ -50,8 +52,8 @@ class Intake:
         """Take finished loads and start those that have a host slot."""
         for loaded in self._loader.take():
             self._finish(loaded)
-        for entry in sorted(self._queued.values(), key=lambda entry: entry.oldest):
-            if not self._make_slot(entry.oldest):
+        for entry in sorted(self._queued.values(), key=lambda entry: entry.first):
+            if not self._make_slot(entry.first):
                 break
             self._host.reserve(entry.name)
             self._host.acquire(entry.name, len(entry.leases))
@@ -99,11 +101,11 @@ class Intake:
             if lease.used_version not in ("", weights.version):
                 lease.error = UnavailableError(f"adapter {entry.name!r} was replaced during the request")
                 lease.entry = None
-                del entry.leases[lease.number]
+                entry.drop(lease)
                 self._host.release(entry.name)
 
-    def _make_slot(self, age: int) -> bool:
-        """Free a host slot for an adapter whose oldest lease has number `age`."""
+    def _make_slot(self, order: Order) -> bool:
+        """Free a host slot for an adapter whose first lease has this order."""
         if not self._host.is_full:
             return True
         evicted = self._host.try_evict()
@@ -111,17 +113,17 @@ class Intake:
             self._leave_device(evicted)
             del self.entries[evicted]
             return True
-        younger = [
+        behind = [
             entry
             for entry in self.entries.values()
             if entry.stage is Stage.READY
             and not self._host[entry.name].is_pinned
             and not entry.num_active
-            and entry.oldest > age
+            and entry.first > order
         ]
-        if not younger:
+        if not behind:
             return False
-        victim = max(younger, key=lambda entry: entry.oldest)
+        victim = max(behind, key=lambda entry: entry.first)
         self._host.evict(victim.name)
         self._leave_device(victim.name)
         victim.stage = Stage.QUEUED

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import enum
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,6 +10,9 @@ from pathlib import Path
 from manylora.adapters.device_pool import Placement, needed_pages
 from manylora.adapters.weights import AdapterWeights
 from manylora.errors import ManyloraError
+
+Order = tuple[int, int]
+"""(-priority, number): what comes first sorts first. The scheduler's queue has the same order."""
 
 
 class Stage(enum.Enum):
@@ -30,7 +34,9 @@ class Entry:
     directory: Path
     stage: Stage = Stage.QUEUED
     leases: dict[int, Lease] = field(default_factory=dict)
-    """By number, so that the first is the oldest."""
+    """By number."""
+    orders: list[Order] = field(default_factory=list)
+    """Of the leases, sorted."""
     num_active: int = 0
     """Leases in active use."""
     weights: AdapterWeights | None = None
@@ -38,19 +44,40 @@ class Entry:
     """Where it lies in the device pool, while a lease is in active use."""
 
     @property
-    def oldest(self) -> int:
-        """Number of the oldest lease. Only for entries with leases."""
-        return next(iter(self.leases))
+    def first(self) -> Order:
+        """Order of the lease that comes first. Only for entries with leases."""
+        return self.orders[0]
+
+    def add(self, lease: Lease) -> None:
+        """Take in a lease."""
+        self.leases[lease.number] = lease
+        bisect.insort(self.orders, lease.order)
+
+    def drop(self, lease: Lease) -> None:
+        """Let a lease go."""
+        del self.leases[lease.number]
+        del self.orders[bisect.bisect_left(self.orders, lease.order)]
 
 
 class Lease:
     """Made by `Registry.acquire`, ended by `Registry.release`. Only the registry changes it."""
 
-    __slots__ = ("adapter_id", "entry", "error", "is_active", "is_released", "number", "used_version")
+    __slots__ = (
+        "adapter_id",
+        "entry",
+        "error",
+        "is_active",
+        "is_released",
+        "number",
+        "order",
+        "used_version",
+    )
 
-    def __init__(self, number: int, entry: Entry) -> None:
+    def __init__(self, number: int, entry: Entry, priority: int = 0) -> None:
         self.number = number
         """Counts up: a lower number has waited longer."""
+        self.order: Order = (-priority, number)
+        """Its place among all leases: higher priority first, then who has waited longer."""
         self.adapter_id = entry.name
         self.entry: Entry | None = entry
         """None once the lease has failed or ended."""

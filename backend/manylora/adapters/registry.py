@@ -71,8 +71,13 @@ class Registry:
         self._intake = Intake(self._host, self._residents, self._failures, self._loader)
         self._numbers = itertools.count()
 
-    def acquire(self, adapter_id: str) -> Lease:
+    def acquire(self, adapter_id: str, priority: int = 0) -> Lease:
         """Begin a hold on an adapter. The first one for an absent adapter queues its load.
+
+        Args:
+            adapter_id: the adapter.
+            priority: higher gets a host slot earlier. Leases of sequences that the scheduler orders by
+                priority and arrival must be acquired in the order of arrival.
 
         Raises:
             NotFoundError: `adapter_root` has no such directory.
@@ -81,8 +86,8 @@ class Registry:
             ManyloraError: the error of a load that failed a short time ago.
         """
         entry = self._intake.entries.get(adapter_id) or self._enter(adapter_id)
-        lease = Lease(next(self._numbers), entry)
-        entry.leases[lease.number] = lease
+        lease = Lease(next(self._numbers), entry, priority)
+        entry.add(lease)
         if entry.stage is not Stage.QUEUED:
             self._host.acquire(entry.name)
         return lease
@@ -96,7 +101,7 @@ class Registry:
         entry, lease.entry = lease.entry, None
         if entry is None:
             return
-        del entry.leases[lease.number]
+        entry.drop(lease)
         if entry.stage is not Stage.QUEUED:
             self._host.release(entry.name)
         elif not entry.leases:

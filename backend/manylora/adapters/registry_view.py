@@ -42,6 +42,7 @@ def check_entry(entry: Entry, host: HostCache[AdapterWeights], residents: Reside
         or (resident is not None and entry.placement is resident.placement),
         "pins on both levels or none": (slot is not None and slot.is_pinned)
         == (resident is not None and resident.is_pinned),
+        "the orders of its leases": entry.orders == sorted(lease.order for lease in entry.leases.values()),
         "living leases of its own": all(
             lease.entry is entry and not lease.is_released and lease.error is None
             for lease in entry.leases.values()

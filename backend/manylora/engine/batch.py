@@ -13,6 +13,8 @@ import numpy as np
 import torch
 from manylora_kernels import Mix
 
+from manylora.errors import ManyloraError
+from manylora.messages import TokenLogprobs
 from manylora.model.attention import AttentionPlan, Group, LayerCache
 
 if TYPE_CHECKING:
@@ -20,6 +22,8 @@ if TYPE_CHECKING:
 
 _DECODE_SPREAD_TOKENS = 64
 """Decodes share a group while the longest context is at most twice the shortest plus this many tokens."""
+
+_MAX_SCALE = float(np.finfo(np.float32).max)
 
 
 @dataclass(slots=True)
@@ -29,7 +33,11 @@ class Item:
     sequence: Sequence
     num_tokens: int
     next_id: int | None = None
-    """Filled by the sampler when the part reaches the sequence's end."""
+    """Filled by the runner when the part reaches the sequence's end."""
+    logprobs: TokenLogprobs | None = None
+    """Filled by the runner beside `next_id` where the request asks for them."""
+    error: ManyloraError | None = None
+    """Filled by the runner in place of `next_id` when no token can be chosen."""
 
     @property
     def start(self) -> int:
@@ -47,7 +55,7 @@ class Item:
 
 @dataclass(slots=True)
 class Batch:
-    """One step. `items` comes from the scheduler; the tensors from `build`; `next_id`s from the sampler."""
+    """One step. `items` comes from the scheduler; the tensors from `build`; what follows from the runner."""
 
     items: list[Item]
 
@@ -164,7 +172,9 @@ class BatchBuilder:
         row = 0
         for item in batch.items:
             lease = item.sequence.lease
-            if lease is not None:
+            scale = item.sequence.adapter_scale
+            # At scale 0 the rows are the base model's, whatever the adapter's term may overflow to.
+            if lease is not None and scale != 0:
                 placement = lease.placement
                 assert placement is not None, "a running sequence's adapter is not on the device"
                 slot = slots.get(id(placement))
@@ -173,7 +183,7 @@ class BatchBuilder:
                     for of_kind, taken in zip(pages, placement.pages, strict=True):
                         of_kind.append(tuple(taken))
                 row_slots[row : row + item.num_tokens] = slot
-                row_scales[row : row + item.num_tokens] = lease.scale
+                row_scales[row : row + item.num_tokens] = _to_float32(lease.scale * scale)
             row += item.num_tokens
         if not slots:
             return None
@@ -182,6 +192,11 @@ class BatchBuilder:
     def _tensor(self, array: np.ndarray[tuple[int, ...], np.dtype[np.int64]]) -> torch.Tensor:
         tensor = torch.from_numpy(array)
         return tensor if self.device.type == "cpu" else tensor.to(self.device, non_blocking=True)
+
+
+def _to_float32(scale: float) -> float:
+    """The scale, cut to what the kernels' type holds."""
+    return max(-_MAX_SCALE, min(_MAX_SCALE, scale))
 
 
 def _pool_order(item: Item) -> tuple[tuple[int, ...], ...]:

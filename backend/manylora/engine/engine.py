@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import functools
 import logging
+import math
 import os
 import queue
 import threading
+import time
 from collections.abc import Sequence as Seq
 from concurrent.futures import Future
 
@@ -53,6 +55,8 @@ class Engine:
         self._counters = dict.fromkeys(
             ("steps", "prompt_tokens", "generated_tokens", "cancelled", "failed"), 0
         )
+        self.num_turns = 0
+        """Of the thread's loop; for those who watch whether it hangs."""
         self._closing = threading.Event()
         self._has_ended = threading.Event()
         keep_freed_memory()
@@ -139,6 +143,10 @@ class Engine:
         """Whether the engine's thread runs. False before `close` means a fault in the loop itself."""
         return self._thread.is_alive()
 
+    def wake(self) -> None:
+        """Let an idle loop come round once. Thread-safe."""
+        self.post(Wake())
+
     def close(self) -> None:
         """Fail what is in flight with UNAVAILABLE and end the thread. May be called again."""
         self._closing.set()
@@ -164,7 +172,11 @@ class Engine:
         try:
             idle = False
             while not self._closing.is_set():
+                self.num_turns += 1
                 self._read_inbox(wait=idle)
+                # Before the registry: it need load nothing for those who have run out of time.
+                self.scheduler.expire(time.monotonic())
+                self._report_failed()
                 self.registry.poll()
                 batch = self.scheduler.schedule()
                 self._report_failed()
@@ -204,14 +216,19 @@ class Engine:
                     token_ids=[result.token_id],
                     finish_reason=result.finish_reason,
                     adapter_version=sequence.version,
+                    logprobs=[result.logprobs] if result.logprobs is not None else [],
                 )
             )
             if result.finish_reason:
                 self._forget(sequence)
+        self._report_failed()
 
     def _read_inbox(self, *, wait: bool) -> None:
+        """Take all notes. With `wait`, block for the first one, but not past the next deadline."""
+        left_s = self.scheduler.deadlines.next_s - time.monotonic()
+        timeout_s = None if left_s == math.inf else min(max(left_s, 0.0), threading.TIMEOUT_MAX)
         try:
-            note = self._inbox.get(block=wait)
+            note = self._inbox.get(block=wait, timeout=timeout_s)
             while True:
                 self._take(note)
                 note = self._inbox.get_nowait()
@@ -240,7 +257,7 @@ class Engine:
         try:
             check_input_ids(message.input_ids, self.info)
             if message.adapter_id:
-                lease = self.registry.acquire(message.adapter_id)
+                lease = self.registry.acquire(message.adapter_id, message.priority)
             seed = message.params.seed
             sequence = Sequence(
                 id=message.id,
@@ -251,6 +268,10 @@ class Engine:
                 seed=int.from_bytes(os.urandom(7), "little") if seed is None else seed,
                 lease=lease,
                 adapter_id=message.adapter_id,
+                adapter_scale=message.adapter_scale,
+                priority=message.priority,
+                deadline_ms=message.deadline_ms,
+                deadline_s=message.deadline_s,
             )
             self.scheduler.add(sequence)
             session.sequences[message.id] = sequence

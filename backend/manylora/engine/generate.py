@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import queue
+import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from manylora.errors import InvalidArgumentError, from_code
-from manylora.messages import Cancel, EngineInfo, Failed, Generate, SamplingParams, Tokens
+from manylora.messages import Cancel, EngineInfo, Failed, Generate, SamplingParams, TokenLogprobs, Tokens
 from manylora.parameters import parse
 from manylora.protocol import check_input_ids
 from manylora.text_stream import TextStream
@@ -16,6 +17,8 @@ from manylora.text_stream import TextStream
 if TYPE_CHECKING:
     from manylora.engine.engine import Engine
     from manylora.text import Tokenizer
+
+T = TypeVar("T")
 
 Prompt = str | Sequence[int] | Sequence[Mapping[str, str]]
 """A text, token ids, or chat messages of `{role, content}`."""
@@ -34,6 +37,37 @@ class Completion:
     num_input_tokens: int
     adapter_version: str
     """Content hash of the adapter; empty for the base model."""
+    logprobs: list[TokenLogprobs] | None = None
+    """One for each of `token_ids`; None unless asked for."""
+
+
+@dataclass(slots=True, kw_only=True)
+class _Growing:
+    """One sequence until it has finished."""
+
+    message: Generate
+    stream: TextStream
+    texts: list[str] = field(default_factory=list)
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
+    completion: Completion | None = None
+
+    def add(self, event: Tokens) -> None:
+        """Take new tokens; `completion` is there once they are the last."""
+        text, num_taken = self.stream.add(event.token_ids)
+        self.texts.append(text)
+        self.token_ids += event.token_ids[:num_taken]
+        self.logprobs += event.logprobs[:num_taken]
+        if event.finish_reason or self.stream.stopped:
+            self.texts.append(self.stream.finish())
+            self.completion = Completion(
+                text="".join(self.texts),
+                token_ids=self.token_ids,
+                finish_reason="stop" if self.stream.stopped else event.finish_reason,
+                num_input_tokens=len(self.message.input_ids),
+                adapter_version=event.adapter_version,
+                logprobs=self.logprobs if self.message.params.logprobs else None,
+            )
 
 
 def generate(
@@ -41,6 +75,9 @@ def generate(
     prompts: Sequence[Prompt],
     *,
     adapter_ids: Sequence[str] | None = None,
+    adapter_scales: Sequence[float] | None = None,
+    priorities: Sequence[int] | None = None,
+    deadline_ms: int = 0,
     stop: Sequence[str] = (),
     **sampling: object,
 ) -> list[Completion]:
@@ -49,6 +86,9 @@ def generate(
     Args:
         prompts: texts, token ids or chat messages, mixed as you like.
         adapter_ids: one adapter per prompt, "" for the base model. None: the base model for all.
+        adapter_scales: what multiplies each adapter's own scaling. None: 1 for all.
+        priorities: one per prompt, higher runs earlier. None: 0 for all.
+        deadline_ms: time for all of it, counted from the call; 0: as long as it takes.
         stop: strings that end a sequence.
         sampling: fields of `SamplingParams`, the same for all prompts.
 
@@ -57,46 +97,73 @@ def generate(
 
     Raises:
         InvalidArgumentError: an unknown option, an empty prompt, one that is too long or has unknown ids.
+        UnavailableError: the deadline has passed.
         ManyloraError: the first failure of a sequence; the others are cancelled.
     """
-    names = [""] * len(prompts) if adapter_ids is None else list(adapter_ids)
-    if len(names) != len(prompts):
-        raise InvalidArgumentError(f"{len(prompts)} prompts, {len(names)} adapter_ids: must be as many")
+    begun_s = time.monotonic()
     params = _params(sampling)
-    inputs = [_encode(engine.tokenizer, prompt, engine.info) for prompt in prompts]
+    deadline_ms = parse({"deadline_ms": deadline_ms}, "option").get("deadline_ms", 0)
+    growing = [
+        _Growing(
+            message=Generate(
+                id=number,
+                input_ids=_encode(engine.tokenizer, prompt, engine.info),
+                adapter_id=name,
+                **_row_options(scale, priority),
+                deadline_ms=deadline_ms,
+                deadline_s=begun_s + deadline_ms / 1000 if deadline_ms else 0.0,
+                params=params,
+            ),
+            stream=TextStream(engine.tokenizer, stop=stop, min_tokens=params.min_tokens),
+        )
+        for number, (prompt, name, scale, priority) in enumerate(
+            zip(
+                prompts,
+                _per_prompt("adapter_ids", adapter_ids, "", len(prompts)),
+                _per_prompt("adapter_scales", adapter_scales, 1.0, len(prompts)),
+                _per_prompt("priorities", priorities, 0, len(prompts)),
+                strict=True,
+            )
+        )
+    ]
+    return _run(engine, growing)
+
+
+def _run(engine: Engine, growing: list[_Growing]) -> list[Completion]:
     events: queue.SimpleQueue[list[Tokens | Failed]] = queue.SimpleQueue()
     session = engine.connect(events.put)
-    streams = [TextStream(engine.tokenizer, stop=stop, min_tokens=params.min_tokens) for _ in prompts]
-    results: list[Completion | None] = [None] * len(prompts)
-    texts: list[list[str]] = [[] for _ in prompts]
-    ids: list[list[int]] = [[] for _ in prompts]
+    num_left = len(growing)
     try:
-        for number, (input_ids, name) in enumerate(zip(inputs, names, strict=True)):
-            session.send(Generate(id=number, input_ids=input_ids, adapter_id=name, params=params))
-        while any(result is None for result in results):
+        for sequence in growing:
+            session.send(sequence.message)
+        while num_left:
             for event in events.get():
-                i = event.id
-                if results[i] is not None:
+                sequence = growing[event.id]
+                if sequence.completion is not None:
                     continue
                 if isinstance(event, Failed):
                     raise from_code(event.code, event.message)
-                text, num_taken = streams[i].add(event.token_ids)
-                texts[i].append(text)
-                ids[i] += event.token_ids[:num_taken]
-                if event.finish_reason or streams[i].stopped:
+                sequence.add(event)
+                if sequence.completion is not None:
+                    num_left -= 1
                     if not event.finish_reason:
-                        session.send(Cancel(i))
-                    texts[i].append(streams[i].finish())
-                    results[i] = Completion(
-                        text="".join(texts[i]),
-                        token_ids=ids[i],
-                        finish_reason="stop" if streams[i].stopped else event.finish_reason,
-                        num_input_tokens=len(inputs[i]),
-                        adapter_version=event.adapter_version,
-                    )
+                        session.send(Cancel(event.id))
     finally:
         session.close()
-    return [result for result in results if result is not None]
+    return [sequence.completion for sequence in growing if sequence.completion is not None]
+
+
+def _per_prompt(option: str, values: Sequence[T] | None, default: T, num_prompts: int) -> Sequence[T]:
+    if values is None:
+        return [default] * num_prompts
+    if len(values) != num_prompts:
+        raise InvalidArgumentError(f"{num_prompts} prompts, {len(values)} {option}: must be as many")
+    return values
+
+
+def _row_options(scale: float, priority: int) -> dict[str, Any]:
+    read = parse({"adapter_scale": scale, "request_priority": priority}, "option")
+    return {"adapter_scale": read.get("adapter_scale", 1.0), "priority": read.get("request_priority", 0)}
 
 
 def _params(sampling: Mapping[str, object]) -> SamplingParams:

@@ -40,6 +40,7 @@ def status(
             **counters,
             **registry.counters,
             "preemptions": scheduler.num_preemptions,
+            "deadline_missed": scheduler.deadlines.num_missed,
             "prefix_hit_tokens": scheduler.num_prefix_hit_tokens,
         },
         gauges={

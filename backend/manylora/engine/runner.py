@@ -8,14 +8,14 @@ from __future__ import annotations
 import logging
 
 import torch
-from manylora_kernels import SitePool
+from manylora_kernels import SitePool, warmup
 
 from manylora.adapters.device_pool import DevicePool, num_pages_of
 from manylora.config import EngineConfig
-from manylora.engine import sampler
+from manylora.engine import logprobs, sampler
 from manylora.engine.batch import Batch, BatchBuilder, Item
 from manylora.engine.sequence import Sequence
-from manylora.errors import InvalidArgumentError, UnsupportedError
+from manylora.errors import InternalError, InvalidArgumentError, ManyloraError, UnsupportedError
 from manylora.memory import zeros
 from manylora.messages import SamplingParams
 from manylora.model.attention import LayerCache
@@ -32,6 +32,7 @@ class Runner:
     def __init__(self, model: LoadedModel, config: EngineConfig, pool: DevicePool) -> None:
         self.model = model
         self.num_blocks = _num_blocks(model, config)
+        warmup(model.device)
         caches = {
             layer: _layer_cache(model, shape, self.num_blocks * config.kv_block_size)
             for layer, shape in model.layers.items()
@@ -51,13 +52,22 @@ class Runner:
 
     @torch.inference_mode()
     def run(self, batch: Batch) -> None:
-        """Compute one step and fill the `next_id` of the items that sample."""
+        """Compute one step and fill what the items that sample get: `next_id` and `logprobs`, or `error`."""
         logits = self.logits(batch)
         items = batch.sampling_items
-        if items:
-            chosen = sampler.sample(logits, [item.sequence for item in items], self.model.eos_token_ids)
-            for item, token_id in zip(items, chosen, strict=True):
-                item.next_id = token_id
+        if not items:
+            return
+        sequences = [item.sequence for item in items]
+        # Before the sampler: it changes logits in place.
+        distributions = logprobs.distributions(logits, sequences)
+        chosen = sampler.sample(logits, sequences, self.model.eos_token_ids)
+        for row, (item, token_id) in enumerate(zip(items, chosen, strict=True)):
+            if token_id is None:
+                item.error = _overflow(item.sequence)
+                continue
+            item.next_id = token_id
+            if row in distributions:
+                item.logprobs = logprobs.describe(distributions[row], token_id, item.sequence.params.logprobs)
 
     def logits(self, batch: Batch) -> torch.Tensor:
         """[number of sampling items, V], in the order that `batch` has afterwards (at least one row)."""
@@ -119,6 +129,16 @@ class Runner:
             for item in batch.items:
                 item.sequence.num_computed += item.num_tokens
         return results
+
+
+def _overflow(sequence: Sequence) -> ManyloraError:
+    after = f"logits that are not finite after {sequence.num_generated} tokens"
+    if sequence.lease is None:
+        return InternalError(f"the base model gave {after}")
+    return InvalidArgumentError(
+        f"adapter {sequence.adapter_id!r} with adapter_scale={sequence.adapter_scale:g} gave {after}; "
+        "its weights, so scaled, are too large for this model"
+    )
 
 
 def _probe_sequence(index: int, tokens: list[int], table: list[int]) -> Sequence:

@@ -1,14 +1,19 @@
 """Decides what each step computes: which sequences, how many tokens of each, and who waits.
 
 Plain Python. Rules, in this order:
+0. All sequences have one order, the same for life: higher priority first, then who came earlier. Nothing that
+   runs is stopped because something of higher priority arrives.
 1. Running sequences go on: decodes first, then prompt chunks, within `max_batched_tokens`. When KV blocks
-   lack, the youngest running sequence is preempted: it goes back to its place in the queue, by arrival,
-   and computes its tokens anew later.
-2. Waiting sequences are admitted in order of arrival. One whose adapter is still being read is passed by.
-   One whose adapter finds no room (`max_loras` in use, no pages, no host slot) is passed by too, but only by
-   `max_passes` later ones with an adapter; after that, none of those is admitted before it, so the adapters
-   in use drain and it gets its turn: no adapter waits for ever. The registry gives out host slots by arrival
-   too; an order of our own here would let the two wait for each other.
+   lack, the last running sequence in this order is preempted: it goes back to its place in the queue and
+   computes its tokens anew later. So the first one always gets on.
+2. Waiting sequences are admitted in order. One whose adapter is still being read is passed by. One whose
+   adapter finds no room (`max_loras` in use, no pages, no host slot) is passed by too, but only by
+   `max_passes` later ones of its own priority with an adapter, and by none of lower priority; after that,
+   none of those is admitted before it, so the adapters in use drain and it gets its turn: among equals no
+   adapter waits for ever. What has higher priority may come before it without end.
+3. The registry gives out host slots in the same order (`Lease.order`). An order of our own here would let the
+   two wait for each other: each would keep for its own first one what the other's first one lacks.
+4. A sequence whose deadline has passed ends at the next step, wherever it is, and is not admitted.
 """
 
 from __future__ import annotations
@@ -20,9 +25,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 from manylora.engine.batch import Batch, Item
+from manylora.engine.deadlines import Deadlines, error_of
 from manylora.engine.kv_cache import BlockPool
 from manylora.engine.sequence import Sequence, State
 from manylora.errors import ManyloraError, UnavailableError
+from manylora.messages import TokenLogprobs
 
 if TYPE_CHECKING:
     from manylora.adapters.lease import Lease
@@ -42,6 +49,7 @@ class Finished:
     sequence: Sequence
     token_id: int
     finish_reason: str = ""
+    logprobs: TokenLogprobs | None = None
 
 
 @dataclass(slots=True, kw_only=True)
@@ -54,7 +62,7 @@ class Limits:
     max_waiting: int
     max_model_len: int
     max_passes: int
-    """Later sequences that may pass one whose adapter finds no room."""
+    """Later sequences of the same priority that may pass one whose adapter finds no room."""
 
 
 class Scheduler:
@@ -67,9 +75,12 @@ class Scheduler:
         self.blocks = blocks
         self.registry = registry
         self.eos_token_ids = frozenset(eos_token_ids)
+        # Both in order.
         self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
         self.failed: list[tuple[Sequence, ManyloraError]] = []
+        """Ended with an error, by the scheduler itself or by a step. The engine tells and empties it."""
+        self.deadlines = Deadlines()
         self.num_preemptions = 0
         self.num_prefix_hit_tokens = 0
         self._active: Counter[str] = Counter()
@@ -89,7 +100,8 @@ class Scheduler:
             )
         sequence.arrival = self._num_added
         self._num_added += 1
-        self.waiting.append(sequence)
+        bisect.insort(self.waiting, sequence, key=_order)
+        self.deadlines.add(sequence)
 
     def remove(self, sequence: Sequence) -> None:
         """Take out a sequence (cancelled or failed), wherever it is. Frees what it held."""
@@ -98,6 +110,11 @@ class Scheduler:
         else:
             self.waiting.remove(sequence)
         sequence.state = State.ENDED
+
+    def expire(self, now_s: float) -> None:
+        """End the sequences whose deadline has passed."""
+        for sequence in self.deadlines.take_missed([*self.running, *self.waiting], now_s):
+            self._fail(sequence, error_of(sequence))
 
     def schedule(self) -> Batch | None:
         """Choose the next step; None when nothing can run now."""
@@ -120,8 +137,11 @@ class Scheduler:
         results = []
         for item in batch.items:
             sequence = item.sequence
+            if item.error is not None:
+                self._fail(sequence, item.error)
+                continue
             sequence.num_computed += item.num_tokens
-            keys = self.blocks.prefix_keys(sequence.version, sequence.token_ids, sequence.keys)
+            keys = self.blocks.prefix_keys(sequence.namespace, sequence.token_ids, sequence.keys)
             self.blocks.mark_computed(sequence.table, keys, item.num_tokens, sequence.num_computed)
             if sequence.num_to_compute:
                 continue
@@ -131,7 +151,7 @@ class Scheduler:
             if reason:
                 self._stop(sequence)
                 sequence.state = State.ENDED
-            results.append(Finished(sequence, item.next_id, reason))
+            results.append(Finished(sequence, item.next_id, reason, item.logprobs))
         return results
 
     def check(self) -> list[str]:
@@ -141,9 +161,14 @@ class Scheduler:
         wrong += [
             f"running sequence {s.id} is {s.state}" for s in self.running if s.state is not State.RUNNING
         ]
-        arrivals = [s.arrival for s in self.waiting]
-        if arrivals != sorted(arrivals):
-            wrong.append("waiting sequences are not in order of arrival")
+        for name, sequences in (("waiting", self.waiting), ("running", self.running)):
+            if sequences != sorted(sequences, key=_order):
+                wrong.append(f"{name} sequences are not in order")
+            wrong += [
+                f"{name} sequence {s.id} has a deadline before the next one"
+                for s in sequences
+                if 0 < s.deadline_s < self.deadlines.next_s
+            ]
         counted = Counter(s.adapter_id for s in self.running if s.lease is not None)
         if counted != self._active:
             wrong.append(f"active adapters {dict(self._active)}, found {dict(counted)}")
@@ -159,12 +184,12 @@ class Scheduler:
             lease = sequence.lease
             if lease is not None:
                 if lease.state == "failed":
-                    self._fail(sequence)
+                    assert lease.error is not None, "a failed lease without a reason"
+                    self._fail(sequence, lease.error)
                     continue
                 if lease.state == "loading":
                     continue
-                barrier = any(earlier.num_passed >= self.limits.max_passes for earlier in blocked)
-                if barrier or not self._try_activate(sequence):
+                if not self._may_pass(sequence, blocked) or not self._try_activate(sequence):
                     blocked.append(sequence)
                     continue
             if not self._try_start(sequence):
@@ -175,6 +200,12 @@ class Scheduler:
             if lease is not None:
                 for earlier in blocked:
                     earlier.num_passed += 1
+
+    def _may_pass(self, sequence: Sequence, blocked: list[Sequence]) -> bool:
+        return all(
+            earlier.priority == sequence.priority and earlier.num_passed < self.limits.max_passes
+            for earlier in blocked
+        )
 
     def _try_activate(self, sequence: Sequence) -> bool:
         name = sequence.adapter_id
@@ -197,7 +228,7 @@ class Scheduler:
         self.registry.deactivate(sequence.lease)
 
     def _try_start(self, sequence: Sequence) -> bool:
-        keys = self.blocks.prefix_keys(sequence.version, sequence.token_ids, sequence.keys)
+        keys = self.blocks.prefix_keys(sequence.namespace, sequence.token_ids, sequence.keys)
         taken = self.blocks.try_allocate(len(sequence.token_ids), keys)
         if taken is None:
             self._deactivate(sequence)
@@ -206,16 +237,18 @@ class Scheduler:
         self.num_prefix_hit_tokens += sequence.num_computed
         sequence.state = State.RUNNING
         self.waiting.remove(sequence)
-        self.running.append(sequence)
+        bisect.insort(self.running, sequence, key=_order)
         return True
 
     def _make_room(self, sequence: Sequence, num_tokens: int) -> bool:
         while not self.blocks.try_grow(sequence.table, num_tokens):
+            # Never one that has its part of this step already: only decodes need room, they come in order
+            # before all chunks, and the last is not before the one that asks.
             victim = self.running[-1]
             self._stop(victim)
             victim.state = State.WAITING
             victim.num_computed = 0
-            bisect.insort(self.waiting, victim, key=lambda waiting: waiting.arrival)
+            bisect.insort(self.waiting, victim, key=_order)
             self.num_preemptions += 1
             if victim is sequence:
                 return False
@@ -226,12 +259,9 @@ class Scheduler:
         self.blocks.release(sequence.table)
         self._deactivate(sequence)
 
-    def _fail(self, sequence: Sequence) -> None:
-        assert sequence.lease is not None
-        assert sequence.lease.error is not None
-        self.waiting.remove(sequence)
-        sequence.state = State.ENDED
-        self.failed.append((sequence, sequence.lease.error))
+    def _fail(self, sequence: Sequence, error: ManyloraError) -> None:
+        self.remove(sequence)
+        self.failed.append((sequence, error))
 
     def _finish_reason(self, sequence: Sequence, token_id: int) -> str:
         params = sequence.params
@@ -247,3 +277,7 @@ class Scheduler:
         ):
             return "length"
         return ""
+
+
+def _order(sequence: Sequence) -> tuple[int, int]:
+    return sequence.order

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from manylora.engine.kv_cache import Key
+from manylora.engine.token_counts import TokenCounts
 from manylora.messages import SamplingParams
 
 if TYPE_CHECKING:
@@ -35,6 +36,14 @@ class Sequence:
     lease: Lease | None
     """None: the base model."""
     adapter_id: str = ""
+    adapter_scale: float = 1.0
+    """Multiplies the adapter's own scaling."""
+    priority: int = 0
+    """Higher runs earlier."""
+    deadline_ms: int = 0
+    """What was allowed, for the message."""
+    deadline_s: float = 0.0
+    """When it passes, on the monotonic clock; 0: never."""
     arrival: int = 0
     """Counts up in the order in which sequences came. Filled by the scheduler."""
     state: State = State.WAITING
@@ -45,7 +54,14 @@ class Sequence:
     keys: list[Key] = field(default_factory=list)
     """Prefix keys of the full blocks of token_ids."""
     num_passed: int = 0
-    """Later sequences with an adapter that were admitted while this one found no room for its own."""
+    """Sequences behind it, with an adapter, that were admitted while this one found no room for its own."""
+    counts: TokenCounts | None = None
+    """Filled by the sampler, for a sequence with penalties."""
+
+    @property
+    def order(self) -> tuple[int, int]:
+        """Its place among all sequences, the same for life: what comes first sorts first."""
+        return (-self.priority, self.arrival)
 
     @property
     def num_generated(self) -> int:
@@ -60,3 +76,11 @@ class Sequence:
     def version(self) -> str:
         """Content hash of the adapter, empty for the base model."""
         return self.lease.version if self.lease is not None else ""
+
+    @property
+    def namespace(self) -> str:
+        """What decides keys and values besides the tokens. Two scales of an adapter are two namespaces; at
+        scale 0 it adds nothing, and the base model's are the right ones."""
+        if self.lease is None or self.adapter_scale == 0:
+            return ""
+        return self.version if self.adapter_scale == 1 else f"{self.version} x {self.adapter_scale!r}"

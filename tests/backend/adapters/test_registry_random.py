@@ -125,7 +125,7 @@ class Machine(RuleBasedStateMachine):
         self.registry.poll()
         begun = [entry for entry in self.registry._intake.entries.values() if entry.stage is Stage.LOADING]
         begun = [entry for entry in begun if entry.name not in self.reading]
-        self.reading += [entry.name for entry in sorted(begun, key=lambda entry: entry.oldest)]
+        self.reading += [entry.name for entry in sorted(begun, key=lambda entry: entry.first)]
 
     @precondition(lambda self: self.reading)
     @rule(data=st.data(), value=st.integers(1, 3), is_sound=st.booleans())
