@@ -165,6 +165,9 @@ class EngineConnection:
                         self._lose()
                 for frame in self._outbox.take_all():
                     self._dealer.send(frame, zmq.NOBLOCK)
+        except Exception:
+            log.exception("the connection to the engine has failed and ends")
+            self._lose()
         finally:
             self._dealer.disable_monitor()
             self._monitor.close(0)

@@ -18,6 +18,7 @@ from typing import Any
 from manylora import errors
 from manylora.config import EngineConfig
 from manylora.errors import ManyloraError, UnavailableError
+from manylora.pulse import MAX_SILENT_TURNS, MAX_SILENT_TURNS_AT_START, PulseListener, Silence
 
 log = logging.getLogger(__name__)
 
@@ -46,6 +47,10 @@ class EngineProcess:
             cwd="/",
             start_new_session=True,
         )
+        assert self._process.stdout
+        self._listener = PulseListener(self._process.stdout.fileno(), self.pid)
+        # Held while one thread listens, so that another one does not close the pipe under it.
+        self._listening = threading.Lock()
 
     @property
     def pid(self) -> int:
@@ -58,13 +63,12 @@ class EngineProcess:
             ManyloraError: the engine's own error, or UNAVAILABLE when it ended without one.
         """
         assert self._process.stdin
-        assert self._process.stdout
-        try:
+        # It may have ended, and stop() may have closed the pipe.
+        with contextlib.suppress(BrokenPipeError, ValueError):
             self._process.stdin.write(self._order)
             self._process.stdin.flush()
-            line = self._process.stdout.readline()
-        except (BrokenPipeError, ValueError):  # it has ended, or stop() has closed the pipes
-            line = b""
+        while (line := self._listen(MAX_SILENT_TURNS_AT_START)) == b"":
+            pass
         if not line:
             status = self.stop()
             raise UnavailableError(
@@ -76,8 +80,25 @@ class EngineProcess:
             raise errors.from_code(answer["error"]["code"], answer["error"]["message"])
 
     def wait(self) -> int:
-        """Wait for its end; returns the exit status, negative for a signal."""
+        """Wait for its end, and bring it about when it shows no life.
+
+        Returns: the exit status, negative for a signal.
+        """
+        while self._listen(MAX_SILENT_TURNS) is not None:
+            pass
         return self._process.wait()
+
+    def _listen(self, max_silent_turns: int) -> bytes | None:
+        """The next line that it says; None when it has ended, or shows no life and is killed."""
+        assert self._process.stdout
+        with self._listening:
+            try:
+                if not self._process.stdout.closed:
+                    return self._listener.next_line(max_silent_turns)
+            except Silence as silence:
+                log.error("the engine process %d hangs and is killed: %s", self.pid, silence)
+                self._process.kill()
+        return None
 
     def stop(self) -> int:
         """End it: by closing its standard input, later by force. May be called again and from any thread."""
@@ -91,7 +112,8 @@ class EngineProcess:
             log.error("the engine process %d does not end; it is killed", self.pid)
             self._process.kill()
             status = self._process.wait()
-        self._process.stdout.close()
+        with self._listening:
+            self._process.stdout.close()
         return status
 
 

@@ -8,11 +8,12 @@ import queue
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from manylora import launch, run_dir
+from manylora import launch, pulse, run_dir
 from manylora.config import EngineConfig
 from manylora.errors import InternalError, InvalidArgumentError, UnavailableError
 from manylora.ipc import EngineConnection, Event, query_status
@@ -163,6 +164,124 @@ def test_a_killed_engine_is_started_again_and_found_again(
         keeper.stop()
     assert losses.empty()
     assert not path.exists()
+
+
+def test_a_stopped_engine_is_killed_and_started_again(
+    config: EngineConfig, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    keeper = EngineKeeper(config, path)
+    seen: queue.SimpleQueue[list[Event] | None] = queue.SimpleQueue()
+    keeper.start()
+    connection = EngineConnection(path, on_events=seen.put, on_lost=lambda: seen.put(None))
+    try:
+        assert connection.wait_ready(WAIT_S)
+        first = keeper.pid
+        assert first
+        connection.send(Generate(id=1, input_ids=[5], params=SamplingParams(max_tokens=250, ignore_eos=True)))
+        assert seen.get(timeout=WAIT_S)
+        os.kill(first, signal.SIGSTOP)
+        while seen.get(timeout=WAIT_S) is not None:
+            pass
+        assert connection.wait_ready(WAIT_S)
+        assert keeper.pid not in (None, first)
+        # Nothing of the first one's answer reaches whoever asks the second.
+        connection.send(Generate(id=2, input_ids=[5], params=SamplingParams(max_tokens=1)))
+        events = seen.get(timeout=WAIT_S)
+        assert events
+        assert [event.id for event in events] == [2]
+    finally:
+        connection.close()
+        keeper.stop()
+
+
+def test_an_engine_that_is_stopped_while_it_starts_is_killed(
+    processes: list[EngineProcess], config: EngineConfig, path: Path
+) -> None:
+    process = start(processes, config, path)
+    os.kill(process.pid, signal.SIGSTOP)
+    with pytest.raises(UnavailableError, match="ended with status -9 before it was ready"):
+        process.wait_ready()
+
+
+def test_an_owner_that_was_stopped_too_finds_the_engine_well(
+    processes: list[EngineProcess], config: EngineConfig, path: Path
+) -> None:
+    # As when a whole machine sleeps: what the owner missed meanwhile is no silence of the engine.
+    process = start(processes, config, path)
+    process.wait_ready()
+    os.kill(process.pid, signal.SIGSTOP)
+    os.kill(process.pid, signal.SIGCONT)
+    ended: queue.SimpleQueue[int] = queue.SimpleQueue()
+    waiter = threading.Thread(target=lambda: ended.put(process.wait()))
+    waiter.start()
+    assert query_status(path, WAIT_S).check_errors == []
+    with pytest.raises(queue.Empty):
+        ended.get(timeout=2 * pulse.MAX_STOPPED_TURNS * pulse.BEAT_S)
+    assert process.stop() == 0
+    waiter.join()
+
+
+HANGING_ENGINE = """
+import sys, threading
+from manylora.engine import process, turn_watch
+from manylora.engine.engine import Engine
+from manylora.engine.server import EngineServer
+turn_watch.MAX_BLOCKED_LOOKS = 2
+hang = threading.Event().wait
+if sys.argv[1] == "engine":
+    Engine._step = lambda self, batch: hang()
+elif sys.argv[1] == "socket":
+    EngineServer._take = lambda self, peer, frame: hang()
+else:
+    EngineServer._take = lambda self, peer, frame: 1 / 0
+sys.exit(process.main())
+"""
+"""An engine process, in which a thread deadlocks or dies when the first request comes."""
+
+
+@pytest.mark.parametrize(
+    ("fault", "word"),
+    [
+        ("engine", "the engine's thread hangs"),
+        ("socket", "the socket's thread hangs"),
+        ("dead socket", "the socket's thread has ended by itself"),
+    ],
+)
+def test_an_engine_process_whose_thread_hangs_or_dies_ends_by_itself(
+    fault: str, word: str, config: EngineConfig, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    order = {"socket": str(path), "config": json.loads(config.to_json())}
+    process = subprocess.Popen(
+        [sys.executable, "-c", HANGING_ENGINE, fault],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=launch.environment(),
+    )
+    lost = threading.Event()
+    connection = EngineConnection(path, on_events=lambda events: None, on_lost=lost.set)
+    try:
+        assert process.stdin
+        assert process.stderr
+        process.stdin.write(json.dumps(order) + "\n")
+        process.stdin.flush()
+        if fault == "engine":
+            assert connection.wait_ready(WAIT_S)
+            connection.send(Generate(id=1, input_ids=[5]))
+            assert lost.wait(WAIT_S)
+        said = process.stderr.read()
+        assert process.wait(WAIT_S) == 1
+    finally:
+        connection.close()
+        process.kill()
+        process.communicate()
+    assert word in said
+    if "hangs" in word:
+        # Where every thread stood.
+        assert "most recent call first" in said
 
 
 def test_a_first_start_that_fails_is_not_tried_again(path: Path, tmp_path: Path) -> None:

@@ -1,29 +1,36 @@
 """The engine process: `python -m manylora.engine.process`, started by `manylora.launch`.
 
 It reads one JSON line from standard input, `{"socket": path, "config": {...}}`, and answers with one on
-standard output: `{"ready": true}` or `{"error": {"code": ..., "message": ...}}`. It ends when its standard
-input does, so it never outlives its owner, however that one ended.
+standard output: `{"ready": true}` or `{"error": {"code": ..., "message": ...}}`, among the empty lines of its
+pulse. It ends when its standard input does, so it never outlives its owner, however that one ended.
 """
 
 from __future__ import annotations
 
-import contextlib
+import faulthandler
 import json
 import logging
 import os
 import signal
 import sys
 import threading
+import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from manylora import run_dir
 from manylora.config import EngineConfig
+from manylora.engine import turn_watch
+from manylora.engine.turn_watch import TurnWatch
 from manylora.errors import InternalError, InvalidArgumentError, ManyloraError
+from manylora.pulse import Pulse
+
+if TYPE_CHECKING:
+    from manylora.engine.engine import Engine
+    from manylora.engine.server import EngineServer
 
 log = logging.getLogger("manylora.engine.process")
 
-ALIVE_CHECK_S = 1.0
 CLOSE_S = 20.0
 """An engine that has not closed after so long is ended by force."""
 
@@ -40,7 +47,7 @@ class _Owner:
         self.has_gone = threading.Event()
         self._is_waiting = True
         # What libraries print must not reach the owner's pipe.
-        self._reply_fd = os.dup(1)
+        reply_fd = os.dup(1)
         os.dup2(2, 1)
         # Ctrl-C in the server's terminal is for the server.
         signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -48,6 +55,8 @@ class _Owner:
         # signal, as a parent may hand down, would never arrive.
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        # After that, since a thread keeps the mask that it starts with.
+        self._pulse = Pulse(reply_fd)
         self.order = _read_order()
         for watch in (self._watch_input, self._watch_signal):
             threading.Thread(target=watch, name="manylora-owner", daemon=True).start()
@@ -63,9 +72,7 @@ class _Owner:
 
     def _reply(self, answer: dict[str, Any]) -> None:
         self._is_waiting = False
-        # An owner that has gone is the watches' matter.
-        with contextlib.suppress(BrokenPipeError), os.fdopen(self._reply_fd, "w") as out:
-            out.write(json.dumps(answer) + "\n")
+        self._pulse.answer(json.dumps(answer))
 
     def _watch_input(self) -> None:
         while os.read(0, 4096):
@@ -105,15 +112,36 @@ def serve(owner: _Owner) -> None:
     try:
         server = EngineServer(engine, socket_path)
         owner.reply_ready()
-        while not owner.has_gone.wait(ALIVE_CHECK_S):
-            if not engine.is_alive:
-                # Its traceback is in the log. The owner starts another process.
-                raise InternalError("the engine's thread has ended by itself")
+        _watch(owner, engine, server)
     finally:
         engine.close()
         if server:
             server.close()
         os.close(lock)
+
+
+def _watch(owner: _Owner, engine: Engine, server: EngineServer) -> None:
+    """Wait until the owner has gone. A thread that hangs ends this process; the owner starts another one.
+
+    Raises:
+        InternalError: a thread has ended by itself. Its traceback is in the log.
+    """
+    watches = {"engine": TurnWatch(), "socket": TurnWatch()}
+    while not owner.has_gone.wait(turn_watch.LOOK_S):
+        if not engine.is_alive:
+            raise InternalError("the engine's thread has ended by itself")
+        if not server.is_alive:
+            raise InternalError("the socket's thread has ended by itself")
+        # The socket's thread wakes by itself, to probe its peers.
+        engine.wake()
+        for (name, watch), num_turns in zip(
+            watches.items(), (engine.num_turns, server.num_turns), strict=True
+        ):
+            if watch.is_stuck(num_turns, time.process_time()):
+                log.critical("the %s's thread hangs; the process ends. All threads:", name)
+                faulthandler.dump_traceback()
+                # An orderly end would wait for that thread.
+                os._exit(1)
 
 
 def main() -> int:

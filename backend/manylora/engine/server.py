@@ -68,6 +68,8 @@ class EngineServer:
         self._sessions: dict[bytes, ServedSession] = {}
         self._outbox: Outbox[tuple[bytes, FromEngine]] = Outbox()
         self._is_closing = False
+        self.num_turns = 0
+        """Of the thread, which takes one at least every second."""
         self._context = zmq.Context()
         self._router = self._context.socket(zmq.ROUTER)
         # Sending to a front end that is not there raises EHOSTUNREACH instead of doing nothing.
@@ -78,6 +80,11 @@ class EngineServer:
         self._socket_path = socket_path
         self._thread = threading.Thread(target=self._run, name="manylora-ipc", daemon=True)
         self._thread.start()
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether the thread runs. False before `close` means a fault of ours."""
+        return self._thread.is_alive()
 
     def close(self) -> None:
         """Send what is due, end the thread and remove the socket. Close the engine first."""
@@ -94,6 +101,7 @@ class EngineServer:
         poller.register(self._outbox.fileno(), zmq.POLLIN)
         probe_at = time.monotonic() + _PROBE_S
         while not self._is_closing:
+            self.num_turns += 1
             poller.poll(round(_PROBE_S * 1000))
             with contextlib.suppress(zmq.Again):
                 while True:

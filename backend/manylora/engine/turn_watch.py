@@ -1,0 +1,45 @@
+"""Notices a thread that goes round a loop no more."""
+
+from __future__ import annotations
+
+LOOK_S = 1.0
+"""Between two looks."""
+MAX_BLOCKED_LOOKS = 120
+"""Looks in a row at a turn for which the process hardly computes: a deadlock, or a disk that answers no more.
+A step that computes, however slowly, never counts."""
+MAX_BUSY_LOOKS = 3600
+"""Looks at a turn that computes all the time. No step takes an hour."""
+MIN_CPU_S = 0.05
+"""Processor time between two looks below which the process hardly computes: several times what a process
+takes that only waits, and a twentieth of what one thread of an idle machine would be given."""
+
+
+class TurnWatch:
+    """Judges one loop by its count of turns.
+
+    It counts looks and compares no times, so that a pause of the whole machine is one look, and no reason
+    to end a process that is well.
+    """
+
+    def __init__(self) -> None:
+        self._num_turns = -1
+        self._cpu_s = 0.0
+        self._num_blocked = 0
+        self._num_looks = 0
+
+    def is_stuck(self, num_turns: int, cpu_s: float) -> bool:
+        """Look.
+
+        Args:
+            num_turns: how often the loop has come round so far. One that idles must be woken for each look.
+            cpu_s: processor time of the whole process so far.
+        """
+        used_s = cpu_s - self._cpu_s
+        self._cpu_s = cpu_s
+        if num_turns != self._num_turns:
+            self._num_turns = num_turns
+            self._num_blocked = self._num_looks = 0
+            return False
+        self._num_looks += 1
+        self._num_blocked = self._num_blocked + 1 if used_s < MIN_CPU_S else 0
+        return self._num_blocked >= MAX_BLOCKED_LOOKS or self._num_looks >= MAX_BUSY_LOOKS
