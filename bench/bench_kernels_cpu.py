@@ -1,4 +1,4 @@
-"""Time the CPU form of the kernels for one step of a model, beside the base model's own matrix products.
+"""Time the CPU forms of the kernels for one step of a model, beside the base model's own matrix products.
 
     python bench/bench_kernels_cpu.py [--dtype float32] [--threads 2] [--repeats 9]
 
@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import torch.nn.functional as F
-from manylora_kernels import Mix, SitePool, add_lora, reference
+from manylora_kernels import Mix, SitePool, add_lora, cpu, reference
 
 NUM_LAYERS = 30
 NUM_PAGES = 32
@@ -84,8 +84,8 @@ class Model:
         return cls(weights, pools)
 
 
-def runs(step: Step, model: Model, dtype: torch.dtype) -> tuple[Callable[[], None], Callable[[], None]]:
-    """The adapters' part of a step, checked, and the base products of the same rows."""
+def runs(step: Step, model: Model, dtype: torch.dtype) -> tuple[Callable[[], None], ...]:
+    """The adapters' part of a step, checked, the same on torch's products, and the base products of the rows."""
     num_rows = len(step.slots)
     slots, scales = np.array(step.slots, dtype=np.int32), np.full(num_rows, 0.5, dtype=np.float32)
     pages = step.pages()
@@ -98,6 +98,13 @@ def runs(step: Step, model: Model, dtype: torch.dtype) -> tuple[Callable[[], Non
         for layer in range(NUM_LAYERS):
             for kind, name in enumerate(SITES):
                 add_lora(outputs[name], inputs[name], model.pools[name][layer], mix, kind)
+
+    def products() -> None:
+        mix = Mix.build(slots, scales, [pages] * len(SITES), 8, 4, "cpu")
+        for layer in range(NUM_LAYERS):
+            for kind, name in enumerate(SITES):
+                rows = mix.rows[kind].products
+                cpu.add_lora_by_products(outputs[name], inputs[name], model.pools[name][layer], rows)
 
     def base() -> None:
         for layer in range(NUM_LAYERS):
@@ -114,7 +121,7 @@ def runs(step: Step, model: Model, dtype: torch.dtype) -> tuple[Callable[[], Non
         )
         add_lora(y, inputs[name], pool, mix, kind)
         torch.testing.assert_close(y[sample].float(), expected, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
-    return lora, base
+    return lora, products, base
 
 
 def time_in_turn(functions: Sequence[Callable[[], None]], repeats: int) -> list[list[float]]:
@@ -149,9 +156,15 @@ def main() -> None:
     with torch.inference_mode():
         model = Model.random(dtype)
         for step in steps():
-            lora, base = time_in_turn(runs(step, model, dtype), args.repeats)
+            lora, products, base = time_in_turn(runs(step, model, dtype), args.repeats)
             ratio = statistics.median(ours / theirs for ours, theirs in zip(lora, base, strict=True))
-            print(f"{step.name:52s} adapters {summary(lora):28s} base {summary(base):28s} ratio {ratio:.2f}")
+            print(f"{step.name}: adapters / base products {ratio:.2f}")
+            for name, times in (
+                ("compiled", lora),
+                ("torch's products", products),
+                ("base (F.linear)", base),
+            ):
+                print(f"  {name:18s}{summary(times)}")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Many LoRA adapters in one batch: `y[t, s] += scale[t] * (x[t] A_s^T) B_s^T` for the adapter of row t.
 
-`add_lora` chooses the form: torch products on a CPU, Triton kernels on CUDA. `reference` is the
+`add_lora` chooses the form: on a CPU C code built on first use, or torch's products; on CUDA Triton kernels. `reference` is the
 specification.
 """
 
@@ -13,8 +13,8 @@ import os
 # anything below.
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 
-from manylora_kernels.lora import add_lora
+from manylora_kernels.lora import add_lora, warmup
 from manylora_kernels.mix import Mix
 from manylora_kernels.pool import PAGE_ROWS, SitePool
 
-__all__ = ["PAGE_ROWS", "Mix", "SitePool", "add_lora"]
+__all__ = ["PAGE_ROWS", "Mix", "SitePool", "add_lora", "warmup"]

@@ -1,27 +1,70 @@
-"""The form that serves on a CPU: matrix products over rows grouped by adapter.
+"""What serves on a CPU: the compiled form where there is one, else torch's products over rows by adapter.
 
 Shape key: T rows, S linears, K inputs, N outputs of all S, I pages of a batch, M rows that a page is given, R
 rank rows.
 
-Why it is made so (found at decode shapes): torch's batched product streams weights about as fast as a copy,
-as long as its output is contiguous; a gather of pages leaves them in the cache for the product and so costs
-little; adding with an index costs as much as the products, so results are brought into row order first and
-added as slices; preallocated outputs gain nothing. Products are in float32 whatever the pool's dtype: torch's
-small 16-bit products are slower, and round in between.
+Why the products are made so (found at decode shapes): torch's batched product streams weights about as fast as
+a copy, as long as its output is contiguous; a gather of pages leaves them in the cache for the product and so
+costs little; adding with an index costs as much as the products, so results are brought into row order first
+and added as slices; preallocated outputs gain nothing. Products are in float32 whatever the pool's dtype:
+torch's small 16-bit products are slower, and round in between.
 """
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 
+from manylora_kernels import native
 from manylora_kernels.pool import PAGE_ROWS, SitePool
-from manylora_kernels.segments import KindSegments, Rows, Segment, SegmentBatch, Targets
+from manylora_kernels.segments import KindSegments, Rows, Segment, SegmentBatch, Targets, build_segments
 
 
-def add_lora(y: torch.Tensor, x: torch.Tensor, pool: SitePool, kind: KindSegments) -> None:
+class KindRows:
+    """The rows of a step and their adapters' pages in one kind of site, grouped as each form needs it."""
+
+    def __init__(
+        self,
+        row_slots: npt.NDArray[np.int32],
+        row_scales: npt.NDArray[np.float32],
+        pages: Sequence[Sequence[int]],
+    ) -> None:
+        """Note them; a form groups them when it is first used.
+
+        Args:
+            row_slots: [T], -1 for no adapter.
+            row_scales: [T].
+            pages: the pages of each slot; empty where the adapter has nothing in this kind.
+        """
+        self._given = (row_slots, row_scales, pages)
+
+    @functools.cached_property
+    def native(self) -> native.NativeSegments:
+        """For the compiled form."""
+        return native.build_native_segments(*self._given)
+
+    @functools.cached_property
+    def products(self) -> KindSegments:
+        """For torch's products."""
+        return build_segments(*self._given)
+
+
+def add_lora(y: torch.Tensor, x: torch.Tensor, pool: SitePool, rows: KindRows) -> None:
     """Add the adapters' term of one site in place, as `manylora_kernels.add_lora` says, which checks the
     arguments."""
+    if native.serves(y, x, pool):
+        native.add_lora(y, x, pool, rows.native)
+    else:
+        add_lora_by_products(y, x, pool, rows.products)
+
+
+def add_lora_by_products(y: torch.Tensor, x: torch.Tensor, pool: SitePool, kind: KindSegments) -> None:
+    """The same on torch's products, for any dtypes."""
     for batch in kind.batches:
         _add_batch(y, x, pool, batch)
     for segment in kind.segments:

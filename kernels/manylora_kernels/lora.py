@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 
-from manylora_kernels import cpu
+from manylora_kernels import cpu, native
 from manylora_kernels.mix import Mix
 from manylora_kernels.pool import SitePool
 
@@ -32,11 +32,17 @@ def add_lora(y: torch.Tensor, x: torch.Tensor, pool: SitePool, mix: Mix, kind: i
     if not mix.page_limits[kind]:
         return
     if mix.routed is None:
-        cpu.add_lora(y, x, pool, mix.segments[kind])
+        cpu.add_lora(y, x, pool, mix.rows[kind])
     else:
         from manylora_kernels import gpu  # imports triton, which a CPU does without
 
         gpu.add_lora(y, x, pool, mix.routed, kind)
+
+
+def warmup(device: torch.device | str) -> None:
+    """Make what `add_lora` needs on a device, so that no step waits for it: on a CPU, the compiled form."""
+    if torch.device(device).type == "cpu":
+        native.library()
 
 
 def _check(y: torch.Tensor, x: torch.Tensor, pool: SitePool, mix: Mix, kind: int) -> None:

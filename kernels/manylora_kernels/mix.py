@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from manylora_kernels.segments import KindSegments, build_segments
+from manylora_kernels.cpu import KindRows
 
 if TYPE_CHECKING:
     from manylora_kernels.routed import RoutedMix
@@ -24,13 +24,13 @@ PageTable = Sequence[Sequence[int]]
 
 @dataclass(frozen=True, slots=True)
 class Mix:
-    """The adapters of one step. Make it with `Mix.build`; a CPU fills `segments`, CUDA fills `routed`."""
+    """The adapters of one step. Make it with `Mix.build`; a CPU fills `rows`, CUDA fills `routed`."""
 
     num_rows: int
     """T."""
     page_limits: tuple[int, ...]
     """For each kind the highest page in use plus one: a pool must have so many."""
-    segments: tuple[KindSegments, ...] = ()
+    rows: tuple[KindRows, ...] = ()
     """On a CPU: what to multiply, for each kind."""
     routed: RoutedMix | None = None
     """On CUDA: what the kernels read."""
@@ -73,13 +73,13 @@ class Mix:
             return cls(num_rows=len(row_slots), page_limits=limits)
         if torch.device(device).type == "cpu":
             # Kinds usually have the same pages, and what is equal is built once.
-            built: dict[tuple[tuple[int, ...], ...], KindSegments] = {}
+            built: dict[tuple[tuple[int, ...], ...], KindRows] = {}
             for table in pages:
                 key = tuple(tuple(slot) for slot in table)
                 if key not in built:
-                    built[key] = build_segments(row_slots, row_scales, key)
-            segments = tuple(built[tuple(tuple(slot) for slot in table)] for table in pages)
-            return cls(num_rows=len(row_slots), page_limits=limits, segments=segments)
+                    built[key] = KindRows(row_slots, row_scales, key)
+            rows = tuple(built[tuple(tuple(slot) for slot in table)] for table in pages)
+            return cls(num_rows=len(row_slots), page_limits=limits, rows=rows)
         from manylora_kernels.routed import RoutedMix  # imports triton, which a CPU does without
 
         routed = RoutedMix.build(row_slots, row_scales, pages, max_slots, max_pages, torch.device(device))

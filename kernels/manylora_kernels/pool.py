@@ -6,7 +6,8 @@ page.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -14,7 +15,7 @@ PAGE_ROWS = 16
 """Rank rows of one page."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class SitePool:
     """The adapter weights of one site, in pages. Views of a pool of all layers; rows past a true rank are
     zero.
@@ -32,6 +33,8 @@ class SitePool:
     """[P, 16, N], each page contiguous: the outputs of the linears side by side."""
     widths: tuple[int, ...]
     """Outputs of each of the S linears; their sum is N."""
+    derived: dict[str, Any] = field(default_factory=dict, init=False, repr=False)
+    """What a form has made of these tensors once, under its own name."""
 
     def __post_init__(self) -> None:
         a, b = self.a, self.b

@@ -9,10 +9,21 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from manylora_kernels import Mix, SitePool, add_lora, reference
+from manylora_kernels import Mix, SitePool, add_lora, native, reference
 from manylora_kernels.segments import SegmentBatch, build_segments
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+
+
+@pytest.fixture(params=["compiled", "products"], autouse=True)
+def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Each test runs on both forms; dtypes that the compiled form does not serve go to torch's products."""
+    if request.param == "products":
+        monkeypatch.setattr(native, "library", lambda: None)
+    else:
+        assert native.library() is not None, "the compiled form could not be built"
+    name: str = request.param
+    return name
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
