@@ -85,7 +85,7 @@ class Model:
 
 
 def runs(step: Step, model: Model, dtype: torch.dtype) -> tuple[Callable[[], None], ...]:
-    """The adapters' part of a step, checked, the same on torch's products, and the base products of the rows."""
+    """The adapters' part of a step, checked; the same on torch's products; the base products of the rows."""
     num_rows = len(step.slots)
     slots, scales = np.array(step.slots, dtype=np.int32), np.full(num_rows, 0.5, dtype=np.float32)
     pages = step.pages()

@@ -1,7 +1,7 @@
 """Many LoRA adapters in one batch: `y[t, s] += scale[t] * (x[t] A_s^T) B_s^T` for the adapter of row t.
 
-`add_lora` chooses the form: on a CPU C code built on first use, or torch's products; on CUDA Triton kernels. `reference` is the
-specification.
+`add_lora` chooses the form: on a CPU C code that is built on first use, or torch's products; on CUDA Triton
+kernels. `reference` is the specification.
 """
 
 from __future__ import annotations
