@@ -89,7 +89,7 @@ def lock(path: Path) -> int:
 
 
 def clear(run_dir: Path, model: str) -> None:
-    """Remove what an engine and a failed start have left: socket, lock and failure note.
+    """Remove what an engine and a failed start have left: socket, locks and failure note.
 
     Does nothing while an engine serves there.
     """
@@ -97,7 +97,7 @@ def clear(run_dir: Path, model: str) -> None:
         held = lock(run_dir / f"{model}.sock")
     except (UnavailableError, FileNotFoundError):
         return
-    for suffix in ("sock", "failed", "lock"):
+    for suffix in ("sock", "failed", "owner", "lock"):
         (run_dir / f"{model}.{suffix}").unlink(missing_ok=True)
     os.close(held)
 
@@ -107,6 +107,44 @@ def remove(run_dir: Path) -> None:
     # Another front end may have removed it, or something may lie in it.
     with contextlib.suppress(OSError):
         run_dir.rmdir()
+
+
+def claim(run_dir: Path, model: str) -> int:
+    """Show that this process starts and keeps the engine of `model`, for as long as it lives.
+
+    Returns: a file descriptor that holds the claim.
+
+    Raises:
+        UnavailableError: another process keeps it.
+    """
+    fd = os.open(run_dir / f"{model}.owner", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        os.close(fd)
+        raise UnavailableError(f"run_dir {run_dir}: another server's {model} uses it") from error
+    os.ftruncate(fd, 0)
+    os.pwrite(fd, str(os.getppid()).encode(), 0)
+    return fd
+
+
+def owner_has_died(run_dir: Path, model: str) -> bool:
+    """Say whether the `llm` of this same tritonserver has begun to start its engine, and lives no more."""
+    try:
+        fd = os.open(run_dir / f"{model}.owner", os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return False
+    try:
+        # One of an earlier tritonserver says nothing about this one's, which may be still to come.
+        if os.pread(fd, 32, 0) != str(os.getppid()).encode():
+            return False
+        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    else:
+        return True
+    finally:
+        os.close(fd)
 
 
 def write_failure(run_dir: Path, model: str, error: ManyloraError) -> None:

@@ -119,6 +119,8 @@ class LlmModel(_Model):
 
     def _start(self, settings: dict[str, str]) -> None:
         run_dir.clear(self._run_dir, self._name)
+        # Held until this process ends.
+        self._claim = run_dir.claim(self._run_dir, self._name)
         try:
             if "base_model" not in settings:
                 raise InvalidArgumentError(
@@ -166,6 +168,9 @@ class LlmStreamModel(_Model):
                 raise UnavailableError(
                     f"{engine_model} could not start its engine: {failure.message}"
                 ) from failure
+            if run_dir.owner_has_died(self._run_dir, engine_model):
+                self._clear(engine_model)
+                raise UnavailableError(f"{engine_model} has died before its engine was ready; see the log")
             if time.monotonic() > deadline:
                 raise UnavailableError(
                     f"no engine of {engine_model} on {socket_path} within {ATTACH_TIMEOUT_S:g} s"

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from manylora import run_dir
+from manylora import ipc, run_dir
 from manylora.engine.server import EngineServer
 from manylora.errors import InvalidArgumentError, NotFoundError, UnavailableError
 from manylora.ipc import EngineConnection, Event, Outbox, query_status
@@ -320,3 +320,36 @@ def test_a_failed_start_is_told_to_this_tritonserver_only(path: Path) -> None:
     assert not note.exists()
     run_dir.remove(directory)
     assert not directory.exists()
+
+
+def test_an_owner_that_died_while_it_started_is_told_to_this_tritonserver_only(path: Path) -> None:
+    directory = path.parent
+    assert not run_dir.owner_has_died(directory, "llm")
+    claim = run_dir.claim(directory, "llm")
+    assert not run_dir.owner_has_died(directory, "llm")
+    with pytest.raises(UnavailableError, match="another server's llm uses it"):
+        run_dir.claim(directory, "llm")
+    os.close(claim)
+    assert run_dir.owner_has_died(directory, "llm")
+    # The claim of an earlier tritonserver's.
+    (directory / "llm.owner").write_text("0")
+    assert not run_dir.owner_has_died(directory, "llm")
+    run_dir.clear(directory, "llm")
+    assert not any(directory.iterdir())
+
+
+def test_a_connection_whose_thread_fails_loses_its_requests(
+    server: EngineServer, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    peer = Peer(path)
+    peer.ready()
+
+    def fail(*_arguments: object) -> None:
+        raise OSError("a fault of the socket")
+
+    # The engine's next probe wakes the thread.
+    monkeypatch.setattr(ipc, "_receive_all", fail)
+    peer.losses.get(timeout=WAIT_S)
+    with pytest.raises(UnavailableError, match="not running"):
+        peer.connection.send(Generate(id=1, input_ids=[1]))
+    peer.connection.close()

@@ -30,14 +30,18 @@ class Answer(enum.Enum):
 class Probe:
     """A request for one token of the base model, on its way."""
 
-    def __init__(self, address: str, model: str) -> None:
-        self.model = model
+    def __init__(self, address: str, model: str, *, is_refused: bool = False) -> None:
+        """Send it.
+
+        Args:
+            is_refused: ask for what the front end refuses without a word to the engine.
+        """
         self.text = ""
         """The answer, or why there is none."""
         self._failure: OSError | None = None
         self._connection = http.client.HTTPConnection(address, timeout=REPLY_TIMEOUT_S)
         verb = "generate_stream" if model == STREAMING_MODEL else "generate"
-        body = json.dumps({"text_input": "1 + 1 =", "max_tokens": 1})
+        body = json.dumps({"text_input": "1 + 1 =", "max_tokens": 0 if is_refused else 1})
         try:
             self._connection.request("POST", f"/v2/models/{model}/{verb}", body)
         except OSError as error:

@@ -9,6 +9,8 @@ import signal
 import time
 from pathlib import Path
 
+from manylora.process_state import process_state
+
 _PR_SET_PDEATHSIG = 1
 _PR_SET_CHILD_SUBREAPER = 36
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -49,11 +51,7 @@ def command(pid: int) -> list[str]:
 
 def is_alive(pid: int) -> bool:
     """Say whether the process runs, which a zombie does not."""
-    try:
-        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-    except OSError:
-        return False
-    return state not in "ZX"
+    return process_state(pid) not in ("", "Z", "X")
 
 
 def end_children(grace_s: float) -> None:

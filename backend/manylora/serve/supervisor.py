@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 
 from manylora.errors import UnavailableError
+from manylora.serve.model_watch import ModelWatch
 from manylora.serve.probe import Answer, Probe, is_ready
 from manylora.serve.repository import MODELS
 from manylora.serve.stop_signals import StopSignals
@@ -13,12 +14,8 @@ from manylora.serve.triton_server import TritonServer
 
 LOOK_INTERVAL_S = 0.25
 """Between two looks at the processes and the signals."""
-PROBE_INTERVAL_S = 10.0
-"""Between two requests to each model."""
-SLOW_ANSWER_S = 120.0
-"""A request that waits so long is worth a word. It may be behind many others: no reason to restart."""
-MAX_BAD_ANSWERS = 2
-"""In a row, by which a model is given up as dead."""
+START_GRACE_LOOKS = 20
+"""Looks for which a start goes on with a model's process dead: tritonserver may come to end it by itself."""
 MAX_FAILURES = 6
 """In a row, after which a server that had been ready is given up."""
 STEADY_S = 60.0
@@ -51,9 +48,7 @@ class Supervisor:
         self._signals = signals
         self._server: TritonServer | None = None
         self.was_ready = False
-        self._probes: dict[str, tuple[Probe, float]] = {}
-        self._bad_answers: dict[str, int] = {}
-        self._next_probe_s = 0.0
+        self._watches: list[ModelWatch] = []
 
     def run(self) -> None:
         """Serve until a signal asks to stop. Nothing of the server is left when this returns or raises.
@@ -76,7 +71,7 @@ class Supervisor:
         except _StopAsked:
             pass
         finally:
-            self._close_probes()
+            self._close_watches()
             if self._server:
                 self._server.stop(lambda: self._signals.is_urgent)
 
@@ -92,9 +87,15 @@ class Supervisor:
         """Wait until Triton calls both models ready and both have answered a real request."""
         deadline = time.monotonic() + self._ready_timeout_s
         waiting = list(MODELS)
+        num_bad_looks = 0
         while waiting:
             if not server.is_running:
                 raise UnavailableError(f"tritonserver did not start\n{server.log_tail()}")
+            server.remember_stubs()
+            num_bad_looks = num_bad_looks + 1 if server.problem() else 0
+            if num_bad_looks > START_GRACE_LOOKS:
+                # The other model would wait for the engine of a dead one, and tritonserver for both.
+                raise UnavailableError(f"{server.problem()} while it started\n{server.log_tail()}")
             if time.monotonic() > deadline:
                 raise UnavailableError(
                     f"{' and '.join(waiting)} not ready in {self._ready_timeout_s:.0f} s\n{server.log_tail()}"
@@ -122,40 +123,20 @@ class Supervisor:
 
         Returns: what is wrong.
         """
-        self._close_probes()
-        self._next_probe_s = time.monotonic() + PROBE_INTERVAL_S
+        self._close_watches()
+        self._watches = [ModelWatch(self._address, model, self._say) for model in MODELS]
         while True:
-            problem = server.problem() or self._check_probes()
+            problem = server.problem()
+            for watch in self._watches:
+                problem = problem or watch.look()
             if problem:
                 return problem
             self._pause(LOOK_INTERVAL_S)
 
-    def _check_probes(self) -> str:
-        now = time.monotonic()
-        for model, (probe, sent) in list(self._probes.items()):
-            answer = probe.poll(0)
-            if answer is None:
-                if now - sent > SLOW_ANSWER_S:
-                    self._say(f"{model} has not answered for {SLOW_ANSWER_S:.0f} s: busy, or hung")
-                    self._probes[model] = (probe, now)
-                continue
-            probe.close()
-            del self._probes[model]
-            self._bad_answers[model] = self._bad_answers.get(model, 0) + 1 if answer is Answer.FOREIGN else 0
-            if self._bad_answers[model] >= MAX_BAD_ANSWERS:
-                return f"{model} does not answer: {probe.text}"
-        if now >= self._next_probe_s:
-            self._next_probe_s = now + PROBE_INTERVAL_S
-            for model in MODELS:
-                if model not in self._probes:
-                    self._probes[model] = (Probe(self._address, model), now)
-        return ""
-
-    def _close_probes(self) -> None:
-        for probe, _ in self._probes.values():
-            probe.close()
-        self._probes.clear()
-        self._bad_answers.clear()
+    def _close_watches(self) -> None:
+        for watch in self._watches:
+            watch.close()
+        self._watches.clear()
 
     def _restart(self, problem: str, failures: int) -> int:
         """Put a new server, which answers, in the place of one that is no good.

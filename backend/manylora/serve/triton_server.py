@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+from manylora.process_state import is_stopped
 from manylora.serve import processes
 from manylora.serve.installation import Installation
 from manylora.serve.ports import Ports
@@ -21,6 +22,9 @@ UNLOAD_GRACE_S = 30.0
 """What tritonserver gets beyond its exit timeout, to unload the models, which end the engine."""
 CHILDREN_GRACE_S = 5.0
 """What the engine gets to end by itself once tritonserver and its stubs are gone."""
+
+MAX_STOPPED_LOOKS = 12
+"""Looks in a row at a process that a signal holds. Where all were stopped, we too, not all go on at once."""
 
 MAX_LINE = 400
 """Characters of a log line that are shown."""
@@ -77,23 +81,33 @@ class TritonServer:
                 # hold a lock at the fork.
                 preexec_fn=processes.end_with_parent,
             )
-        self._stubs: list[int] = []
+        self._stubs: set[int] = set()
+        self._num_stopped_looks = 0
 
     @property
     def is_running(self) -> bool:
         return self._process.poll() is None
 
     def remember_stubs(self) -> None:
-        """Take note of the processes that run the models, once all are loaded."""
-        self._stubs = _stubs_below(self._process.pid)
+        """Take note of the processes that run the models. Each is meant to live as long as the server."""
+        self._stubs.update(_stubs_below(self._process.pid))
 
     def problem(self) -> str:
-        """What has died since all was well, if anything. tritonserver itself notices no dead stub."""
+        """What has died or been stopped, if anything; looked at four times a second.
+
+        tritonserver itself notices no dead stub.
+        """
         code = self._process.poll()
         if code is not None:
             return f"tritonserver has ended with {_describe(code)}"
         dead = [pid for pid in self._stubs if not processes.is_alive(pid)]
-        return f"a model's process has died (pid {', '.join(map(str, dead))})" if dead else ""
+        if dead:
+            return f"a model's process has died (pid {', '.join(map(str, sorted(dead)))})"
+        stopped = [pid for pid in (self._process.pid, *sorted(self._stubs)) if is_stopped(pid)]
+        self._num_stopped_looks = self._num_stopped_looks + 1 if stopped else 0
+        if self._num_stopped_looks < MAX_STOPPED_LOOKS:
+            return ""
+        return f"a signal has stopped a process (pid {', '.join(map(str, stopped))})"
 
     def stop(self, is_urgent: Callable[[], bool]) -> None:
         """Stop in order: tritonserver finishes what is in flight, until its exit timeout; the rest is killed.
