@@ -96,3 +96,23 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
         return made[key]
 
     return make
+
+
+@pytest.fixture(scope="session")
+def make_adapter() -> Callable[..., Path]:
+    """Let PEFT write an adapter of a base model, strong enough to change what is said:
+    `make_adapter(base, directory, seed, r=8, target_modules=["q_proj"])`."""
+    peft = pytest.importorskip("peft", reason="peft writes the adapters; it comes with manylora[dev]")
+
+    def make(base: Path, directory: Path, seed: int, **options: Any) -> Path:
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+        wrapped = peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", **options))
+        with torch.no_grad():
+            for name, parameter in wrapped.named_parameters():
+                if "lora_" in name:
+                    parameter.normal_(0, 0.3)
+        wrapped.save_pretrained(directory)
+        return directory
+
+    return make

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import queue
 import shutil
 import threading
 from collections.abc import Callable
@@ -14,8 +13,10 @@ import pytest
 import torch
 from manylora import Engine, EngineConfig
 from manylora.errors import InvalidArgumentError, NotFoundError, UnavailableError
-from manylora.messages import Cancel, Failed, Generate, SamplingParams, Tokens
+from manylora.messages import Cancel, Generate, SamplingParams, Tokens
 from transformers import AutoModelForCausalLM
+
+from .inbox import Inbox
 
 NUM_TOKENS = 12
 ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -43,18 +44,13 @@ def base(tiny_model: Callable[..., Path]) -> Path:
 
 
 @pytest.fixture(scope="module")
-def adapter_root(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def adapter_root(
+    base: Path, make_adapter: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
+) -> Path:
     """One PEFT adapter of each kind, strong enough to change what is said."""
     root = tmp_path_factory.mktemp("adapters")
     for seed, (name, options) in enumerate(KINDS.items()):
-        torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-        wrapped = peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", **options))
-        with torch.no_grad():
-            for parameter_name, parameter in wrapped.named_parameters():
-                if "lora_" in parameter_name:
-                    parameter.normal_(0, 0.3)
-        wrapped.save_pretrained(root / name)
+        make_adapter(base, root / name, seed, **options)
     return root
 
 
@@ -151,24 +147,6 @@ def test_prefixes_are_shared_within_an_adapter_only(
             (found,) = engine.generate([prompts()[1]], adapter_ids=[name], max_tokens=NUM_TOKENS)
             assert found.token_ids == wanted[name, 1]
         assert engine.status().counters["prefix_hit_tokens"] == 2 * 20
-
-
-class Inbox:
-    """Events of a session, by sequence."""
-
-    def __init__(self, engine: Engine) -> None:
-        self.events: queue.SimpleQueue[Tokens | Failed] = queue.SimpleQueue()
-        self.session = engine.connect(lambda events: [self.events.put(e) for e in events])
-
-    def until_end(self, *ids: int) -> dict[int, Tokens | Failed]:
-        """The last event of each sequence."""
-        last: dict[int, Tokens | Failed] = {}
-        while set(last) != set(ids):
-            event = self.events.get(timeout=60)
-            if isinstance(event, Failed) or event.finish_reason:
-                assert event.id not in last, "two ends"
-                last[event.id] = event
-        return last
 
 
 def test_a_bad_adapter_fails_its_requests_alone(base: Path, adapter_root: Path, tmp_path: Path) -> None:
