@@ -3,6 +3,8 @@
 Needs tritonclient and numpy, never torch.
 """
 
+from manylora_client.async_client import AsyncClient
+from manylora_client.async_stream import AsyncStream
 from manylora_client.client import Client
 from manylora_client.errors import (
     Cancelled,
@@ -15,10 +17,13 @@ from manylora_client.errors import (
     Unavailable,
     Unsupported,
 )
+from manylora_client.options import Options
 from manylora_client.stream import Stream
-from manylora_client.types import Chunk, Completion, Message
+from manylora_client.types import Chunk, Completion, Message, TokenLogprob
 
 __all__ = [
+    "AsyncClient",
+    "AsyncStream",
     "Cancelled",
     "Chunk",
     "Client",
@@ -29,8 +34,10 @@ __all__ = [
     "ManyloraClientError",
     "Message",
     "NotFound",
+    "Options",
     "Stream",
     "Timeout",
+    "TokenLogprob",
     "Unavailable",
     "Unsupported",
 ]

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Literal
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 
 from manylora_client.errors import InvalidArgument
 
@@ -50,6 +51,7 @@ def read_address(url: str, protocol: ProtocolName | None) -> Address:
     protocol = _PROTOCOLS[scheme]
     if not host:
         raise InvalidArgument(f"url={url!r}: the host is missing; expected host:port")
+    _check_rest(url, host, parts)
     if protocol == "grpc" and parts.path.strip("/"):
         raise InvalidArgument(f"url={url!r}: gRPC takes no path, found {parts.path!r}")
     return Address(
@@ -59,3 +61,17 @@ def read_address(url: str, protocol: ProtocolName | None) -> Address:
         port=port or _PORTS[scheme],
         path=parts.path.rstrip("/"),
     )
+
+
+def _check_rest(url: str, host: str, parts: SplitResult) -> None:
+    try:
+        host.encode("idna")
+    except UnicodeError as error:
+        raise InvalidArgument(f"url={url!r}: {host!r} is no host's name: {error}") from error
+    if not re.fullmatch(r"[!-~]*", parts.path):
+        raise InvalidArgument(f"url={url!r}: the path {parts.path!r} must be percent-encoded")
+    # Dropped in silence, a password or a key would be missed only at the gateway.
+    if parts.username is not None or parts.query or parts.fragment:
+        raise InvalidArgument(
+            f"url={url!r}: expected scheme, host, port and path alone; give credentials as headers"
+        )

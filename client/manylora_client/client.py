@@ -7,17 +7,24 @@ import threading
 import weakref
 from collections.abc import Mapping
 from types import TracebackType
-from typing import Literal, overload
+from typing import TYPE_CHECKING, Literal, overload
 
-from manylora_client.address import Address, ProtocolName, read_address
-from manylora_client.errors import ConnectionFailed, InvalidArgument, ManyloraClientError
-from manylora_client.request import build_request, chat_text
+from manylora_client.address import ProtocolName
+from manylora_client.base_client import BaseClient
+from manylora_client.completion import join
+from manylora_client.errors import ConnectionFailed, ManyloraClientError
+from manylora_client.request import Request
 from manylora_client.stream import Stream
 from manylora_client.transport import Deadline, Transport
-from manylora_client.types import Completion, Messages, ParameterValue, TokenIds
+from manylora_client.types import Completion, Messages, TokenIds
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from manylora_client.options import Options
 
 
-class Client:
+class Client(BaseClient):
     """Ask a Manylora server for text.
 
         with Client("localhost:8000") as client:
@@ -39,29 +46,17 @@ class Client:
         model: str = "llm",
         stream_model: str = "llm_stream",
     ) -> None:
-        """Name the server. Nothing is sent yet.
-
-        Args:
-            url: `host`, `host:port`, or a URL with the scheme http, https, grpc or grpcs. The port defaults
-                to 8000 for http, 8001 for grpc and 443 for the encrypted two. A path in an HTTP URL comes
-                before Triton's own.
-            protocol: `http` or `grpc`. None is the scheme's, or http.
-            timeout: seconds that a call may take as a whole, up to a stream's last chunk. None is no bound.
-            headers: sent with each request, such as a gateway's authorization.
-            tls: settings for https. None is Python's default, which checks the certificate.
-            model: name of the front end that gives whole answers.
-            stream_model: name of the front end that streams.
-
-        Raises:
-            InvalidArgument: the URL cannot be understood, or contradicts `protocol`.
-        """
-        Deadline(timeout)
-        self._timeout = timeout
-        self._model = model
-        self._stream_model = stream_model
-        self._transport = _open_transport(read_address(url, protocol), headers or {}, tls)
+        super().__init__(
+            url,
+            protocol,
+            timeout=timeout,
+            headers=headers,
+            tls=tls,
+            model=model,
+            stream_model=stream_model,
+        )
+        self._transport = self._open_transport()
         self._streams: weakref.WeakSet[Stream] = weakref.WeakSet()
-        self._closed = False
         # Guards _streams and _closed.
         self._lock = threading.Lock()
 
@@ -70,54 +65,31 @@ class Client:
         prompt: str | None = None,
         *,
         input_ids: TokenIds | None = None,
-        adapter_id: str = "",
-        max_tokens: int | None = None,
-        temperature: float | None = None,
-        top_p: float | None = None,
-        top_k: int | None = None,
-        stop: str | list[str] | None = None,
-        seed: int | None = None,
         timeout: float | None = None,
-        **parameters: ParameterValue,
+        **options: Unpack[Options],
     ) -> Completion:
         """Continue a prompt and wait for the whole answer.
 
         Args:
             prompt: the prompt as text. Exactly one of `prompt` and `input_ids`.
             input_ids: the prompt as token ids.
-            adapter_id: the adapter; empty is the base model.
-            max_tokens: most tokens to generate.
-            temperature: 0 is greedy.
-            top_p: sample among the likeliest tokens whose probabilities reach this sum.
-            top_k: sample among this many of the likeliest tokens; 0 is all.
-            stop: text, or texts, before which the answer ends.
-            seed: makes sampling repeatable.
             timeout: seconds for this call, in place of the client's.
-            parameters: any other request parameter of the server; what is None is not sent, and the server's
-                default holds.
+            options: adapter_id, max_tokens, temperature and all others that Options names.
 
         Raises:
             InvalidArgument, NotFound, Unsupported, Unavailable, Cancelled, Internal: as the server says.
             ConnectionFailed: the server cannot be reached or broke the connection.
             Timeout: the timeout passed.
         """
-        named = _parameters(adapter_id, max_tokens, temperature, top_p, top_k, stop, seed)
-        return self._generate(prompt, input_ids, {**named, **parameters}, timeout)
+        return self._generate(self._request(prompt, input_ids, options), timeout)
 
     def stream(
         self,
         prompt: str | None = None,
         *,
         input_ids: TokenIds | None = None,
-        adapter_id: str = "",
-        max_tokens: int | None = None,
-        temperature: float | None = None,
-        top_p: float | None = None,
-        top_k: int | None = None,
-        stop: str | list[str] | None = None,
-        seed: int | None = None,
         timeout: float | None = None,
-        **parameters: ParameterValue,
+        **options: Unpack[Options],
     ) -> Stream:
         """Continue a prompt and return the answer's chunks as they come.
 
@@ -127,8 +99,7 @@ class Client:
 
         Args and Raises: as `generate`.
         """
-        named = _parameters(adapter_id, max_tokens, temperature, top_p, top_k, stop, seed)
-        return self._stream(prompt, input_ids, {**named, **parameters}, timeout)
+        return self._stream(self._request(prompt, input_ids, options), timeout)
 
     @overload
     def chat(
@@ -136,15 +107,8 @@ class Client:
         messages: Messages,
         *,
         stream: Literal[False] = False,
-        adapter_id: str = "",
-        max_tokens: int | None = None,
-        temperature: float | None = None,
-        top_p: float | None = None,
-        top_k: int | None = None,
-        stop: str | list[str] | None = None,
-        seed: int | None = None,
         timeout: float | None = None,
-        **parameters: ParameterValue,
+        **options: Unpack[Options],
     ) -> Completion: ...
 
     @overload
@@ -153,15 +117,8 @@ class Client:
         messages: Messages,
         *,
         stream: Literal[True],
-        adapter_id: str = "",
-        max_tokens: int | None = None,
-        temperature: float | None = None,
-        top_p: float | None = None,
-        top_k: int | None = None,
-        stop: str | list[str] | None = None,
-        seed: int | None = None,
         timeout: float | None = None,
-        **parameters: ParameterValue,
+        **options: Unpack[Options],
     ) -> Stream: ...
 
     def chat(
@@ -169,15 +126,8 @@ class Client:
         messages: Messages,
         *,
         stream: bool = False,
-        adapter_id: str = "",
-        max_tokens: int | None = None,
-        temperature: float | None = None,
-        top_p: float | None = None,
-        top_k: int | None = None,
-        stop: str | list[str] | None = None,
-        seed: int | None = None,
         timeout: float | None = None,
-        **parameters: ParameterValue,
+        **options: Unpack[Options],
     ) -> Completion | Stream:
         """Answer a chat, put through the model's chat template.
 
@@ -187,22 +137,18 @@ class Client:
 
         Other Args and Raises: as `generate`.
         """
-        named = _parameters(adapter_id, max_tokens, temperature, top_p, top_k, stop, seed)
         answer = self._stream if stream else self._generate
-        return answer(chat_text(messages), None, {"chat": True, **named, **parameters}, timeout)
+        return answer(self._chat_request(messages, options), timeout)
 
     def is_ready(self, timeout: float | None = 5.0) -> bool:
         """Whether the server and both front ends take requests. False also when the server cannot be reached.
 
         Args:
-            timeout: seconds to wait for the answer.
+            timeout: seconds to wait for the answer. None is no bound.
         """
-        if self._closed:
-            return False
+        deadline = Deadline(timeout)
         try:
-            return self._transport.is_ready([self._model, self._stream_model], Deadline(timeout))
-        except InvalidArgument:
-            raise
+            return self._open().is_ready([self._model, self._stream_model], deadline)
         except ManyloraClientError:
             return False
 
@@ -223,32 +169,10 @@ class Client:
     ) -> None:
         self.close()
 
-    def _generate(
-        self,
-        prompt: str | None,
-        input_ids: TokenIds | None,
-        parameters: Mapping[str, ParameterValue],
-        timeout: float | None,
-    ) -> Completion:
-        request = build_request(prompt, input_ids, parameters)
-        reply = self._open().infer(self._model, request, self._deadline(timeout))
-        return Completion(
-            text=reply.text,
-            token_ids=reply.token_ids,
-            finish_reason=reply.finish_reason,
-            num_input_tokens=reply.num_input_tokens,
-            num_output_tokens=reply.num_output_tokens,
-            adapter_version=reply.adapter_version,
-        )
+    def _generate(self, request: Request, timeout: float | None) -> Completion:
+        return join([self._open().infer(self._model, request, self._deadline(timeout))])
 
-    def _stream(
-        self,
-        prompt: str | None,
-        input_ids: TokenIds | None,
-        parameters: Mapping[str, ParameterValue],
-        timeout: float | None,
-    ) -> Stream:
-        request = build_request(prompt, input_ids, parameters)
+    def _stream(self, request: Request, timeout: float | None) -> Stream:
         stream = Stream(self._open().stream(self._stream_model, request, self._deadline(timeout)))
         with self._lock:
             if not self._closed:
@@ -262,37 +186,15 @@ class Client:
             raise ConnectionFailed("the client is closed")
         return self._transport
 
-    def _deadline(self, timeout: float | None) -> Deadline:
-        return Deadline(self._timeout if timeout is None else timeout)
+    def _open_transport(self) -> Transport:
+        address = self._address
+        # Each is imported only where it is used: gevent and grpc take long to load.
+        if address.protocol == "http":
+            from manylora_client.http_transport import HttpTransport
 
+            return HttpTransport(
+                address.host, address.port, path=address.path, tls=self._tls, headers=self._headers
+            )
+        from manylora_client.grpc_transport import GrpcTransport
 
-def _parameters(
-    adapter_id: str,
-    max_tokens: int | None,
-    temperature: float | None,
-    top_p: float | None,
-    top_k: int | None,
-    stop: str | list[str] | None,
-    seed: int | None,
-) -> dict[str, ParameterValue]:
-    return {
-        "adapter_id": adapter_id or None,
-        "max_tokens": max_tokens,
-        "temperature": temperature,
-        "top_p": top_p,
-        "top_k": top_k,
-        "stop": stop,
-        "seed": seed,
-    }
-
-
-def _open_transport(address: Address, headers: Mapping[str, str], tls: ssl.SSLContext | None) -> Transport:
-    # Each is imported only where it is used: gevent and grpc take long to load.
-    if address.protocol == "http":
-        from manylora_client.http_transport import HttpTransport
-
-        context = (tls or ssl.create_default_context()) if address.is_encrypted else None
-        return HttpTransport(address.host, address.port, path=address.path, tls=context, headers=headers)
-    from manylora_client.grpc_transport import GrpcTransport
-
-    return GrpcTransport(address.host, address.port, tls=address.is_encrypted, headers=headers)
+        return GrpcTransport(address.host, address.port, tls=address.is_encrypted, headers=self._headers)

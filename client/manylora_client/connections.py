@@ -8,12 +8,15 @@ import selectors
 import socket
 import ssl
 import threading
+import time
 from collections.abc import Iterator, Mapping
 
 from manylora_client.errors import Cancelled, ConnectionFailed, InvalidArgument, from_connection
 from manylora_client.transport import Deadline
 
 _MAX_IDLE = 64
+# Gateways forget idle connections without a word; what is sent on such a one is never answered.
+_MAX_IDLE_S = 15.0
 _READ_BYTES = 65536
 
 
@@ -27,7 +30,8 @@ class ConnectionPool:
         self._host = host
         self._port = port
         self._tls = tls
-        self._idle: list[http.client.HTTPConnection] = []
+        # With the time when each was given back, the latest last.
+        self._idle: list[tuple[http.client.HTTPConnection, float]] = []
         self._closed = False
         # Guards _idle and _closed.
         self._lock = threading.Lock()
@@ -46,20 +50,20 @@ class ConnectionPool:
             with self._lock:
                 if self._closed:
                     raise ConnectionFailed("the client is closed")
-                connection = self._idle.pop() if self._idle else None
+                connection, since_s = self._idle.pop() if self._idle else (None, 0.0)
             if connection is None:
                 return self._connect(timeout_s)
-            if not _has_input(connection):
+            # Readable while idle: the server has closed it.
+            if time.monotonic() - since_s < _MAX_IDLE_S and not _has_input(connection):
                 connection.sock.settimeout(timeout_s)
                 return connection
-            # Readable while idle: the server has closed it.
             connection.close()
 
     def release(self, connection: http.client.HTTPConnection) -> None:
         """Keep a connection whose last answer has been read to its end."""
         with self._lock:
             if not self._closed and connection.sock is not None and len(self._idle) < _MAX_IDLE:
-                self._idle.append(connection)
+                self._idle.append((connection, time.monotonic()))
                 return
         connection.close()
 
@@ -68,7 +72,7 @@ class ConnectionPool:
         with self._lock:
             self._closed = True
             idle, self._idle = self._idle, []
-        for connection in idle:
+        for connection, _ in idle:
             connection.close()
 
     def _connect(self, timeout_s: float | None) -> http.client.HTTPConnection:
@@ -104,6 +108,9 @@ class Exchange:
         # The connection forgets its socket when the server asks to close after the answer.
         self._socket = connection.sock
         self._response: http.client.HTTPResponse | None = None
+        # Bytes of the body still to come; None where chunks or the connection's end say when it is over.
+        self._left: int | None = None
+        self._is_reusable = True
         self._ended = False
         self._closed = False
         # Guards _ended, which is set once, by the reader or by whoever closes first.
@@ -117,10 +124,15 @@ class Exchange:
             InvalidArgument: a header cannot be sent.
         """
         with self._mapped():
+            self._socket.settimeout(self._deadline.remaining_s())
             try:
                 self._connection.request(method, path, body, dict(headers))
             except ValueError as error:
                 raise InvalidArgument(f"the request cannot be sent: {error}") from error
+            except BrokenPipeError:
+                # A gateway that refuses a long request answers before it has read all of it. Without an
+                # answer, the first read says that the connection is broken.
+                self._is_reusable = False
 
     @property
     def status(self) -> int:
@@ -144,11 +156,14 @@ class Exchange:
         with self._mapped():
             answer = self._answer()
             self._socket.settimeout(self._deadline.remaining_s())
-            # read1 of a body with a length waits for more than that length on a kept connection.
-            part = answer.read1(_READ_BYTES) if answer.chunked else answer.read(_READ_BYTES)
+            # Not read(), which waits for as much as was asked for, past the deadline if it comes slowly.
+            size = _READ_BYTES if self._left is None else min(_READ_BYTES, self._left)
+            part = answer.read1(size) if size else b""
+            if self._left is not None:
+                self._left -= len(part)
             if not part:
-                if answer.length:
-                    raise http.client.IncompleteRead(b"", answer.length)
+                if self._left:
+                    raise http.client.IncompleteRead(b"", self._left)
                 self._give_back(answer)
             return part
 
@@ -164,9 +179,11 @@ class Exchange:
     def _answer(self) -> http.client.HTTPResponse:
         if self._response is None:
             self._socket.settimeout(self._deadline.remaining_s())
-            self._response = self._connection.getresponse()
-            if self._response.length is None and not self._response.chunked:
-                # http.client takes a head that breaks off for a whole one; Triton always says how long.
+            answer = self._response = self._connection.getresponse()
+            self._left = None if answer.chunked else answer.length
+            if self._left is None and not answer.chunked and answer.status == 200:
+                # http.client takes a head that breaks off for a whole one. Triton always says how long its
+                # answers are; error pages of gateways may end with their connection.
                 raise ConnectionFailed(f"the answer of {self._address} broke off in its head")
         return self._response
 
@@ -202,4 +219,7 @@ class Exchange:
                 return
             self._ended = True
         answer.close()
-        self._pool.release(self._connection)
+        if self._is_reusable:
+            self._pool.release(self._connection)
+        else:
+            self._connection.close()

@@ -7,7 +7,7 @@ code decides only for messages without one, which come from Triton itself or fro
 
 from __future__ import annotations
 
-import http.client
+import asyncio
 import re
 from typing import ClassVar
 
@@ -150,12 +150,13 @@ def from_grpc(code: str, text: str) -> ManyloraClientError:
     return from_message(text or f"gRPC status {code} without a message", fallback)
 
 
-def from_connection(error: OSError | http.client.HTTPException, address: str) -> ManyloraClientError:
+def from_connection(error: Exception, address: str) -> ManyloraClientError:
     """The error of a socket, or of an answer that is no HTTP.
 
     Args:
         address: the server's address, for the message.
     """
-    if isinstance(error, TimeoutError):
+    # In Python 3.10 asyncio's TimeoutError is not the built-in one.
+    if isinstance(error, (TimeoutError, asyncio.TimeoutError)):
         return Timeout(f"no answer from {address} within the timeout")
     return ConnectionFailed(f"connection to {address} failed: {str(error) or type(error).__name__}")

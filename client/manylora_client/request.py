@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from manylora_client.errors import InvalidArgument
-from manylora_client.types import Messages, ParameterValue, TokenIds
+from manylora_client.types import Messages, TokenIds
 
 WireValue = str | bool | int | float
 """What Triton carries as a request parameter."""
@@ -39,7 +39,7 @@ class Request:
 
 
 def build_request(
-    prompt: str | None, input_ids: TokenIds | None, parameters: Mapping[str, ParameterValue]
+    prompt: str | None, input_ids: TokenIds | None, parameters: Mapping[str, object]
 ) -> Request:
     """Check a request and bring it into the wire's types.
 
@@ -112,7 +112,7 @@ def _ids(values: TokenIds) -> npt.NDArray[np.int32]:
     return ids.astype(np.int32)
 
 
-def _wire_value(name: str, value: ParameterValue) -> WireValue:
+def _wire_value(name: str, value: object) -> WireValue:
     if name in _TRITON_NAMES or name.startswith("triton_"):
         raise InvalidArgument(
             f"parameter {name!r}: this name belongs to Triton and cannot be a request's parameter"

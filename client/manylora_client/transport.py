@@ -1,14 +1,12 @@
-"""The seam between the client and a protocol: what HTTP and gRPC each have to do."""
+"""The seam between the clients and a protocol: what HTTP and gRPC each have to do."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from collections.abc import Sequence
+from typing import Protocol
 
-import numpy as np
-
-from manylora_client.errors import Internal, InvalidArgument, Timeout
+from manylora_client.errors import InvalidArgument, Timeout
 from manylora_client.request import Request
 from manylora_client.types import Chunk
 
@@ -45,6 +43,41 @@ class Transport(Protocol):
         """Give back all connections."""
 
 
+class AsyncReplies(Protocol):
+    """The replies of one stream, as they arrive. Used by one task, except for `close`."""
+
+    async def __anext__(self) -> Chunk:
+        """Wait for the next reply.
+
+        Raises:
+            StopAsyncIteration: the final reply has been taken.
+            Cancelled, asyncio.CancelledError: `close` was called.
+            ManyloraClientError: the request or the connection failed.
+        """
+
+    def close(self) -> None:
+        """Cancel what is still to come. May be called from any task and any number of times."""
+
+
+class AsyncTransport(Protocol):
+    """One server, reached by one protocol from one event loop.
+
+    `close` lets calls in flight fail, some of them with asyncio.CancelledError.
+    """
+
+    async def infer(self, model: str, request: Request, deadline: Deadline) -> Chunk:
+        """Send a request and wait for its only reply. Cancelled, it cancels the request."""
+
+    def stream(self, model: str, request: Request, deadline: Deadline) -> AsyncReplies:
+        """Begin to send a request and return its replies to come."""
+
+    async def is_ready(self, models: Sequence[str], deadline: Deadline) -> bool:
+        """Ask whether the server and each of `models` are ready."""
+
+    async def close(self) -> None:
+        """Give back all connections."""
+
+
 class Deadline:
     """The moment when a call has taken too long."""
 
@@ -74,36 +107,3 @@ class Deadline:
         if left <= 0:
             raise Timeout(f"no complete answer within timeout={self._timeout_s} seconds")
         return left
-
-
-def decode(output: Callable[[str], Any]) -> Chunk:
-    """Turn a reply's tensors into a Chunk.
-
-    Args:
-        output: the tensor of that name as a numpy array, or None.
-
-    Raises:
-        Internal: an output is missing or of the wrong kind.
-    """
-
-    def array(name: str) -> Any:
-        found = output(name)
-        if found is None:
-            raise Internal(f"the server's reply lacks the output {name!r}")
-        return np.asarray(found).reshape(-1)
-
-    def text(name: str) -> str:
-        value = array(name)[0]
-        return value.decode() if isinstance(value, bytes) else str(value)
-
-    try:
-        return Chunk(
-            text=text("text_output"),
-            token_ids=[int(i) for i in array("output_ids")],
-            finish_reason=text("finish_reason"),
-            num_input_tokens=int(array("num_input_tokens")[0]),
-            num_output_tokens=int(array("num_output_tokens")[0]),
-            adapter_version=text("adapter_version"),
-        )
-    except (ValueError, IndexError, TypeError) as error:
-        raise Internal(f"the server's reply cannot be read: {error}") from error

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import TypedDict
 
 import numpy as np
@@ -23,8 +23,17 @@ Messages = str | Sequence[Message]
 TokenIds = Sequence[int] | npt.NDArray[np.integer]
 """A prompt as token ids: one dimension, int32 range."""
 
-ParameterValue = str | bool | int | float | Sequence[object] | Mapping[str, object] | None
-"""A request parameter. Lists and mappings travel as JSON text; None is not sent."""
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenLogprob:
+    """How likely the model holds a token, whatever the sampling parameters say."""
+
+    id: int
+    text: str
+    logprob: float
+    """Natural logarithm of the probability."""
+    top: list[TokenLogprob] = field(default_factory=list)
+    """Of a generated token: the likeliest ones in its place, best first, themselves without `top`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,6 +50,8 @@ class Chunk:
     num_output_tokens: int
     adapter_version: str
     """Content hash of the adapter that answers; empty for the base model."""
+    logprobs: list[TokenLogprob] | None = None
+    """One for each of `token_ids`; None where none were asked for."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,3 +67,5 @@ class Completion:
     num_output_tokens: int
     adapter_version: str
     """Content hash of the adapter that answered; empty for the base model."""
+    logprobs: list[TokenLogprob] | None = None
+    """One for each of `token_ids`; None where none were asked for."""

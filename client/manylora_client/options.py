@@ -1,0 +1,56 @@
+"""What a request may ask for besides its prompt, by keyword."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TypedDict
+
+
+class Options(TypedDict, total=False):
+    """Request parameters, as keywords of `generate`, `stream` and `chat`.
+
+    What is left out or None is not sent, and the server's default holds. A keyword that is not named here is
+    sent as it is, and the server judges it; lists and mappings travel as JSON text.
+    """
+
+    adapter_id: str | None
+    """The adapter; empty is the base model."""
+    adapter_scale: float | None
+    """Multiplies the adapter's own scaling, for this request."""
+
+    max_tokens: int | None
+    """Most tokens to generate."""
+    min_tokens: int | None
+    """The answer does not end before it has as many tokens."""
+    stop: str | Sequence[str] | None
+    """Text, or texts, before which the answer ends."""
+    ignore_eos: bool | None
+    """Go on after an end-of-sequence token, up to `max_tokens`."""
+
+    temperature: float | None
+    """0 is greedy."""
+    top_p: float | None
+    """Sample among the likeliest tokens whose probabilities reach this sum."""
+    top_k: int | None
+    """Sample among this many of the likeliest tokens; 0 is all."""
+    min_p: float | None
+    """Sample among tokens that are at least this share as likely as the likeliest."""
+    seed: int | None
+    """Makes sampling repeatable."""
+    repetition_penalty: float | None
+    """Above 1: tokens of the prompt and the answer so far become less likely."""
+    presence_penalty: float | None
+    """Above 0: tokens that the answer holds already become less likely."""
+    frequency_penalty: float | None
+    """Above 0: tokens become less likely by how often the answer holds them already."""
+
+    logprobs: int | None
+    """Alternatives to report for each token; the answer's `logprobs` holds them. 0: no log probabilities."""
+    echo: bool | None
+    """The answer's text begins with the prompt."""
+
+    deadline_ms: int | None
+    """The server answers within so many milliseconds or with Unavailable. `timeout` bounds the client's
+    waiting; this frees the server as well, where Triton does not tell it that the client has gone."""
+    request_priority: int | None
+    """Higher runs earlier."""
