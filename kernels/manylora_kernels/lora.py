@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 
-from manylora_kernels import cpu, native
+from manylora_kernels import compiled, cpu
 from manylora_kernels.mix import Mix
 from manylora_kernels.pool import SitePool
 
@@ -42,7 +42,7 @@ def add_lora(y: torch.Tensor, x: torch.Tensor, pool: SitePool, mix: Mix, kind: i
 def warmup(device: torch.device | str) -> None:
     """Make what `add_lora` needs on a device, so that no step waits for it: on a CPU, the compiled form."""
     if torch.device(device).type == "cpu":
-        native.library()
+        compiled.library()
 
 
 def _check(y: torch.Tensor, x: torch.Tensor, pool: SitePool, mix: Mix, kind: int) -> None:

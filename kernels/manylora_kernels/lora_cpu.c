@@ -8,34 +8,10 @@
    of a row is made in an order that depends on K, N and the row's pages only, so a row's bits are the same alone and in
    any mix, with any number of threads. */
 
-#include <stdint.h>
-#include <string.h>
+#include "vec.h"
 
-#ifdef _OPENMP
-#include <omp.h>
-#endif
-
-#ifdef __AVX512F__
-#define LANES 16
-#else
-#define LANES 8
-#endif
 #define RANK_ROWS 16
 #define COLUMNS 64 /* of an expand task */
-/* A block has 4 rows times 2 rank rows or vectors of columns: 8 sums, as many as it takes to keep two multipliers busy,
-   and few enough for 16 registers. */
-#define ROWS 4
-#define ACROSS 2
-
-#define INLINE static inline __attribute__((always_inline))
-/* Sums live in registers only if the loops over them are unrolled. */
-#define UNROLLED _Pragma("GCC unroll 4")
-
-typedef float vec __attribute__((vector_size(4 * LANES), aligned(4)));
-typedef uint16_t half_vec __attribute__((vector_size(2 * LANES), aligned(2)));
-typedef uint32_t bits_vec __attribute__((vector_size(4 * LANES), aligned(4)));
-
-enum { FLOAT32 = 0, BFLOAT16 = 1 };
 
 struct site {
     const void *a, *b;
@@ -54,120 +30,35 @@ struct routing {
     const int32_t *entry_starts; /* [G] first entry of h: one for each row of each page, page after page */
 };
 
-INLINE float load1(const void *p, int64_t i, int type) {
-    if (type == FLOAT32) return ((const float *)p)[i];
-    uint32_t bits = (uint32_t)((const uint16_t *)p)[i] << 16;
-    float value;
-    memcpy(&value, &bits, 4);
-    return value;
-}
-
-INLINE vec load(const void *p, int64_t i, int type) {
-    if (type == FLOAT32) return *(const vec *)((const float *)p + i);
-    bits_vec bits = __builtin_convertvector(*(const half_vec *)((const uint16_t *)p + i), bits_vec) << 16;
-    return (vec)bits;
-}
-
-INLINE uint16_t to_bfloat16(float value) {
-    uint32_t bits;
-    memcpy(&bits, &value, 4);
-    if (value != value) return 0x7fc0;
-    return (uint16_t)((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
-}
-
-INLINE void store(void *p, int64_t i, vec value, int type) {
-    if (type == FLOAT32) {
-        *(vec *)((float *)p + i) = value;
-    } else {
-        for (int lane = 0; lane < LANES; lane++) ((uint16_t *)p)[i + lane] = to_bfloat16(value[lane]);
-    }
-}
-
-INLINE void store1(void *p, int64_t i, float value, int type) {
-    if (type == FLOAT32)
-        ((float *)p)[i] = value;
-    else
-        ((uint16_t *)p)[i] = to_bfloat16(value);
-}
-
-INLINE const void *at(const void *p, int64_t i, int type) {
-    return type == FLOAT32 ? (const void *)((const float *)p + i) : (const void *)((const uint16_t *)p + i);
-}
-
-INLINE float sum(vec v) {
-    float part[LANES / 2];
-    for (int i = 0; i < LANES / 2; i++) part[i] = v[i] + v[i + LANES / 2];
-    for (int width = LANES / 4; width; width /= 2)
-        for (int i = 0; i < width; i++) part[i] += part[i + width];
-    return part[0];
-}
-
-/* h[r, j] = scale[r] * <x[r], a[j]> for `count` rows and 2 rank rows. */
-INLINE void shrink_block(const void *a, const void *const *x, const float *scales, float *h, int64_t h_row, int64_t k,
-                         int count, int wt, int xt) {
-    vec acc[ROWS][ACROSS];
-    UNROLLED
-    for (int r = 0; r < count; r++)
-        UNROLLED
-        for (int j = 0; j < ACROSS; j++) acc[r][j] = (vec){0};
-    int64_t i = 0;
-    for (; i + LANES <= k; i += LANES) {
-        vec w[ACROSS];
-        UNROLLED
-        for (int j = 0; j < ACROSS; j++) w[j] = load(a, j * k + i, wt);
-        UNROLLED
-        for (int r = 0; r < count; r++) {
-            vec v = load(x[r], i, xt);
-            UNROLLED
-            for (int j = 0; j < ACROSS; j++) acc[r][j] += v * w[j];
-        }
-    }
-    UNROLLED
-    for (int r = 0; r < count; r++)
-        UNROLLED
-        for (int j = 0; j < ACROSS; j++) {
-            float total = sum(acc[r][j]);
-            for (int64_t rest = i; rest < k; rest++) total += load1(x[r], rest, xt) * load1(a, j * k + rest, wt);
-            h[r * h_row + j] = total * scales[r];
-        }
-}
-
 /* One page of one linear for all rows of a segment. */
 INLINE void shrink_task(const void *a, const void *x, int64_t x_row, const int32_t *rows, const float *scales,
-                        int64_t num_rows, float *h, int64_t h_row, int64_t k, int wt, int xt) {
+                        int64_t num_rows, float *h, int64_t h_row, int64_t k, int type) {
     for (int64_t first = 0; first < num_rows; first += ROWS) {
         const void *row[ROWS];
         int count = num_rows - first < ROWS ? (int)(num_rows - first) : ROWS;
-        for (int r = 0; r < count; r++) row[r] = at(x, rows[first + r] * x_row, xt);
+        for (int r = 0; r < count; r++) row[r] = at(x, rows[first + r] * x_row, type);
         for (int j = 0; j < RANK_ROWS; j += ACROSS) {
-            const void *a_part = at(a, j * k, wt);
-            float *h_part = h + first * h_row + j;
-            const float *s_part = scales + first;
-            switch (count) {
-            case 4: shrink_block(a_part, row, s_part, h_part, h_row, k, 4, wt, xt); break;
-            case 3: shrink_block(a_part, row, s_part, h_part, h_row, k, 3, wt, xt); break;
-            case 2: shrink_block(a_part, row, s_part, h_part, h_row, k, 2, wt, xt); break;
-            default: shrink_block(a_part, row, s_part, h_part, h_row, k, 1, wt, xt);
-            }
+            const void *w[ACROSS] = {at(a, j * k, type), at(a, (j + 1) * k, type)};
+            dot_rows(w, row, scales + first, h + first * h_row + j, h_row, k, count, type);
         }
     }
 }
 
 /* y[r, n .. n + 16 V) += sum over pages and rank rows of h * b, for `count` rows. */
 INLINE void expand_block(const struct site *site, const int32_t *pages, int64_t num_pages, int64_t n, const float *h,
-                         int64_t h_row, int64_t h_page, void *const *y, int count, int vectors, int wt, int yt) {
+                         int64_t h_row, int64_t h_page, void *const *y, int count, int vectors, int type) {
     vec acc[ROWS][ACROSS];
     UNROLLED
     for (int r = 0; r < count; r++)
         UNROLLED
         for (int v = 0; v < vectors; v++) acc[r][v] = (vec){0};
     for (int64_t p = 0; p < num_pages; p++) {
-        const void *b = at(site->b, pages[p] * site->b_page + n, wt);
+        const void *b = at(site->b, pages[p] * site->b_page + n, type);
         for (int j = 0; j < RANK_ROWS; j++) {
             vec w[ACROSS];
             UNROLLED
-            for (int v = 0; v < vectors; v++) w[v] = load(b, j * site->num_outputs + v * LANES, wt);
-            __builtin_prefetch(at(b, j * site->num_outputs + COLUMNS, wt));
+            for (int v = 0; v < vectors; v++) w[v] = load(b, j * site->num_outputs + v * LANES, type);
+            __builtin_prefetch(at(b, j * site->num_outputs + COLUMNS, type));
             UNROLLED
             for (int r = 0; r < count; r++) {
                 float factor = h[p * h_page + r * h_row + j];
@@ -180,34 +71,34 @@ INLINE void expand_block(const struct site *site, const int32_t *pages, int64_t 
     for (int r = 0; r < count; r++)
         UNROLLED
         for (int v = 0; v < vectors; v++)
-            store(y[r], n + v * LANES, load(y[r], n + v * LANES, yt) + acc[r][v], yt);
+            store(y[r], n + v * LANES, load(y[r], n + v * LANES, type) + acc[r][v], type);
 }
 
 /* Columns that fill no vector. */
 INLINE void expand_rest(const struct site *site, const int32_t *pages, int64_t num_pages, int64_t n, int64_t end,
-                        const float *h, int64_t h_row, int64_t h_page, void *const *y, int count, int wt, int yt) {
+                        const float *h, int64_t h_row, int64_t h_page, void *const *y, int count, int type) {
     for (; n < end; n++)
         for (int r = 0; r < count; r++) {
             float total = 0;
             for (int64_t p = 0; p < num_pages; p++)
                 for (int j = 0; j < RANK_ROWS; j++)
                     total += h[p * h_page + r * h_row + j] *
-                             load1(site->b, pages[p] * site->b_page + j * site->num_outputs + n, wt);
-            store1(y[r], n, load1(y[r], n, yt) + total, yt);
+                             load1(site->b, pages[p] * site->b_page + j * site->num_outputs + n, type);
+            store1(y[r], n, load1(y[r], n, type) + total, type);
         }
 }
 
 /* A run of columns of one linear for all rows of a segment. */
 INLINE void expand_task(const struct site *site, const int32_t *pages, int64_t num_pages, int64_t start, int64_t end,
                         const float *h, int64_t h_row, int64_t h_page, void *y, int64_t y_row, const int32_t *rows,
-                        int64_t num_rows, int wt, int yt) {
+                        int64_t num_rows, int type) {
     for (int64_t first = 0; first < num_rows; first += ROWS) {
         void *row[ROWS];
         int count = num_rows - first < ROWS ? (int)(num_rows - first) : ROWS;
-        for (int r = 0; r < count; r++) row[r] = (void *)at(y, rows[first + r] * y_row, yt);
+        for (int r = 0; r < count; r++) row[r] = (void *)at(y, rows[first + r] * y_row, type);
         const float *h_part = h + first * h_row;
         int64_t n = start;
-#define EXPAND(COUNT, VECTORS) expand_block(site, pages, num_pages, n, h_part, h_row, h_page, row, COUNT, VECTORS, wt, yt)
+#define EXPAND(COUNT, VECTORS) expand_block(site, pages, num_pages, n, h_part, h_row, h_page, row, COUNT, VECTORS, type)
         for (; n + ACROSS * LANES <= end; n += ACROSS * LANES) switch (count) {
             case 4: EXPAND(4, ACROSS); break;
             case 3: EXPAND(3, ACROSS); break;
@@ -221,7 +112,7 @@ INLINE void expand_task(const struct site *site, const int32_t *pages, int64_t n
             default: EXPAND(1, 1);
             }
 #undef EXPAND
-        expand_rest(site, pages, num_pages, n, end, h_part, h_row, h_page, row, count, wt, yt);
+        expand_rest(site, pages, num_pages, n, end, h_part, h_row, h_page, row, count, type);
     }
 }
 
@@ -233,7 +124,7 @@ INLINE int64_t segment_of(const int64_t *starts, int64_t task) {
 }
 
 INLINE void add_lora(const struct site *site, const struct routing *routing, const void *x, int64_t x_row, void *y,
-                     int64_t y_row, float *h, int num_threads, int wt, int xt) {
+                     int64_t y_row, float *h, int num_threads, int type) {
     int64_t num_segments = routing->num_segments, num_linears = site->num_linears, k = site->num_inputs;
     int64_t h_row = num_linears * RANK_ROWS;
     int64_t shrink_starts[num_segments + 1], expand_starts[num_segments + 1], num_runs = 0;
@@ -253,9 +144,9 @@ INLINE void add_lora(const struct site *site, const struct routing *routing, con
             int64_t p = inner / num_linears, s = inner % num_linears;
             int64_t first = routing->row_starts[g], num_rows = routing->row_starts[g + 1] - first;
             int64_t page = routing->pages[routing->page_starts[g] + p];
-            const void *a = at(site->a, page * site->a_page + s * RANK_ROWS * k, wt);
+            const void *a = at(site->a, page * site->a_page + s * RANK_ROWS * k, type);
             float *part = h + (routing->entry_starts[g] + p * num_rows) * h_row + s * RANK_ROWS;
-            shrink_task(a, x, x_row, routing->rows + first, routing->scales + first, num_rows, part, h_row, k, wt, xt);
+            shrink_task(a, x, x_row, routing->rows + first, routing->scales + first, num_rows, part, h_row, k, type);
         }
 #pragma omp for schedule(static)
         for (int64_t task = 0; task < expand_starts[num_segments]; task++) {
@@ -268,7 +159,7 @@ INLINE void add_lora(const struct site *site, const struct routing *routing, con
             int64_t first_page = routing->page_starts[g], num_pages = routing->page_starts[g + 1] - first_page;
             const float *part = h + routing->entry_starts[g] * h_row + s * RANK_ROWS;
             expand_task(site, routing->pages + first_page, num_pages, start, end, part, h_row, num_rows * h_row, y, y_row,
-                        routing->rows + first, num_rows, wt, xt);
+                        routing->rows + first, num_rows, type);
         }
     }
 }
@@ -278,7 +169,7 @@ void manylora_add_lora(const struct site *site, const struct routing *routing, c
                        int64_t y_row, float *h, int64_t type, int64_t num_threads) {
     int threads = (int)num_threads;
     if (type == FLOAT32)
-        add_lora(site, routing, x, x_row, y, y_row, h, threads, FLOAT32, FLOAT32);
+        add_lora(site, routing, x, x_row, y, y_row, h, threads, FLOAT32);
     else
-        add_lora(site, routing, x, x_row, y, y_row, h, threads, BFLOAT16, BFLOAT16);
+        add_lora(site, routing, x, x_row, y, y_row, h, threads, BFLOAT16);
 }

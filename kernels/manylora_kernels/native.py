@@ -1,41 +1,23 @@
-"""The compiled CPU form: builds `lora_cpu.c` for this machine on first use, and calls it.
+"""The compiled CPU form of the adapters' term: `lora_cpu.c`, and what it is handed.
 
 Shape key: T rows of a step, G segments, E entries (a row for each of its pages), S linears.
 
 torch's small products cost more in calls than in arithmetic: a step has hundreds of them. The compiled form
-is one call for each site. It needs a C compiler, as triton does on a GPU; where there is none, or the build
-fails, `library()` is None and the form on torch's products serves.
+is one call for each site.
 """
 
 from __future__ import annotations
 
 import ctypes
-import functools
-import hashlib
-import logging
-import os
-import platform
-import shutil
-import subprocess
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
+from manylora_kernels.compiled import DTYPES, library
 from manylora_kernels.pool import PAGE_ROWS, SitePool
-
-log = logging.getLogger(__name__)
-
-DTYPES = {torch.float32: 0, torch.bfloat16: 1}
-"""What the compiled form serves, with its own numbers for them; pool, x and y alike."""
-
-BUILD_S = 120.0
-_SOURCE = Path(__file__).with_name("lora_cpu.c")
-_FLAGS = ("-O2", "-march=native", "-std=gnu11", "-fPIC", "-fopenmp", "-Wno-psabi")
 
 
 class _Site(ctypes.Structure):
@@ -139,20 +121,6 @@ def add_lora(y: torch.Tensor, x: torch.Tensor, pool: SitePool, segments: NativeS
     )
 
 
-@functools.cache
-def library() -> ctypes.CDLL | None:
-    """The compiled form, built if this machine has none yet. None: it cannot be built or loaded here."""
-    try:
-        path = _cache_folder() / f"lora_cpu-{_fingerprint()}.so"
-        if not path.exists():
-            _build(path)
-        return _load(path)
-    except (OSError, subprocess.SubprocessError) as error:
-        reason = getattr(error, "stderr", None) or error
-        log.warning("the compiled CPU form is not available (%s); torch's products serve", reason)
-        return None
-
-
 def _site(pool: SitePool) -> _Site:
     found = pool.derived.get("native")
     if found is None:
@@ -174,67 +142,3 @@ def _site(pool: SitePool) -> _Site:
 def _starts(counts: npt.NDArray[np.int64]) -> npt.NDArray[np.int32]:
     """Where each of consecutive runs begins, and the end of the last."""
     return np.concatenate([[0], np.cumsum(counts)]).astype(np.int32)
-
-
-def _build(path: Path) -> None:
-    compiler = shutil.which(os.environ.get("CC", "cc")) or shutil.which("gcc")
-    if compiler is None:
-        raise OSError("no C compiler on PATH")
-    # Linked without an OpenMP runtime: the one that torch has loaded serves, so that both share threads.
-    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-        unit, shared = Path(folder) / "unit.o", Path(folder) / "shared.so"
-        for command in (
-            [compiler, *_FLAGS, "-c", str(_SOURCE), "-o", str(unit)],
-            [compiler, "-shared", str(unit), "-o", str(shared)],
-        ):
-            subprocess.run(command, check=True, capture_output=True, text=True, timeout=BUILD_S)
-        # Another process may build the same at the same time: each puts a whole file in place.
-        shared.replace(path)
-
-
-def _load(path: Path) -> ctypes.CDLL:
-    runtime = _openmp_runtime()
-    if runtime is None:
-        raise OSError("torch has no OpenMP runtime to share")
-    ctypes.CDLL(runtime, ctypes.RTLD_GLOBAL)
-    loaded = ctypes.CDLL(str(path))
-    pointer, number = ctypes.c_void_p, ctypes.c_int64
-    loaded.manylora_add_lora.argtypes = [
-        pointer, pointer, pointer, number, pointer, number, pointer, number, number,
-    ]  # fmt: skip
-    loaded.manylora_add_lora.restype = None
-    return loaded
-
-
-def _openmp_runtime() -> str | None:
-    """The OpenMP library that torch has loaded."""
-    for line in Path("/proc/self/maps").read_text().splitlines():
-        path = line.rpartition(" ")[2]
-        if Path(path).name.startswith(("libgomp", "libiomp5", "libomp")):
-            return path
-    return None
-
-
-def _cache_folder() -> Path:
-    """This user's own folder for built files; a new one that ends with the process where that is no use."""
-    try:
-        root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-        folder = Path(root) / "manylora"
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        if folder.stat().st_uid == os.getuid() and os.access(folder, os.W_OK):
-            return folder
-    except (OSError, RuntimeError):  # a user without a home has no folder to keep it in
-        pass
-    return Path(_private_folder().name)
-
-
-@functools.cache
-def _private_folder() -> tempfile.TemporaryDirectory[str]:
-    return tempfile.TemporaryDirectory(prefix="manylora-")
-
-
-def _fingerprint() -> str:
-    """Changes with the source, the flags and the processor: a cache may be shared by several machines."""
-    facts = [_SOURCE.read_text(), *_FLAGS, platform.machine()]
-    facts += [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("flags")][:1]
-    return hashlib.sha256("\n".join(facts).encode()).hexdigest()[:16]

@@ -76,7 +76,7 @@ def test_the_number_of_threads_changes_no_bit() -> None:
     assert torch.equal(results[0], results[2])
 
 
-ASK = "from manylora_kernels import native; print(native.library() is not None)"
+ASK = "from manylora_kernels import compiled; print(compiled.library() is not None)"
 
 
 def ask(folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -88,13 +88,13 @@ def ask(folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
 def test_without_a_compiler_torchs_products_serve(tmp_path: Path) -> None:
     answer = ask(tmp_path, PATH=str(tmp_path), CC="cc")
     assert answer.stdout == "False\n"
-    assert "no C compiler on PATH; torch's products serve" in answer.stderr.replace("(", "").replace(")", "")
+    assert "no C compiler on PATH; torch's operators serve" in answer.stderr.replace("(", "").replace(")", "")
 
 
 def test_a_compiler_that_fails_is_no_fault_of_the_server(tmp_path: Path) -> None:
     answer = ask(tmp_path, CC="false")
     assert answer.stdout == "False\n"
-    assert "torch's products serve" in answer.stderr
+    assert "torch's operators serve" in answer.stderr
     assert list((tmp_path / "manylora").iterdir()) == []
 
 

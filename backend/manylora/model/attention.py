@@ -4,8 +4,9 @@ Shape key: T tokens of a step, H query heads, G query heads of one key/value hea
 D head size, B sequences of a group, Q query tokens of each, C context tokens of each, M block size.
 
 The model's own code calls `attention_forward` in every layer; the step's plan comes through the keywords.
-Rows of sequences that can be computed alike are grouped: all decodes together over gathered blocks, fresh
-prompts of one length together over the keys at hand, other chunks one by one over gathered blocks.
+Rows of sequences that can be computed alike are grouped: all decodes together, fresh prompts of one length
+together over the keys at hand, other chunks one by one over gathered blocks. The CPU's compiled form of decodes
+reads keys and values where they lie; elsewhere these are gathered, too.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import torch
+from manylora_kernels import attention_cpu
 from torch.nn import functional
 
 from manylora.errors import UnsupportedError
@@ -180,6 +182,14 @@ def _attend(
     num_heads, _, size = query_HTD.shape
     num_kv = key_VTD.shape[0]
     per_kv = num_heads // num_kv
+    is_plain = softcap is None and s_aux is None
+    if num_queries == 1 and cache is not None and group.context is not None and is_plain:
+        q = query_HTD[:, group.rows]
+        if attention_cpu.serves(q, cache.keys, cache.values):
+            context, positions = group.context.view(num_seqs, -1), group.positions.view(-1)
+            return attention_cpu.decode_attention(
+                q, cache.keys, cache.values, context, positions, num_kv, scaling, window
+            )
     q = query_HTD[:, group.rows].view(num_kv, per_kv, num_seqs, num_queries, size)
     # The query heads of one key/value head become further queries, so no key is repeated.
     q = q.permute(2, 0, 1, 3, 4).reshape(num_seqs, num_kv, per_kv * num_queries, size)
@@ -192,7 +202,7 @@ def _attend(
         v = functional.embedding(group.context, cache.values)
         k = k.view(num_seqs, group.num_context, num_kv, cache.key_size).transpose(1, 2)
         v = v.view(num_seqs, group.num_context, num_kv, cache.value_size).transpose(1, 2)
-    if softcap is None and s_aux is None:
+    if is_plain:
         out = _sdpa(group, q, k, v, scaling, window, per_kv)
     else:
         out = _explicit(group, q, k, v, scaling, window, per_kv, softcap, s_aux)
