@@ -1,0 +1,131 @@
+"""Faults in a served engine, its front ends and its files: what clients see, and that all is well afterwards.
+
+The faults follow one another on one server, so each test also proves that the one before left nothing.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from faults import scenarios
+from faults.anatomy import Remains, engine_of, tritonserver_of
+from faults.load import HUNG, NUM_STREAMS, NUM_WHOLE, RIGHT, WRONG, Bed, Report
+from harness import SYNTHETIC, status_of, wait_idle
+from manylora.serve.background import running_server
+
+ADAPTERS = SYNTHETIC[:3]
+EXTRA = SYNTHETIC[3]
+ALL = NUM_STREAMS + NUM_WHOLE
+
+
+@pytest.fixture(scope="module")
+def own_root(adapter_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Adapters whose files may be harmed."""
+    root = tmp_path_factory.mktemp("faults") / "adapters"
+    for name in (*ADAPTERS, EXTRA):
+        shutil.copytree(adapter_root / name, root / name)
+    return root
+
+
+@pytest.fixture(scope="module")
+def bed(base_model: Path, own_root: Path) -> Iterator[Bed]:
+    with running_server(base_model=base_model, adapter_root=own_root) as server:
+        yield Bed(server, ADAPTERS)
+
+
+def check(bed: Bed, report: Report) -> None:
+    """Assert what holds for every fault: each client saw one end and no wrong answer; nothing stays behind."""
+    assert report.outcomes.total() == ALL
+    assert not report.outcomes.keys() & {HUNG, WRONG}, report.outcomes
+    status = wait_idle(bed.server)
+    assert status.check_errors == []
+    assert status.gauges["running"] == status.gauges["waiting"] == 0
+
+
+def check_all_unavailable(bed: Bed, report: Report) -> None:
+    check(bed, report)
+    assert report.outcomes == {"Unavailable": ALL}
+    assert report.messages <= {
+        "the engine has ended; try again in a while",
+        "the engine is not running; try again in a while",
+    }
+
+
+def test_files_of_adapters_in_use_may_go(bed: Bed, own_root: Path) -> None:
+    report = scenarios.adapter_files_change_while_serving(bed, own_root)
+    check(bed, report)
+    assert report.outcomes == {RIGHT: ALL}
+
+
+def test_files_that_change_while_they_are_read_harm_nobody_else(bed: Bed, own_root: Path) -> None:
+    report = scenarios.adapter_files_change_while_loading(bed, own_root, EXTRA)
+    check(bed, report)
+    assert report.outcomes == {RIGHT: ALL}
+
+
+def test_clients_that_leave_are_forgotten(bed: Bed) -> None:
+    before = status_of(bed.server).counters["cancelled"]
+    report = scenarios.clients_leave(bed)
+    check(bed, report)
+    assert report.outcomes == {RIGHT: ALL}
+    assert status_of(bed.server).counters["cancelled"] > before
+
+
+def test_a_slow_reader_holds_up_nobody(bed: Bed) -> None:
+    report = scenarios.slow_reader(bed)
+    check(bed, report)
+    assert report.outcomes == {RIGHT: ALL}
+
+
+def test_a_killed_engine_ends_its_requests_and_comes_back(bed: Bed) -> None:
+    engine = engine_of(bed.server)
+    triton = tritonserver_of(bed.server)
+    check_all_unavailable(bed, scenarios.engine_killed(bed))
+    assert engine_of(bed.server) != engine
+    assert tritonserver_of(bed.server) == triton
+
+
+def test_a_stopped_engine_ends_its_requests_and_comes_back(bed: Bed) -> None:
+    check_all_unavailable(bed, scenarios.engine_stopped(bed))
+
+
+def test_an_engine_killed_while_it_loads_adapters_comes_back(bed: Bed, own_root: Path) -> None:
+    check_all_unavailable(bed, scenarios.engine_killed_while_it_loads(bed, own_root, EXTRA))
+
+
+def test_an_engine_killed_and_stopped_while_it_starts_comes_back(bed: Bed) -> None:
+    check_all_unavailable(bed, scenarios.engine_killed_at_start(bed))
+
+
+def test_an_engine_without_memory_fails_requests_and_then_serves_rightly(bed: Bed) -> None:
+    report = scenarios.engine_out_of_memory(bed)
+    check(bed, report)
+    assert report.outcomes.keys() <= {RIGHT, "Internal", "Unavailable"}
+
+
+@pytest.mark.parametrize("model", ["llm", "llm_stream"])
+def test_a_killed_front_end_ends_its_requests_and_is_replaced(bed: Bed, model: str) -> None:
+    remains = Remains.of(bed.server)
+    report = scenarios.front_end_killed(bed, model)
+    check(bed, report)
+    assert report.outcomes.keys() <= {"Unavailable", "Internal", "ConnectionFailed"}
+    assert remains.left() == []
+
+
+def test_a_stopped_front_end_is_replaced(bed: Bed) -> None:
+    remains = Remains.of(bed.server)
+    report = scenarios.front_end_stopped(bed, "llm_stream")
+    check(bed, report)
+    assert report.outcomes.keys() <= {"Unavailable", "Internal", "ConnectionFailed", RIGHT}
+    assert remains.left() == []
+
+
+def test_a_killed_tritonserver_is_replaced(bed: Bed) -> None:
+    remains = Remains.of(bed.server)
+    report = scenarios.tritonserver_killed(bed)
+    check(bed, report)
+    assert report.outcomes == {"ConnectionFailed": ALL}
+    assert remains.left() == []
