@@ -5,11 +5,11 @@ from __future__ import annotations
 import asyncio
 import ssl
 import weakref
-from collections.abc import Awaitable, Coroutine, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
 
-from manylora_client.address import ProtocolName
+from manylora_client.address import Address, ProtocolName
 from manylora_client.async_stream import AsyncStream, is_task_cancelled
 from manylora_client.base_client import BaseClient
 from manylora_client.completion import join
@@ -70,7 +70,7 @@ class AsyncClient(BaseClient):
         )
         if max_connections is not None and max_connections < 1:
             raise InvalidArgument(f"max_connections={max_connections}: must be above 0, or None for no bound")
-        self._max_connections = max_connections
+        self._open_transport = _transport_opener(self._address, self._headers, self._tls, max_connections)
         self._loop: asyncio.AbstractEventLoop | None = None
         self._transport: AsyncTransport | None = None
         self._streams: weakref.WeakSet[AsyncStream] = weakref.WeakSet()
@@ -166,8 +166,8 @@ class AsyncClient(BaseClient):
         await self.close()
 
     async def _generate(self, request: Request, timeout: float | None) -> Completion:
-        deadline = self._deadline(timeout)
-        return join([await self._guard(self._open().infer(self._model, request, deadline))])
+        answer = self._open().infer(self._model, request, self._deadline(timeout))
+        return join([await self._guard(answer)])
 
     def _stream(self, request: Request, timeout: float | None) -> AsyncStream:
         self._check_open()
@@ -203,13 +203,16 @@ class AsyncClient(BaseClient):
             raise InvalidArgument("this AsyncClient belongs to another event loop; each loop needs its own")
         return self._transport
 
-    def _open_transport(self) -> AsyncTransport:
-        address = self._address
-        # Each is imported only where it is used: aiohttp, gevent and grpc take long to load.
-        if address.protocol == "http":
-            from manylora_client.async_http_transport import AsyncHttpTransport
 
-            return AsyncHttpTransport(address, self._tls, self._headers, self._max_connections)
-        from manylora_client.async_grpc_transport import AsyncGrpcTransport
+def _transport_opener(
+    address: Address, headers: Mapping[str, str], tls: ssl.SSLContext | None, max_connections: int | None
+) -> Callable[[], AsyncTransport]:
+    # Each is imported only where it is used, and not while the event loop runs: aiohttp, gevent and grpc take
+    # long to load.
+    if address.protocol == "http":
+        from manylora_client.async_http_transport import AsyncHttpTransport
 
-        return AsyncGrpcTransport(address, self._headers)
+        return lambda: AsyncHttpTransport(address, tls, headers, max_connections)
+    from manylora_client.async_grpc_transport import AsyncGrpcTransport
+
+    return lambda: AsyncGrpcTransport(address, headers)

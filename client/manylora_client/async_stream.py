@@ -9,7 +9,7 @@ from collections.abc import Callable
 from types import TracebackType
 
 from manylora_client.completion import ReplyOrder, collect
-from manylora_client.errors import Cancelled
+from manylora_client.errors import ManyloraClientError
 from manylora_client.transport import AsyncReplies
 from manylora_client.types import Chunk, Completion
 
@@ -58,9 +58,11 @@ class AsyncStream:
         try:
             chunk = await replies.__anext__()
         except StopAsyncIteration:
-            self._order.end()
+            if not self._closed:
+                self._order.end()
             raise
-        except (Cancelled, asyncio.CancelledError) as error:
+        except (ManyloraClientError, asyncio.CancelledError) as error:
+            # Closed by another task, it may fail in any way.
             if self._closed and not is_task_cancelled():
                 raise StopAsyncIteration from error
             raise

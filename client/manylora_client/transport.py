@@ -51,8 +51,9 @@ class AsyncReplies(Protocol):
 
         Raises:
             StopAsyncIteration: the final reply has been taken.
-            Cancelled, asyncio.CancelledError: `close` was called.
             ManyloraClientError: the request or the connection failed.
+            asyncio.CancelledError: the task was cancelled, or `close` was called, which may raise the others
+                as well.
         """
 
     def close(self) -> None:

@@ -18,8 +18,21 @@ class Refuse:
             raise ImportError(f"{name} is not to be imported by the client")
 
 sys.meta_path.insert(0, Refuse())
-from manylora_client import Client, ConnectionFailed
+import asyncio
+from manylora_client import AsyncClient, Client, ConnectionFailed
+
+async def fail(url):
+    async with AsyncClient(url, timeout=5) as client:
+        assert not await client.is_ready()
+        for call in (client.generate("x"), client.stream("x").collect()):
+            try:
+                await call
+            except ConnectionFailed:
+                continue
+            raise SystemExit("reached a server that is not there")
+
 for url in ("http://localhost:1", "grpc://localhost:1"):
+    asyncio.run(fail(url))
     with Client(url, timeout=5) as client:
         assert not client.is_ready()
         for call in (lambda: client.generate("x"), lambda: client.stream("x").collect()):
@@ -31,18 +44,34 @@ for url in ("http://localhost:1", "grpc://localhost:1"):
 """
 
 TYPED_USE = """
-from manylora_client import Chunk, Client, Completion, Message, Stream
+from manylora_client import AsyncClient, AsyncStream, Chunk, Client, Completion, Message, Options, Stream
+from manylora_client import TokenLogprob
 
 client = Client("localhost:8000", "grpc")
-whole: Completion = client.generate("x", adapter_id="a", stop=["."], logit_bias={"7": 1.0})
+whole: Completion = client.generate("x", adapter_id="a", stop=["."], adapter_scale=0.5, deadline_ms=100)
 ids: list[int] = client.generate(input_ids=[1, 2]).token_ids
 turns: list[Message] = [{"role": "user", "content": "x"}]
-answer: Completion = client.chat(turns)
+answer: Completion = client.chat(turns, timeout=None)
 parts: Stream = client.chat("x", stream=True, max_tokens=3)
 chunk: Chunk = next(parts)
 text: str = chunk.text + whole.finish_reason
+likely: list[TokenLogprob] | None = client.generate("x", logprobs=2).logprobs
+options: Options = {"temperature": 0.5, "seed": 1}
+client.stream("x", **options)
 client.generate(7)  # type: ignore[arg-type]
+client.generate("x", max_token=3)  # type: ignore[call-arg]
+client.generate("x", top_k="many")  # type: ignore[arg-type]
 client.chat("x", stream=True).text  # type: ignore[attr-defined]
+
+async def main() -> None:
+    async with AsyncClient("localhost:8000", max_connections=9) as client:
+        whole: Completion = await client.generate("x", min_p=0.1)
+        answer: Completion = await client.chat("x", request_priority=1)
+        parts: AsyncStream = client.chat("x", stream=True)
+        async for chunk in client.stream("x", echo=True):
+            text: str = chunk.text
+        joined: Completion = await parts.collect()
+        client.generate("x").text  # type: ignore[attr-defined]
 """
 
 

@@ -12,8 +12,6 @@ import grpc
 import pytest
 from manylora_client import (
     Cancelled,
-    Client,
-    Completion,
     ConnectionFailed,
     Internal,
     InvalidArgument,
@@ -22,95 +20,8 @@ from manylora_client import (
     Timeout,
     Unavailable,
 )
-from tritonclient.grpc import service_pb2, service_pb2_grpc
-
-ANSWER = Completion(
-    text="é!",
-    token_ids=[5, 6],
-    finish_reason="stop",
-    num_input_tokens=3,
-    num_output_tokens=2,
-    adapter_version="v1",
-)
-
-
-def response(
-    text: str = "é!",
-    ids: tuple[int, ...] = (5, 6),
-    finish: str = "stop",
-    final: bool | None = None,
-    leave_out: str = "",
-) -> Any:
-    message = service_pb2.ModelInferResponse(model_name="llm", model_version="1")
-    if final is not None:
-        message.parameters["triton_final_response"].bool_param = final
-    strings = {"text_output": text, "finish_reason": finish, "logprobs": "", "adapter_version": "v1"}
-    integers = {"output_ids": ids, "num_input_tokens": (3,), "num_output_tokens": (2,)}
-    for name, value in strings.items():
-        if name != leave_out:
-            data = value.encode()
-            message.outputs.add(name=name, datatype="BYTES", shape=[1, 1])
-            message.raw_output_contents.append(struct.pack("<I", len(data)) + data)
-    for name, numbers in integers.items():
-        if name != leave_out:
-            message.outputs.add(name=name, datatype="INT32", shape=[1, len(numbers)])
-            message.raw_output_contents.append(struct.pack(f"<{len(numbers)}i", *numbers))
-    return message
-
-
-def only_flag() -> Any:
-    message = service_pb2.ModelInferResponse(model_name="llm", model_version="1")
-    message.parameters["triton_final_response"].bool_param = True
-    return message
-
-
-def reply(message: Any) -> Any:
-    return service_pb2.ModelStreamInferResponse(infer_response=message)
-
-
-def failure(text: str) -> Any:
-    return service_pb2.ModelStreamInferResponse(error_message=text)
-
-
-class ScriptedTriton(service_pb2_grpc.GRPCInferenceServiceServicer):
-    """Gives each call the replies of the script; a pair of status and text ends the call so."""
-
-    def __init__(self, script: list[Any]) -> None:
-        self.script = script
-        self.requests: list[Any] = []
-        self.metadata: dict[str, str] = {}
-        self.ready = {"llm", "llm_stream"}
-        self.cancelled = threading.Event()
-        self.release = threading.Event()
-
-    def ServerReady(self, request: Any, context: Any) -> Any:
-        return service_pb2.ServerReadyResponse(ready=True)
-
-    def ModelReady(self, request: Any, context: Any) -> Any:
-        return service_pb2.ModelReadyResponse(ready=request.name in self.ready)
-
-    def ModelInfer(self, request: Any, context: Any) -> Any:
-        self.requests.append(request)
-        self.metadata = dict(context.invocation_metadata())
-        return self._say(self.script[0], context)
-
-    def ModelStreamInfer(self, request_iterator: Any, context: Any) -> Iterator[Any]:
-        context.add_callback(self.cancelled.set)
-        self.requests.extend(request_iterator)
-        for item in self.script:
-            yield self._say(item, context)
-
-    def _say(self, item: Any, context: Any) -> Any:
-        if isinstance(item, tuple):
-            context.abort(*item)
-        if item is HOLD:
-            self.release.wait(30)
-            context.abort(grpc.StatusCode.INTERNAL, "released")
-        return item
-
-
-HOLD = object()
-"""In a script: wait until the test ends."""
+from scripted_grpc import ANSWER, HOLD, ScriptedTriton, failure, only_flag, reply, response
+from tritonclient.grpc import service_pb2_grpc
 
 
 @pytest.fixture
@@ -132,9 +43,9 @@ def serve() -> Iterator[Callable[..., tuple[ScriptedTriton, str]]]:
         server.stop(None).wait()
 
 
-def test_a_whole_answer(serve):
+def test_a_whole_answer(serve, connect):
     triton, url = serve(response())
-    with Client(url, headers={"Authorization": "Bearer x"}) as client:
+    with connect(url, headers={"Authorization": "Bearer x"}) as client:
         assert client.generate("hé", adapter_id="a", top_k=3, top_p=0.5, echo=True, stop=["."]) == ANSWER
         assert client.generate(input_ids=[7, 8]) == ANSWER
     text, ids = triton.requests
@@ -156,18 +67,18 @@ def test_a_whole_answer(serve):
     [[response("!", (6,), final=True)], [response("!", (6,), final=False), only_flag()]],
     ids=["flag on the last data", "flag alone"],
 )
-def test_a_stream(serve, ending: list[Any]):
+def test_a_stream(serve, ending: list[Any], connect):
     triton, url = serve(reply(response("é", (5,), "", final=False)), *map(reply, ending))
-    with Client(url) as client:
+    with connect(url) as client:
         assert client.stream("x").collect() == ANSWER
     assert triton.requests[0].model_name == "llm_stream"
     assert triton.requests[0].parameters["triton_enable_empty_final_response"].bool_param is True
 
 
-def test_a_chunk_may_hold_no_ids(serve):
+def test_a_chunk_may_hold_no_ids(serve, connect):
     first, last = response("é", (5, 6), "", final=False), response("!", (), final=True)
     _, url = serve(reply(first), reply(last))
-    with Client(url) as client:
+    with connect(url) as client:
         assert [chunk.token_ids for chunk in client.stream("x")] == [[5, 6], []]
 
 
@@ -202,9 +113,9 @@ def test_a_chunk_may_hold_no_ids(serve):
         "cancelled elsewhere",
     ],
 )
-def test_bad_streams(serve, script: list[Any], expected: type[ManyloraClientError]):
+def test_bad_streams(serve, script: list[Any], expected: type[ManyloraClientError], connect):
     _, url = serve(*script)
-    with Client(url, timeout=20) as client:
+    with connect(url, timeout=20) as client:
         stream = client.stream("x")
         with pytest.raises(ManyloraClientError) as caught:
             stream.collect()
@@ -223,24 +134,24 @@ def test_bad_streams(serve, script: list[Any], expected: type[ManyloraClientErro
     ],
     ids=["code", "the prefix wins", "no prefix", "missing output", "no outputs"],
 )
-def test_bad_answers(serve, item: Any, expected: type[ManyloraClientError]):
+def test_bad_answers(serve, item: Any, expected: type[ManyloraClientError], connect):
     _, url = serve(item)
-    with Client(url, timeout=20) as client, pytest.raises(ManyloraClientError) as caught:
+    with connect(url, timeout=20) as client, pytest.raises(ManyloraClientError) as caught:
         client.generate("x")
     assert type(caught.value) is expected
 
 
-def test_bytes_that_are_no_tensor(serve):
+def test_bytes_that_are_no_tensor(serve, connect):
     message = response(final=True)
     message.raw_output_contents[0] = b"\xff\xff\xff\xff"
     _, url = serve(reply(message))
-    with Client(url, timeout=20) as client, pytest.raises(Internal, match="cannot be read"):
+    with connect(url, timeout=20) as client, pytest.raises(Internal, match="cannot be read"):
         client.stream("x").collect()
 
 
-def test_a_silent_server_is_a_timeout(serve):
+def test_a_silent_server_is_a_timeout(serve, connect):
     _, url = serve(HOLD)
-    with Client(url, timeout=0.3) as client:
+    with connect(url, timeout=0.3) as client:
         with pytest.raises(Timeout):
             client.generate("x")
         with pytest.raises(Timeout):
@@ -248,9 +159,9 @@ def test_a_silent_server_is_a_timeout(serve):
 
 
 @pytest.mark.parametrize("how", ["close", "with", "drop", "client"])
-def test_leaving_a_stream_early_cancels_it(serve, how: str):
+def test_leaving_a_stream_early_cancels_it(serve, how: str, connect):
     triton, url = serve(reply(response(finish="", final=False)), HOLD)
-    with Client(url, timeout=30) as client:
+    with connect(url, timeout=30) as client:
         stream = client.stream("x")
         next(stream)
         if how == "close":
@@ -266,11 +177,11 @@ def test_leaving_a_stream_early_cancels_it(serve, how: str):
         assert triton.cancelled.wait(30)
 
 
-def test_another_thread_can_close_a_stream_that_waits(serve):
+def test_another_thread_can_close_a_stream_that_waits(serve, connect):
     _, url = serve(reply(response("é", finish="", final=False)), HOLD)
     received: list[str] = []
     first = threading.Event()
-    with Client(url, timeout=30) as client:
+    with connect(url, timeout=30) as client:
         stream = client.stream("x")
 
         def read() -> None:
@@ -287,26 +198,26 @@ def test_another_thread_can_close_a_stream_that_waits(serve):
     assert received == ["é"]
 
 
-def test_a_closed_stream_cannot_be_collected(serve):
+def test_a_closed_stream_cannot_be_collected(serve, connect):
     _, url = serve(reply(response(finish="", final=False)), HOLD)
-    with Client(url, timeout=30) as client, client.stream("x") as stream:
+    with connect(url, timeout=30) as client, client.stream("x") as stream:
         next(stream)
         stream.close()
         with pytest.raises(Cancelled):
             stream.collect()
 
 
-def test_readiness_asks_both_models(serve):
+def test_readiness_asks_both_models(serve, connect):
     triton, url = serve()
-    with Client(url) as client:
+    with connect(url) as client:
         assert client.is_ready()
         triton.ready = {"llm"}
         assert not client.is_ready()
     assert not client.is_ready()
 
 
-def test_no_server_is_a_failed_connection(serve):
-    with Client("grpc://127.0.0.1:1") as client:
+def test_no_server_is_a_failed_connection(serve, connect):
+    with connect("grpc://127.0.0.1:1") as client:
         assert not client.is_ready()
         with pytest.raises(ConnectionFailed):
             client.generate("x")

@@ -6,12 +6,9 @@ import json
 import socket
 import threading
 from collections.abc import Callable, Iterator
-from typing import IO
 
 import pytest
 from manylora_client import (
-    Client,
-    Completion,
     ConnectionFailed,
     Internal,
     InvalidArgument,
@@ -20,108 +17,7 @@ from manylora_client import (
     Timeout,
     Unavailable,
 )
-
-FIELDS = {
-    "text_output": "é!",
-    "output_ids": [5, 6],
-    "finish_reason": "stop",
-    "num_input_tokens": 3,
-    "num_output_tokens": 2,
-    "adapter_version": "v1",
-    "logprobs": "",
-}
-ANSWER = Completion(
-    text="é!",
-    token_ids=[5, 6],
-    finish_reason="stop",
-    num_input_tokens=3,
-    num_output_tokens=2,
-    adapter_version="v1",
-)
-
-
-def plain(body: str, status: str = "200 OK", kind: str = "application/json") -> bytes:
-    data = body.encode()
-    return f"HTTP/1.1 {status}\r\nContent-Type: {kind}\r\nContent-Length: {len(data)}\r\n\r\n".encode() + data
-
-
-def events(*bodies: str, status: str = "200 OK") -> bytes:
-    head = f"HTTP/1.1 {status}\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
-    chunks = [f"data: {body}\n\n".encode() for body in bodies]
-    return head.encode() + b"".join(b"%x\r\n%s\r\n" % (len(c), c) for c in chunks) + b"0\r\n\r\n"
-
-
-def infer_answer(**changes: object) -> bytes:
-    fields = {**FIELDS, **changes}
-    outputs = []
-    for name, value in fields.items():
-        data = value if isinstance(value, list) else [value]
-        kind = "BYTES" if isinstance(data[0], str) else "INT32"
-        outputs.append({"name": name, "datatype": kind, "shape": [1, len(data)], "data": data})
-    return plain(json.dumps({"model_name": "llm", "model_version": "1", "outputs": outputs}))
-
-
-def event(**changes: object) -> str:
-    return json.dumps({**FIELDS, **changes})
-
-
-HOLD = None
-"""As an answer: say nothing and wait until the client closes the connection."""
-
-
-class ByteServer:
-    """Answers the requests of each connection, in order, with the bytes given, then closes the connection."""
-
-    def __init__(self, *connections: list[bytes | None]) -> None:
-        self.requests: list[tuple[int, bytes]] = []
-        """Number of the connection, head and body."""
-        self.client_closed = threading.Event()
-        """The client has closed a connection that the server had not."""
-        self.closed_first = threading.Event()
-        """The server has closed its first connection."""
-        self._connections = connections
-        self._listener = socket.create_server(("127.0.0.1", 0))
-        self.url = f"127.0.0.1:{self._listener.getsockname()[1]}"
-        self._thread = threading.Thread(target=self._serve)
-        self._thread.start()
-
-    def close(self) -> None:
-        self._thread.join(timeout=30)
-        self._listener.close()
-        assert not self._thread.is_alive()
-
-    def _serve(self) -> None:
-        for number, answers in enumerate(self._connections):
-            connection, _ = self._listener.accept()
-            with connection, connection.makefile("rb") as received:
-                for answer in answers:
-                    self._exchange(number, answer, connection, received)
-            self.closed_first.set()
-
-    def _exchange(
-        self, number: int, answer: bytes | None, connection: socket.socket, received: IO[bytes]
-    ) -> None:
-        try:
-            self.requests.append((number, self._read_request(received)))
-            if answer is not HOLD:
-                connection.sendall(answer)
-            elif received.read(1) == b"":
-                self.client_closed.set()
-        except ConnectionResetError:
-            # How a close looks when the client left bytes unread.
-            self.client_closed.set()
-
-    @staticmethod
-    def _read_request(received: IO[bytes]) -> bytes:
-        head = b""
-        length = 0
-        while line := received.readline():
-            head += line
-            if line.lower().startswith(b"content-length:"):
-                length = int(line.split(b":")[1])
-            if line == b"\r\n":
-                return head + received.read(length)
-        return head
+from scripted_http import ANSWER, FIELDS, HOLD, ByteServer, event, events, infer_answer, plain
 
 
 @pytest.fixture
@@ -137,9 +33,9 @@ def serve() -> Iterator[Callable[..., ByteServer]]:
         server.close()
 
 
-def test_a_whole_answer(serve):
+def test_a_whole_answer(serve, connect):
     server = serve([infer_answer()])
-    with Client(server.url, headers={"Authorization": "Bearer x"}) as client:
+    with connect(server.url, headers={"Authorization": "Bearer x"}) as client:
         assert client.generate("hé", adapter_id="a", stop=["."], top_p=0.5) == ANSWER
     _, request = server.requests[0]
     assert request.startswith(b"POST /v2/models/llm/infer HTTP/1.1\r\n")
@@ -148,10 +44,10 @@ def test_a_whole_answer(serve):
     assert "hé".encode() in request
 
 
-def test_a_stream(serve):
+def test_a_stream(serve, connect):
     first = event(text_output="é", output_ids=5, finish_reason="", num_output_tokens=1)
     server = serve([events(first, event(text_output="!", output_ids=6))])
-    with Client(f"http://{server.url}/gate/") as client:
+    with connect(f"http://{server.url}/gate/") as client:
         chunks = list(client.stream(input_ids=[7, 8], adapter_id="a"))
     assert [(c.text, c.token_ids, c.finish_reason) for c in chunks] == [("é", [5], ""), ("!", [6], "stop")]
     head, _, body = server.requests[0][1].partition(b"\r\n\r\n")
@@ -159,37 +55,37 @@ def test_a_stream(serve):
     assert json.loads(body) == {"input_ids": [7, 8], "parameters": {"adapter_id": "a"}}
 
 
-def test_a_chat_says_so(serve):
+def test_a_chat_says_so(serve, connect):
     server = serve([events(event())])
-    with Client(server.url) as client:
+    with connect(server.url) as client:
         assert client.chat("hi", stream=True, echo=True).collect() == ANSWER
     body = json.loads(server.requests[0][1].partition(b"\r\n\r\n")[2])
     assert body["parameters"] == {"chat": True, "echo": True}
     assert json.loads(body["text_input"]) == [{"role": "user", "content": "hi"}]
 
 
-def test_one_connection_serves_many_requests(serve):
+def test_one_connection_serves_many_requests(serve, connect):
     server = serve([infer_answer(), events(event()), infer_answer()])
-    with Client(server.url) as client:
+    with connect(server.url) as client:
         assert client.generate("x") == client.stream("x").collect() == client.generate("x") == ANSWER
     assert [number for number, _ in server.requests] == [0, 0, 0]
 
 
-def test_a_connection_that_the_server_closed_while_idle_is_replaced(serve):
+def test_a_connection_that_the_server_closed_while_idle_is_replaced(serve, connect):
     server = serve([infer_answer()], [infer_answer()])
-    with Client(server.url) as client:
+    with connect(server.url) as client:
         assert client.generate("x") == ANSWER
         assert server.closed_first.wait(30)
         assert client.generate("x") == ANSWER
     assert [number for number, _ in server.requests] == [0, 1]
 
 
-def test_a_failed_request_leaves_its_connection_usable(serve):
+def test_a_failed_request_leaves_its_connection_usable(serve, connect):
     refusal = plain('{"error":"[NOT_FOUND] adapter \'x\'"}', "404 Not Found")
     server = serve(
         [refusal, events('{"error":"[NOT_FOUND] adapter \'x\'"}', status="400 Bad Request")], [infer_answer()]
     )
-    with Client(server.url) as client:
+    with connect(server.url) as client:
         with pytest.raises(NotFound, match=r"^adapter 'x'$"):
             client.generate("x")
         with pytest.raises(NotFound, match=r"^adapter 'x'$"):
@@ -226,9 +122,9 @@ def test_a_failed_request_leaves_its_connection_usable(serve):
     ],
 )
 @pytest.mark.parametrize("streaming", [False, True], ids=["infer", "generate_stream"])
-def test_bad_answers(serve, answer: bytes, expected: type[ManyloraClientError], streaming: bool):
+def test_bad_answers(serve, answer: bytes, expected: type[ManyloraClientError], streaming: bool, connect):
     server = serve([answer])
-    with Client(server.url, timeout=20) as client, pytest.raises(ManyloraClientError) as caught:
+    with connect(server.url, timeout=20) as client, pytest.raises(ManyloraClientError) as caught:
         client.stream("x").collect() if streaming else client.generate("x")
     if not streaming or answer[9:12] != b"200":
         assert type(caught.value) is expected
@@ -268,9 +164,9 @@ def test_bad_answers(serve, answer: bytes, expected: type[ManyloraClientError], 
         "error without code",
     ],
 )
-def test_bad_events(serve, bodies: list[str], expected: type[ManyloraClientError]):
+def test_bad_events(serve, bodies: list[str], expected: type[ManyloraClientError], connect):
     server = serve([events(*bodies)])
-    with Client(server.url, timeout=20) as client:
+    with connect(server.url, timeout=20) as client:
         stream = client.stream("x")
         with pytest.raises(expected) as caught:
             stream.collect()
@@ -278,34 +174,34 @@ def test_bad_events(serve, bodies: list[str], expected: type[ManyloraClientError
         assert list(stream) == []
 
 
-def test_a_stream_cut_anywhere_is_a_broken_connection(serve):
+def test_a_stream_cut_anywhere_is_a_broken_connection(serve, connect):
     whole = events(event(finish_reason=""), event())
     # All replies have come once the last chunk's "0" is there, whatever becomes of the line ends after it.
     for end in range(len(whole) - len(b"\r\n\r\n")):
         server = serve([whole[:end]])
-        with Client(server.url, timeout=20) as client, pytest.raises(ConnectionFailed):
+        with connect(server.url, timeout=20) as client, pytest.raises(ConnectionFailed):
             client.stream("x").collect()
 
 
-def test_an_answer_cut_anywhere_is_a_broken_connection(serve):
+def test_an_answer_cut_anywhere_is_a_broken_connection(serve, connect):
     whole = infer_answer()
     for end in range(0, len(whole), 7):
         server = serve([whole[:end]])
-        with Client(server.url, timeout=20) as client, pytest.raises(ConnectionFailed):
+        with connect(server.url, timeout=20) as client, pytest.raises(ConnectionFailed):
             client.generate("x")
 
 
 @pytest.mark.parametrize("name", [name for name in FIELDS if name != "logprobs"])
-def test_a_missing_output_is_named(serve, name: str):
+def test_a_missing_output_is_named(serve, name: str, connect):
     outputs = {k: v for k, v in FIELDS.items() if k != name}
     server = serve([events(json.dumps(outputs))])
-    with Client(server.url, timeout=20) as client, pytest.raises(Internal, match=name):
+    with connect(server.url, timeout=20) as client, pytest.raises(Internal, match=name):
         client.stream("x").collect()
 
 
-def test_a_silent_server_is_a_timeout(serve):
+def test_a_silent_server_is_a_timeout(serve, connect):
     server = serve([HOLD], [HOLD], [HOLD])
-    with Client(server.url, timeout=0.2) as client:
+    with connect(server.url, timeout=0.2) as client:
         with pytest.raises(Timeout):
             client.generate("x")
         with pytest.raises(Timeout):
@@ -313,11 +209,11 @@ def test_a_silent_server_is_a_timeout(serve):
         assert not client.is_ready(timeout=0.2)
 
 
-def test_the_timeout_bounds_the_whole_stream(serve):
+def test_the_timeout_bounds_the_whole_stream(serve, connect):
     unfinished = events(event(finish_reason=""))[: -len(b"0\r\n\r\n")]
     server = serve([unfinished, HOLD])
     # The second request never comes: the connection stays open and silent after the first event.
-    with Client(server.url) as client, client.stream("x", timeout=0.3) as stream:
+    with connect(server.url) as client, client.stream("x", timeout=3) as stream:
         assert next(stream).text == "é!"
         with pytest.raises(Timeout):
             next(stream)
@@ -325,10 +221,10 @@ def test_the_timeout_bounds_the_whole_stream(serve):
 
 
 @pytest.mark.parametrize("how", ["close", "with", "drop", "client"])
-def test_leaving_a_stream_early_closes_its_connection(serve, how: str):
+def test_leaving_a_stream_early_closes_its_connection(serve, how: str, connect):
     unfinished = events(event(finish_reason=""))[: -len(b"0\r\n\r\n")]
     server = serve([unfinished, HOLD])
-    with Client(server.url, timeout=30) as client:
+    with connect(server.url, timeout=30) as client:
         stream = client.stream("x")
         next(stream)
         if how == "close":
@@ -343,12 +239,12 @@ def test_leaving_a_stream_early_closes_its_connection(serve, how: str):
         assert server.client_closed.wait(30)
 
 
-def test_another_thread_can_close_a_stream_that_waits(serve):
+def test_another_thread_can_close_a_stream_that_waits(serve, connect):
     unfinished = events(event(finish_reason=""))[: -len(b"0\r\n\r\n")]
     server = serve([unfinished, HOLD])
     received: list[str] = []
     first = threading.Event()
-    with Client(server.url, timeout=30) as client:
+    with connect(server.url, timeout=30) as client:
         stream = client.stream("x")
 
         def read() -> None:
@@ -365,10 +261,10 @@ def test_another_thread_can_close_a_stream_that_waits(serve):
     assert received == ["é!"]
 
 
-def test_readiness_asks_the_server_and_both_models(serve):
+def test_readiness_asks_the_server_and_both_models(serve, connect):
     ok, bad = plain("", "200 OK"), plain("", "400 Bad Request")
     server = serve([ok, ok, ok, ok, ok, bad, bad])
-    with Client(server.url) as client:
+    with connect(server.url) as client:
         assert client.is_ready()
         assert not client.is_ready()
         assert not client.is_ready()
@@ -377,19 +273,19 @@ def test_readiness_asks_the_server_and_both_models(serve):
     assert paths == [*ready, *ready, ready[0]]
 
 
-def test_no_server_is_a_failed_connection():
+def test_no_server_is_a_failed_connection(connect):
     with socket.create_server(("127.0.0.1", 0)) as listener:
         url = f"127.0.0.1:{listener.getsockname()[1]}"
-    with Client(url) as client:
+    with connect(url) as client:
         assert not client.is_ready()
         with pytest.raises(ConnectionFailed, match=url):
             client.generate("x")
         with pytest.raises(ConnectionFailed, match=url):
-            client.stream("x")
+            client.stream("x").collect()
 
 
-def test_a_closed_client_says_so(serve):
-    client = Client("localhost:1")
+def test_a_closed_client_says_so(serve, connect):
+    client = connect("localhost:1")
     client.close()
     client.close()
     assert not client.is_ready()
@@ -399,17 +295,17 @@ def test_a_closed_client_says_so(serve):
 
 
 @pytest.mark.parametrize("timeout", [0, -1, float("nan")])
-def test_a_timeout_is_above_zero(timeout: float):
+def test_a_timeout_is_above_zero(timeout: float, connect):
     with pytest.raises(InvalidArgument, match="timeout"):
-        Client("localhost", timeout=timeout)
-    with Client("localhost") as client, pytest.raises(InvalidArgument, match="timeout"):
+        connect("localhost", timeout=timeout)
+    with connect("localhost") as client, pytest.raises(InvalidArgument, match="timeout"):
         client.generate("x", timeout=timeout)
 
 
-def test_a_header_that_cannot_be_sent(serve):
+def test_a_header_that_cannot_be_sent(serve, connect):
     server = serve([HOLD])
     with (
-        Client(server.url, headers={"X": "a\r\nb"}) as client,
+        connect(server.url, headers={"X": "a\r\nb"}) as client,
         pytest.raises(InvalidArgument, match="cannot be sent"),
     ):
         client.generate("x")
