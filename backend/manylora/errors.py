@@ -19,8 +19,9 @@ class ManyloraError(Exception):
         return str(self.args[0]) if self.args else ""
 
     def tagged(self) -> str:
-        """The message as it goes over the wire: `[CODE] message`."""
-        return f"[{self.code}] {self.message}"
+        """The message as it goes over the wire: `[CODE] message`, always text that has a UTF-8 form."""
+        # It may quote half of a surrogate pair, which JSON can write and which cannot be sent.
+        return f"[{self.code}] {self.message}".encode(errors="backslashreplace").decode()
 
 
 class InternalError(ManyloraError):

@@ -1,0 +1,33 @@
+"""Errors as they travel: their code in brackets, their text always fit to be sent."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from manylora import parameters
+from manylora.errors import BY_CODE, InvalidArgumentError, ManyloraError, from_code
+
+
+@pytest.mark.parametrize("code", BY_CODE)
+def test_an_error_keeps_its_class_and_text_across_a_border(code: str) -> None:
+    error = from_code(code, "what was wrong")
+    assert isinstance(error, BY_CODE[code])
+    assert (error.message, error.tagged()) == ("what was wrong", f"[{code}] what was wrong")
+
+
+def test_an_unknown_code_is_a_fault_of_ours() -> None:
+    assert from_code("NO_SUCH_CODE", "x").tagged() == "[INTERNAL] x"
+    assert ManyloraError().tagged() == "[INTERNAL] "
+
+
+@pytest.mark.parametrize(
+    "given",
+    ['{"stop": "\\ud800"}', '{"\\udfff": 1}', '{"adapter_id": "a\\ud83d"}', '{"seed": "\\udc00"}'],
+)
+def test_half_a_surrogate_pair_is_quoted_in_a_form_that_can_be_sent(given: str) -> None:
+    with pytest.raises(InvalidArgumentError) as refused:
+        parameters.parse(json.loads(given), "parameter")
+    text = refused.value.tagged()
+    assert text.encode("utf-8").startswith(b"[INVALID_ARG] parameter ")
+    assert "\\ud" in text
