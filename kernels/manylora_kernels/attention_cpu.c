@@ -9,6 +9,8 @@
 #include "vec.h"
 
 #define CHUNK 64 /* tokens whose values are added while they are in the nearest cache */
+#define AHEAD 8  /* tokens between asking memory for a key and using it */
+#define LINE 64  /* bytes */
 
 struct decode {
     const void *keys, *values;      /* rows of V * D and V * E elements */
@@ -25,12 +27,22 @@ struct decode {
     float scaling;
 };
 
+INLINE void prefetch(const void *p, int64_t num_bytes) {
+    for (int64_t i = 0; i < num_bytes; i += LINE) __builtin_prefetch((const char *)p + i);
+}
+
 /* Scores of the tokens start .. end-1, and behind them at most one that counts for nothing. */
 INLINE void score(const struct decode *d, const int64_t *rows, int64_t kv, const void *q, int64_t start, int64_t end,
                   float *scores, int64_t scores_row, int type) {
     float scales[ROWS] = {d->scaling, d->scaling, d->scaling, d->scaling};
-    int64_t key_row = d->num_kv * d->key_size, size = d->key_size;
+    int64_t key_row = d->num_kv * d->key_size, size = d->key_size, element = type == FLOAT32 ? 4 : 2;
+    int64_t value_row = d->num_kv * d->value_size;
     for (int64_t c = start; c < end; c += ACROSS) {
+        for (int64_t i = c; i < c + ACROSS && i < end; i++) {
+            if (i + AHEAD < end)
+                prefetch(at(d->keys, rows[i + AHEAD] * key_row + kv * size, type), size * element);
+            prefetch(at(d->values, rows[i] * value_row + kv * d->value_size, type), d->value_size * element);
+        }
         int64_t next = c + 1 < end ? c + 1 : c;
         const void *w[ACROSS] = {at(d->keys, rows[c] * key_row + kv * size, type),
                                  at(d->keys, rows[next] * key_row + kv * size, type)};

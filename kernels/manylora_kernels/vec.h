@@ -73,12 +73,24 @@ INLINE const void *at(const void *p, int64_t i, int type) {
     return type == FLOAT32 ? (const void *)((const float *)p + i) : (const void *)((const uint16_t *)p + i);
 }
 
+#ifdef __clang__
+#define SWAP(v, ...) __builtin_shufflevector(v, v, __VA_ARGS__)
+#else
+#define SWAP(v, ...) __builtin_shuffle(v, (int_vec){__VA_ARGS__})
+#endif
+
 INLINE float sum(vec v) {
-    float part[LANES / 2];
-    for (int i = 0; i < LANES / 2; i++) part[i] = v[i] + v[i + LANES / 2];
-    for (int width = LANES / 4; width; width /= 2)
-        for (int i = 0; i < width; i++) part[i] += part[i + width];
-    return part[0];
+#if LANES == 16
+    v += SWAP(v, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7);
+    v += SWAP(v, 4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11);
+    v += SWAP(v, 2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13);
+    v += SWAP(v, 1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14);
+#else
+    v += SWAP(v, 4, 5, 6, 7, 0, 1, 2, 3);
+    v += SWAP(v, 2, 3, 0, 1, 6, 7, 4, 5);
+    v += SWAP(v, 1, 0, 3, 2, 5, 4, 7, 6);
+#endif
+    return v[0];
 }
 
 /* out[r * out_row + j] = scales[r] * <x[r], w[j]> for `count` rows and 2 others, all k long. */

@@ -5,8 +5,8 @@ D head size, B sequences of a group, Q query tokens of each, C context tokens of
 
 The model's own code calls `attention_forward` in every layer; the step's plan comes through the keywords.
 Rows of sequences that can be computed alike are grouped: all decodes together, fresh prompts of one length
-together over the keys at hand, other chunks one by one over gathered blocks. The CPU's compiled form of decodes
-reads keys and values where they lie; elsewhere these are gathered, too.
+together over the keys at hand, other chunks one by one over gathered blocks. The CPU's compiled form of
+decodes reads keys and values where they lie; elsewhere these are gathered, too.
 """
 
 from __future__ import annotations
