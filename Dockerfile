@@ -6,7 +6,7 @@
 # --shm-size: requests and replies pass between tritonserver and the front ends in /dev/shm, of which Docker gives 64 MB.
 FROM nvcr.io/nvidia/tritonserver:26.08-py3
 
-# Triton kernels are compiled when they are first used, and their launchers with the system's C compiler.
+# Triton kernels are compiled when they are first used, their launchers and the CPU kernels with the system's C compiler.
 RUN apt-get update \
     && apt-get install -y --no-install-recommends gcc libc6-dev python3-dev \
     && rm -rf /var/lib/apt/lists/*
@@ -34,6 +34,7 @@ RUN /usr/bin/python3 -m pip --python "$VIRTUAL_ENV/bin/python" install --no-cach
 # Nothing is fetched at run time: models and adapters are what is mounted.
 ENV HF_HUB_OFFLINE=1 \
     TRITON_CACHE_DIR=/var/cache/manylora/triton \
+    XDG_CACHE_HOME=/var/cache \
     PYTHONDONTWRITEBYTECODE=1
 USER 1000:1000
 WORKDIR /tmp
