@@ -37,7 +37,7 @@ def bed(base_model: Path, own_root: Path) -> Iterator[Bed]:
 
 
 def check(bed: Bed, report: Report) -> None:
-    """Assert what holds for every fault: each client saw one end and no wrong answer; nothing stays behind."""
+    """Assert what holds for every fault: each client saw one end, none a wrong answer; nothing is left."""
     assert report.outcomes.total() == ALL
     assert not report.outcomes.keys() & {HUNG, WRONG}, report.outcomes
     status = wait_idle(bed.server)

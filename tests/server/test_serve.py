@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import select
 import signal
 import socket
 import subprocess
@@ -13,6 +12,7 @@ import urllib.request
 from pathlib import Path
 
 import pytest
+from faults.anatomy import descendants, shared_memory_of, wait_until_gone
 from google.protobuf import text_format
 from manylora.errors import UnavailableError
 from manylora.serve import processes, repository
@@ -38,40 +38,6 @@ def ask(server: RunningServer, model: str = "llm", **parameters: object) -> dict
         return dict(json.loads(text))
     events = [json.loads(event.removeprefix("data: ")) for event in text.split("\n\n")]
     return {**events[-1], "text_output": "".join(event["text_output"] for event in events)}
-
-
-def descendants(pid: int) -> list[int]:
-    found = processes.children(pid)
-    for child in list(found):
-        found += descendants(child)
-    return found
-
-
-def tritonserver_of(server: RunningServer) -> int:
-    (found,) = (pid for pid in processes.children(server.pid) if "tritonserver" in processes.command(pid)[0])
-    return found
-
-
-def shared_memory_of(server: RunningServer) -> set[Path]:
-    (prefix,) = (
-        word.rpartition("=")[2]
-        for word in processes.command(tritonserver_of(server))
-        if "shm-region-prefix-name" in word
-    )
-    return set(Path("/dev/shm").glob(f"{prefix}*"))
-
-
-def wait_until_gone(pids: list[int]) -> None:
-    for pid in pids:
-        try:
-            handle = os.pidfd_open(pid)
-        except ProcessLookupError:
-            continue
-        try:
-            readable, _, _ = select.select([handle], [], [], TIMEOUT_S)
-        finally:
-            os.close(handle)
-        assert readable, f"process {pid} {processes.command(pid)} is still there"
 
 
 @pytest.mark.parametrize(
@@ -186,6 +152,33 @@ def test_a_model_that_does_not_load_says_why_and_leaves_nothing(tmp_path):
     assert "[INVALID_ARG]" in done.stderr
     assert str(tmp_path) in done.stderr
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["server.log"]
+
+
+def test_a_front_end_that_dies_while_it_starts_ends_the_start(base_model, tmp_path):
+    command = [
+        sys.executable,
+        "-m",
+        "manylora.cli",
+        "serve",
+        "--base-model",
+        base_model,
+        "--run-dir",
+        tmp_path,
+    ]
+    command += ["--http-port=0", "--grpc-port=0", "--metrics-port=0"]
+    tmp_path.chmod(0o700)
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        # Once it has shown that it starts the engine, long before that one is ready.
+        while not (tmp_path / "llm.owner").exists():
+            assert process.poll() is None
+        pids = descendants(process.pid)
+        (stub,) = (pid for pid in pids if any("/llm/1/model.py" in word for word in processes.command(pid)))
+        os.kill(stub, signal.SIGKILL)
+        said = process.communicate(timeout=TIMEOUT_S)[1]
+    assert process.returncode == 1
+    assert "tritonserver did not start" in said or "has died" in said
+    assert [pid for pid in pids if processes.is_alive(pid)] == []
+    assert [path.name for path in tmp_path.iterdir()] == ["server.log"]
 
 
 def test_sigterm_leaves_no_process_no_shared_memory_and_no_file(base_model, adapter_root):

@@ -51,9 +51,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--exit-timeout",
         type=_seconds,
-        default=30,
+        default=15,
         metavar="S",
-        help="for what is in flight (default: %(default)s)",
+        help="for what is in flight to finish; what is left then fails (default: %(default)s)",
     )
 
 

@@ -18,14 +18,16 @@ from manylora.serve.installation import Installation
 from manylora.serve.ports import Ports
 
 SHARED_MEMORY = Path("/dev/shm")
-UNLOAD_GRACE_S = 30.0
-"""What tritonserver gets beyond its exit timeout, to unload the models, which end the engine."""
+UNLOAD_GRACE_S = 10
+"""What tritonserver gets once nothing is in flight any more, to unload the models, which end the engine."""
 CHILDREN_GRACE_S = 5.0
 """What the engine gets to end by itself once tritonserver and its stubs are gone."""
 
 MAX_STOPPED_LOOKS = 12
 """Looks in a row at a process that a signal holds. Where all were stopped, we too, not all go on at once."""
 
+ENGINE = "manylora.engine.process"
+"""In the command line of the engine."""
 MAX_LINE = 400
 """Characters of a log line that are shown."""
 
@@ -64,7 +66,7 @@ class TritonServer:
             f"--http-port={ports.http}",
             f"--grpc-port={ports.grpc}",
             f"--metrics-port={ports.metrics}",
-            f"--exit-timeout-secs={exit_timeout_s}",
+            f"--exit-timeout-secs={exit_timeout_s + UNLOAD_GRACE_S}",
             f"--backend-config=python,shm-region-prefix-name={self._shm_prefix}",
         ]
         with log_path.open("ab") as log:
@@ -110,7 +112,9 @@ class TritonServer:
         return f"a signal has stopped a process (pid {', '.join(map(str, stopped))})"
 
     def stop(self, is_urgent: Callable[[], bool]) -> None:
-        """Stop in order: tritonserver finishes what is in flight, until its exit timeout; the rest is killed.
+        """Stop in order: what is in flight may finish until the exit timeout, and then ends with UNAVAILABLE.
+
+        What does not end in order is killed.
 
         Args:
             is_urgent: asked all the time; true means to kill at once.
@@ -118,12 +122,20 @@ class TritonServer:
         # With a dead stub, tritonserver would only wait for its exit timeout.
         if not self.problem():
             self._process.send_signal(signal.SIGTERM)
-            # After that time, tritonserver unloads the models, which may take a while too.
-            deadline = time.monotonic() + self._exit_timeout_s + UNLOAD_GRACE_S
-            while self.is_running and time.monotonic() < deadline and not is_urgent():
-                with contextlib.suppress(subprocess.TimeoutExpired):
-                    self._process.wait(0.2)
+            deadline = time.monotonic() + self._exit_timeout_s
+            self._await_end(deadline, is_urgent)
+            # The engine tells its clients before it ends. tritonserver alone would break their connections.
+            for pid in (child for stub in self._stubs for child in processes.children(stub)):
+                if ENGINE in processes.command(pid):
+                    with contextlib.suppress(ProcessLookupError):
+                        os.kill(pid, signal.SIGTERM)
+            self._await_end(deadline + UNLOAD_GRACE_S, is_urgent)
         self.kill()
+
+    def _await_end(self, deadline: float, is_urgent: Callable[[], bool]) -> None:
+        while self.is_running and time.monotonic() < deadline and not is_urgent():
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(0.2)
 
     def kill(self) -> None:
         """Stop at once. What is in flight is lost. Removes what tritonserver leaves behind."""

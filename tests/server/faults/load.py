@@ -40,7 +40,7 @@ class Report:
     last_end_s: float
     """From the fault to the moment when the last client had its answer or its error."""
     recovery_s: float
-    """From the fault to the next right answer."""
+    """From the fault to the next right answers; of a server that was stopped, to its last process's end."""
 
     @property
     def outcomes(self) -> Counter[str]:
@@ -84,8 +84,16 @@ class Bed:
                         time.sleep(0.05)
                     assert found == self.right[name], f"{name or 'base model'} answers wrongly"
 
-    def suffer(self, fault: str, inject: Callable[[], None], *, max_tokens: int = MAX_TOKENS) -> Report:
-        """Put a fault into the server while clients are being answered, and see them and it through."""
+    def suffer(
+        self, fault: str, inject: Callable[[], None], *, max_tokens: int = MAX_TOKENS, is_last: bool = False
+    ) -> Report:
+        """Put a fault into the server while clients are being answered, and see them and it through.
+
+        Args:
+            inject: makes the fault.
+            max_tokens: of each client's answer.
+            is_last: no answer is expected afterwards.
+        """
         seen = [Seen() for _ in range(NUM_STREAMS + NUM_WHOLE)]
         flowing = threading.Semaphore(0)
         with self.connect() as client:
@@ -103,7 +111,8 @@ class Bed:
             inject()
             for thread in threads:
                 thread.join(max(0.0, began + DONE_S - time.monotonic()))
-        self.wait_right()
+        if not is_last:
+            self.wait_right()
         return Report(
             fault=fault,
             seen=seen,

@@ -9,13 +9,16 @@ import signal
 from collections.abc import Callable
 from pathlib import Path
 
-from manylora_client import Client, ManyloraClientError
+import pytest
+from manylora_client import Client, ManyloraClientError, Unavailable
 
-from faults.anatomy import engine_of, stub_of, tritonserver_of, wait_until_gone
+from faults.anatomy import Remains, engine_of, stub_of, tritonserver_of, wait_until_gone
 from faults.load import PROMPT, Bed, Report
 
 LONG = 400
 """Tokens of a load that a fault always meets."""
+MAX_ANSWER = 2000
+"""Tokens that nothing computes in a second."""
 SLOW = 64
 """Tokens that the engine has computed long before a slow client reads the last."""
 
@@ -112,6 +115,36 @@ def tritonserver_killed(bed: Bed) -> Report:
         lambda: os.kill(tritonserver_of(bed.server), signal.SIGKILL),
         max_tokens=LONG,
     )
+
+
+def server_terminated(bed: Bed) -> Report:
+    """`manylora serve` is asked to stop. The time of recovery is that of the end of its last process."""
+    remains = Remains.of(bed.server)
+
+    def inject() -> None:
+        os.kill(bed.server.pid, signal.SIGTERM)
+        wait_until_gone([bed.server.pid, *remains.pids])
+
+    report = bed.suffer("manylora serve stopped (SIGTERM)", inject, max_tokens=LONG, is_last=True)
+    assert remains.left() == []
+    return report
+
+
+def queue_full(bed: Bed) -> Report:
+    """The load alone is more than a server with a small `max_waiting` takes."""
+    return bed.suffer("queue full", lambda: None)
+
+
+def deadlines_pass(bed: Bed) -> Report:
+    """Two clients allow too little time: for one it passes at once, for the other in its answer."""
+
+    def inject() -> None:
+        with bed.connect() as client:
+            for deadline_ms in (1, 1500):
+                with pytest.raises(Unavailable, match="deadline"):
+                    client.generate(PROMPT, max_tokens=MAX_ANSWER, ignore_eos=True, deadline_ms=deadline_ms)
+
+    return bed.suffer("deadlines pass", inject)
 
 
 def clients_leave(bed: Bed, num_requests: int = 1000) -> Report:

@@ -1,0 +1,112 @@
+"""Puts every fault into a running server under load; prints what the clients saw and how long it took.
+
+32 streams and 4 whole requests, over gRPC, on the base model and three adapters in turn. The same faults are
+asserted, without times, by tests/server/test_faults_*.py.
+
+    python bench/faults.py --save
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import datetime
+import platform
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+from manylora.serve.background import running_server
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT / "examples"), str(ROOT / "tests" / "server")]
+from faults import scenarios  # noqa: E402  # lies in tests/server/, which is no package
+from faults.load import HUNG, WRONG, Bed, Report  # noqa: E402
+from make_adapters import make_adapter  # noqa: E402
+
+PROMISED_S = 2.0
+"""Within which clients of a killed engine have their error."""
+ADAPTERS = ("one", "two", "three")
+EXTRA = "four"
+COLUMNS = ["date", "commit", "device", "fault", "clients", "last_end_s", "recovery_s"]
+
+
+def faults(bed: Bed, root: Path) -> list[Callable[[], Report]]:
+    """In an order in which none disturbs the next."""
+    return [
+        lambda: scenarios.adapter_files_change_while_serving(bed, root),
+        lambda: scenarios.adapter_files_change_while_loading(bed, root, EXTRA),
+        lambda: scenarios.clients_leave(bed),
+        lambda: scenarios.slow_reader(bed),
+        lambda: scenarios.engine_killed(bed),
+        lambda: scenarios.engine_stopped(bed),
+        lambda: scenarios.engine_killed_while_it_loads(bed, root, EXTRA),
+        lambda: scenarios.engine_killed_at_start(bed),
+        lambda: scenarios.engine_out_of_memory(bed),
+        lambda: scenarios.front_end_killed(bed, "llm"),
+        lambda: scenarios.front_end_killed(bed, "llm_stream"),
+        lambda: scenarios.front_end_stopped(bed, "llm_stream"),
+        lambda: scenarios.tritonserver_killed(bed),
+    ]
+
+
+def table(reports: list[Report]) -> str:
+    """Markdown."""
+    lines = ["| fault | clients saw | last of them after | right answers again after |", "|---|---|---|---|"]
+    lines += [f"| {r.fault} | {outcomes(r)} | {r.last_end_s:.1f} s | {r.recovery_s:.1f} s |" for r in reports]
+    return "\n".join(lines)
+
+
+def outcomes(report: Report) -> str:
+    return ", ".join(f"{count} {outcome}" for outcome, count in report.outcomes.most_common())
+
+
+def save(reports: list[Report]) -> None:
+    """Append the reports to bench/results/faults.csv."""
+    path = ROOT / "bench" / "results" / "faults.csv"
+    is_new = not path.exists()
+    git = ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"]
+    commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
+    with path.open("a", newline="") as file:
+        writer = csv.writer(file)
+        if is_new:
+            writer.writerow(COLUMNS)
+        for r in reports:
+            times = [f"{r.last_end_s:.2f}", f"{r.recovery_s:.2f}"]
+            day = datetime.date.today().isoformat()
+            writer.writerow([day, commit, platform.processor() or "cpu", r.fault, outcomes(r), *times])
+
+
+def main() -> int:
+    """Run all faults.
+
+    Returns: 1 if a client hung or had a wrong answer, or a killed engine's clients waited for too long.
+    """
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--base-model", type=Path, default=ROOT / ".build" / "base_model", metavar="DIR")
+    parser.add_argument("--save", action="store_true", help="append the rows to bench/results/faults.csv")
+    options = parser.parse_args()
+    reports: list[Report] = []
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder) / "adapters"
+        for seed, name in enumerate((*ADAPTERS, EXTRA)):
+            make_adapter(root / name, options.base_model, rank=16, seed=seed)
+        with running_server(base_model=options.base_model, adapter_root=root) as server:
+            for fault in faults(Bed(server, ADAPTERS), root):
+                reports.append(fault())
+                print(f"{reports[-1].fault}: {outcomes(reports[-1])}", file=sys.stderr)
+    print(table(reports))
+    if options.save:
+        save(reports)
+    seen = {outcome for report in reports for outcome in report.outcomes}
+    killed = next(r for r in reports if r.fault == "engine killed (SIGKILL)")
+    is_late = killed.last_end_s > PROMISED_S
+    if is_late:
+        print(f"clients of a killed engine waited {killed.last_end_s:.1f} s; promised are {PROMISED_S:g} s")
+    return 1 if is_late or seen & {HUNG, WRONG} else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
