@@ -179,10 +179,17 @@ def test_preemption_takes_the_youngest_and_loses_no_token() -> None:
     assert scheduler.blocks.num_free == 4
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=120, deadline=None)
 @given(
     st.lists(
-        st.tuples(st.integers(1, 20), st.sampled_from(["", "a", "b", "c", "d"]), st.integers(1, 9)),
+        st.tuples(
+            st.integers(1, 20),
+            st.sampled_from(["", "a", "b", "c", "d"]),
+            st.integers(1, 9),
+            st.sampled_from([0, 0, 1, -1]),
+            st.sampled_from([0.0, 0.0, 4.0, 12.0]),
+            st.integers(0, 20),
+        ),
         min_size=1,
         max_size=25,
     ),
@@ -191,22 +198,39 @@ def test_preemption_takes_the_youngest_and_loses_no_token() -> None:
     st.integers(2, 4),
 )
 def test_any_mix_of_sequences_ends(
-    wanted: list[tuple[int, str, int]], num_blocks: int, cancelled: set[int], num_places: int
+    wanted: list[tuple[int, str, int, int, float, int]],
+    num_blocks: int,
+    cancelled: set[int],
+    num_places: int,
 ) -> None:
+    """One turn is one second. The last number of each is the turn in which it comes."""
     scheduler = make(num_blocks=num_blocks, num_places=num_places, max_model_len=30)
-    sequences = [sequence(n, p, a, max_tokens=m) for n, (p, a, m) in enumerate(wanted)]
-    for s in sequences:
-        scheduler.add(s)
+    sequences = []
+    for number, (prompt, adapter, max_tokens, priority, deadline_s, _) in enumerate(wanted):
+        sequences.append(sequence(number, prompt, adapter, max_tokens=max_tokens))
+        sequences[-1].priority, sequences[-1].deadline_s = priority, deadline_s
     for turn in range(1000):
-        if turn in cancelled and turn < len(sequences) and sequences[turn].state is not State.ENDED:
+        for s, (*_, comes) in zip(sequences, wanted, strict=True):
+            if comes == turn:
+                scheduler.add(s)
+        if (
+            turn in cancelled
+            and turn < len(sequences)
+            and sequences[turn] in [*scheduler.waiting, *scheduler.running]
+        ):
             scheduler.remove(sequences[turn])
-        if not scheduler.waiting and not scheduler.running:
+        scheduler.expire(float(turn))
+        if scheduler.waiting or scheduler.running:
+            assert step(scheduler), "sequences wait, nothing runs"
+        elif turn > 20:
             break
-        assert step(scheduler), "sequences wait, nothing runs"
+    missed = [s for s, _ in scheduler.failed]
     assert all(s.state is State.ENDED for s in sequences)
+    assert all(s.deadline_s for s in missed)
+    assert scheduler.deadlines.num_missed == len(missed)
     assert scheduler.blocks.num_free == num_blocks
     assert all(
         s.num_generated == min(s.params.max_tokens, 30 - s.num_prompt)
         for n, s in enumerate(sequences)
-        if n not in cancelled
+        if n not in cancelled and s not in missed
     )

@@ -36,6 +36,12 @@ class Wanted:
     adapter: str
     prompt: int
     max_tokens: int
+    priority: int = 0
+    patience: int = 0
+    """Turns until the deadline; 0: none."""
+    scale: float = 1.0
+    token: int | None = None
+    """What the prompt consists of; None: something of its own, so that no prefix is shared."""
 
 
 @dataclass
@@ -49,6 +55,8 @@ class World:
     num_blocks: int
     live: list[Sequence] = field(default_factory=list)
     num_added: int = 0
+    num_turns: int = 1
+    """The clock of deadlines."""
     may_read: threading.Event = field(default_factory=threading.Event)
     num_read: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(0))
 
@@ -82,17 +90,19 @@ class World:
         return AdapterWeights(version=directory.name, scale=1.0, max_rank=16 * pages, kinds=(kind,))
 
     def add(self, wanted: Wanted) -> Sequence:
-        lease = self.registry.acquire(wanted.adapter) if wanted.adapter else None
+        lease = self.registry.acquire(wanted.adapter, wanted.priority) if wanted.adapter else None
         sequence = Sequence(
             id=self.num_added,
             session=None,
-            # Its own, so that no prefix is shared and blocks run out.
-            token_ids=[self.num_added] * wanted.prompt,
+            token_ids=[100 + self.num_added if wanted.token is None else wanted.token] * wanted.prompt,
             num_prompt=wanted.prompt,
             params=SamplingParams(max_tokens=wanted.max_tokens),
             seed=0,
             lease=lease,
             adapter_id=wanted.adapter,
+            adapter_scale=wanted.scale,
+            priority=wanted.priority,
+            deadline_s=float(self.num_turns + wanted.patience) if wanted.patience else 0.0,
         )
         self.num_added += 1
         self.scheduler.add(sequence)
@@ -105,11 +115,19 @@ class World:
             self.registry.release(sequence.lease)
 
     def turn(self) -> bool:
-        """One turn of the loop; loads that it starts end behind it. False: nothing ran."""
+        """One turn of the loop; loads that it starts end behind it. False: nothing ran and nothing ended."""
         self.may_read.clear()
+        self.num_turns += 1
+        self.scheduler.expire(float(self.num_turns))
+        num_missed = len(self.scheduler.failed)
+        for sequence, _ in self.scheduler.failed:
+            assert 0 < sequence.deadline_s <= self.num_turns
+            self.end(sequence)
+        self.scheduler.failed.clear()
         self.registry.poll()
         batch = self.scheduler.schedule()
         assert self.scheduler.failed == []
+        assert all(not 0 < s.deadline_s <= self.num_turns for s in self.scheduler.running)
         if batch is not None:
             for item in batch.sampling_items:
                 item.next_id = 7
@@ -121,7 +139,7 @@ class World:
         leases = [s.lease for s in self.live if s.lease is not None]
         for _ in {lease.adapter_id for lease in leases if lease.state == "loading"}:
             self.num_read.acquire()
-        return batch is not None
+        return batch is not None or num_missed > 0
 
     def run(self) -> None:
         """Turn until all have ended. What runs in none of three turns never will."""
@@ -149,7 +167,7 @@ def test_a_preempted_sequence_and_an_older_one_do_not_wait_for_each_other(root: 
     assert world.scheduler.num_preemptions > 0
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=120, deadline=None)
 @given(data=st.data())
 def test_any_rotation_of_adapters_ends(root: Path, data: st.DataObject) -> None:
     max_loras = data.draw(st.integers(1, 2))
@@ -161,7 +179,14 @@ def test_any_rotation_of_adapters_ends(root: Path, data: st.DataObject) -> None:
         num_blocks=data.draw(st.integers(6, 10)),
     )
     wanted = st.builds(
-        Wanted, st.sampled_from(["", *NAMES]), prompt=st.integers(1, 12), max_tokens=st.integers(1, 14)
+        Wanted,
+        st.sampled_from(["", *NAMES]),
+        prompt=st.integers(1, 12),
+        max_tokens=st.integers(1, 14),
+        priority=st.sampled_from([0, 0, 0, 1, 2, -1]),
+        patience=st.sampled_from([0, 0, 0, 1, 5, 20]),
+        scale=st.sampled_from([1.0, 1.0, 2.0, 0.0]),
+        token=st.sampled_from([None, None, None, 1, 2]),
     )
     for item in data.draw(st.lists(wanted, min_size=1, max_size=14)):
         added = world.add(item)

@@ -352,6 +352,55 @@ def test_a_slot_goes_to_the_oldest_lease(bench: Bench) -> None:
     registry.release(again)
 
 
+def test_a_slot_goes_to_the_highest_priority_and_then_to_the_oldest_lease(bench: Bench) -> None:
+    bench.write("a", "b", "c", "d")
+    registry = bench.registry(max_loras=1, max_cpu_loras=1)
+    a = bench.ready(registry, "a")
+    assert registry.try_activate(a)
+    b, c, d = (registry.acquire(name, priority) for name, priority in (("b", 0), ("c", 5), ("d", 5)))
+    registry.release(a)
+    bench.settle(registry, b, c, d)
+    assert [lease.state for lease in (b, c, d)] == ["queued", "ready", "queued"]
+    registry.release(c)
+    bench.settle(registry, b, d)
+    assert [lease.state for lease in (b, d)] == ["queued", "ready"]
+    registry.release(d)
+    bench.settle(registry, b)
+    assert b.state == "ready"
+    registry.release(b)
+
+
+def test_what_waits_only_gives_way_to_a_higher_priority_that_comes_later(bench: Bench) -> None:
+    bench.write("a", "b", "c")
+    registry = bench.registry(max_loras=1, max_cpu_loras=1)
+    a = bench.ready(registry, "a")
+    lower, higher = registry.acquire("b", -1), registry.acquire("c", 1)
+    bench.settle(registry, a, lower, higher)
+    assert [lease.state for lease in (a, lower, higher)] == ["queued", "queued", "ready"]
+    registry.release(higher)
+    bench.settle(registry, a, lower)
+    assert [lease.state for lease in (a, lower)] == ["ready", "queued"]
+    registry.release(a)
+    registry.release(lower)
+
+
+def test_one_lease_of_high_priority_brings_its_adapter_forward_while_it_lasts(bench: Bench) -> None:
+    bench.write("a", "b", "c")
+    registry = bench.registry(max_loras=1, max_cpu_loras=1)
+    a = bench.ready(registry, "a")
+    assert registry.try_activate(a)
+    b, c, hurried = registry.acquire("b"), registry.acquire("c"), registry.acquire("c", 9)
+    registry.release(hurried)
+    registry.release(a)
+    bench.settle(registry, b, c)
+    assert (b.state, c.state) == ("ready", "queued")
+    hurried = registry.acquire("c", 9)
+    bench.settle(registry, b, c, hurried)
+    assert [lease.state for lease in (b, c, hurried)] == ["queued", "ready", "ready"]
+    for lease in (b, c, hurried):
+        registry.release(lease)
+
+
 def test_a_running_adapter_does_not_give_way_to_an_older_lease(bench: Bench, llama_spec: ModelSpec) -> None:
     bench.write("a", "b")
     registry = bench.registry(max_loras=1, max_cpu_loras=1)

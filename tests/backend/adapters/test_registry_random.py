@@ -96,11 +96,11 @@ class Machine(RuleBasedStateMachine):
         self.reading: list[str] = []
         """Loads in the order in which they were begun; the loader's threads work on the first ones."""
 
-    @rule(name=st.sampled_from(sorted(RANKS)))
-    def acquire(self, name: str) -> None:
+    @rule(name=st.sampled_from(sorted(RANKS)), priority=st.sampled_from([0, 0, 1, -1]))
+    def acquire(self, name: str, priority: int) -> None:
         had_failed = self.state_of(name) == "failed"
         try:
-            self.leases.append(self.registry.acquire(name))
+            self.leases.append(self.registry.acquire(name, priority))
         except InvalidArgumentError:
             assert had_failed
 
