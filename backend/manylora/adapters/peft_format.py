@@ -32,6 +32,8 @@ from manylora.model.spec import ModelSpec
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
+_MAX_SCALING = torch.finfo(torch.float32).max
+"""A step's scalings are float32."""
 PICKLE_NAMES = ("adapter_model.bin", "adapter_model.pt", "adapter_model.pth", "pytorch_model.bin")
 
 
@@ -217,6 +219,9 @@ def _lay_out(
     reasons = Reasons()
     if not scale:
         reasons.invalid("nothing to apply: lora_alpha is 0 for every linear")
+    for bound in bounds:
+        if abs(bound.target.scaling) > _MAX_SCALING:
+            reasons.invalid("the scaling is beyond what float32 holds", bound.linear.path)
     kinds: list[KindWeights | None] = []
     modules: dict[str, ModuleBinding] = {}
     for index, kind in enumerate(spec.kinds):
@@ -259,7 +264,11 @@ def _fill(
     are_finite = _check_finite(a_RK, bound.a, reasons) and _check_finite(b_NR, bound.b, reasons)
     ratio = bound.target.scaling / scale if scale else 0.0
     if ratio != 1.0:
+        was_zero = not bool(b_NR.any())
         b_NR = b_NR.to(torch.float64 if b_NR.dtype == torch.float64 else torch.float32) * ratio
+        if bound.target.scaling and not was_zero and not bool(b_NR.any()):
+            # Refused, since the linear would silently be left out.
+            reasons.invalid("the scaling is too far below the adapter's other ones", bound.linear.path)
     for first in range(0, rank, PAGE_ROWS):
         last = min(first + PAGE_ROWS, rank)
         page, count = first // PAGE_ROWS, last - first

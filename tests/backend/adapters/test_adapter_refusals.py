@@ -407,13 +407,28 @@ def test_a_value_over_the_pools_range_is_refused(
     assert refused.message == f"tensors hold values too large for lora_dtype={name}: '{Q}.lora_A.weight'"
 
 
-@pytest.mark.parametrize("alpha", [1e9, 1e300], ids=["over float16", "over float32"])
+@pytest.mark.parametrize("alpha", [1e9, 1e39], ids=["over float16", "near float32's end"])
 def test_a_folded_scaling_over_the_pools_range_is_refused(
     write: Write, llama_spec: ModelSpec, alpha: float
 ) -> None:
     refused = refuse(write(alpha_pattern={"o_proj": alpha}), llama_spec, dtype=torch.float16)
     names = O_PATHS.replace("'model", "'base_model.model.model").replace("o_proj'", "o_proj.lora_B.weight'")
     assert refused.message == f"tensors hold values too large for lora_dtype=float16: {names}"
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"lora_alpha": 1e300}, "the scaling is beyond what float32 holds"),
+        ({"alpha_pattern": {"o_proj": -1e300}}, "the scaling is beyond what float32 holds"),
+        ({"alpha_pattern": {"q_proj": 1e39, "o_proj": 1e-20}}, "the scaling is too far below"),
+    ],
+    ids=["of all", "of some", "lost beside another"],
+)
+def test_a_scaling_that_would_be_lost_is_refused(
+    write: Write, llama_spec: ModelSpec, settings: dict[str, Any], message: str
+) -> None:
+    assert message in refuse(write(**settings), llama_spec).message
 
 
 def test_a_module_with_scaling_zero_leaves_the_others(write: Write, llama_spec: ModelSpec) -> None:

@@ -1,0 +1,124 @@
+"""Hostile requests and adapters in small numbers; bench/hostile.py sends them by the thousand."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from harness import TRAINED, Peft, Wanted
+from hostile_input import campaign
+from hostile_input.adapters import write_mutants
+from hostile_input.case import Asked, Case, GrpcCall, HttpCall, Known, Outcome, Reply
+from hostile_input.grammar import Grammar
+from hostile_input.judge import find_faults
+from manylora.serve.background import RunningServer, running_server
+
+SEED = 1
+NUM_REQUESTS = 300
+NUM_ADAPTERS = 60
+
+Answers = tuple[list[tuple[str, str]], list[Wanted]]
+
+
+@pytest.fixture(scope="module")
+def hostile_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("hostile")
+    for name in TRAINED:
+        shutil.copytree(Path(__file__).resolve().parents[2] / "examples" / "adapters" / name, root / name)
+    write_mutants(root, SEED, NUM_ADAPTERS)
+    return root
+
+
+@pytest.fixture(scope="module")
+def known(base_model: Path, hostile_root: Path) -> Answers:
+    return campaign.known_answers(Peft(base_model, hostile_root), TRAINED)
+
+
+@pytest.fixture(scope="module")
+def small_server(base_model: Path, hostile_root: Path) -> Iterator[RunningServer]:
+    """A server whose sequences are short, so that no hostile request is a long one."""
+    with running_server(
+        base_model=base_model, adapter_root=hostile_root, arguments=campaign.SETTINGS
+    ) as running:
+        yield running
+
+
+def check(result: campaign.Result) -> None:
+    shown = [f"case {f.case.index} ({f.case.kind}): {f.what}\n{f.case.wire!r:.1000}" for f in result.faults]
+    assert shown + result.server_faults == []
+
+
+def test_hostile_requests_are_each_answered_once_and_rightly(small_server: RunningServer, known: Answers):
+    grammar = Grammar(SEED, known[0])
+    result = campaign.run(small_server, map(grammar.case, range(NUM_REQUESTS)), known[1])
+    check(result)
+    assert result.num_cases.total() == NUM_REQUESTS
+    assert set(result.num_cases) == set(grammar.kinds)
+
+
+def test_mutated_adapters_are_refused_or_served(small_server: RunningServer, known: Answers):
+    names = [f"m{index:04}" for index in range(NUM_ADAPTERS)]
+    result = campaign.run_adapters(small_server, names, *known)
+    check(result)
+    ends = [end for counts in result.ends.values() for end in counts]
+    assert {"served", "INVALID_ARG"} <= set(ends)
+
+
+def test_a_case_depends_on_its_seed_and_number_alone():
+    prompts = [("", "The sea is"), ("pirate", "Hello")]
+    cases = [Grammar(7, prompts).case(index) for index in range(100)]
+    assert cases == [Grammar(7, prompts).case(index) for index in range(100)]
+    assert cases != [Grammar(8, prompts).case(index) for index in range(100)]
+
+
+OUTPUTS = {
+    "text_output": ("BYTES", [1, 1], [b" blue"]),
+    "output_ids": ("INT32", [1, 1], [4]),
+    "finish_reason": ("BYTES", [1, 1], [b"length"]),
+    "num_input_tokens": ("INT32", [1, 1], [3]),
+    "num_output_tokens": ("INT32", [1, 1], [1]),
+    "logprobs": ("BYTES", [1, 1], [b""]),
+    "adapter_version": ("BYTES", [1, 1], [b""]),
+}
+ANSWERS = [Wanted([4], [1.0])]
+HTTP = HttpCall(path="/v2/models/llm/infer", body=b"")
+STREAM = GrpcCall(messages=(b"",), is_stream=True)
+RIGHT = Asked(expects="answer", known=(Known(place=0, num_tokens=1),))
+WRONG_IDS = {**OUTPUTS, "output_ids": ("INT32", [1, 1], [5])}
+NO_REASON = {**OUTPUTS, "finish_reason": ("BYTES", [1, 1], [b""])}
+
+
+def outcome(*replies: Reply, request_id: str = "", num_final: int = 1) -> Outcome:
+    return Outcome(replies={request_id: list(replies)}, num_final={request_id: num_final})
+
+
+@pytest.mark.parametrize(
+    ("wire", "asked", "met", "words"),
+    [
+        (HTTP, RIGHT, outcome(Reply(outputs=OUTPUTS)), ""),
+        (HTTP, RIGHT, outcome(Reply(outputs=WRONG_IDS)), "wrong answer"),
+        (HTTP, RIGHT, outcome(Reply(outputs=NO_REASON)), "finish reasons"),
+        (HTTP, RIGHT, outcome(Reply(error="[INVALID_ARG] x", status="400")), "refused, and should not be"),
+        (HTTP, Asked(), outcome(Reply(outputs={"text_output": OUTPUTS["text_output"]})), "outputs"),
+        (HTTP, Asked(), outcome(Reply(error="[INVALID_ARG] x", status="400")), ""),
+        (HTTP, Asked(), outcome(Reply(error="[INVALID_ARG] x", status="500")), "status 500"),
+        (HTTP, Asked(), outcome(Reply(error="[INTERNAL] x", status="500")), "a fault of ours"),
+        (HTTP, Asked(), outcome(Reply(error="Not Found", status="404")), ""),
+        (HTTP, Asked(), outcome(Reply(error="KeyError: 'x'", status="500")), "no known form"),
+        (HTTP, Asked(expects="refusal"), outcome(Reply(outputs=OUTPUTS)), "served, and should not be"),
+        (HTTP, Asked(), Outcome(end="timed out"), "no end"),
+        (HTTP, Asked(), Outcome(end="closed"), "closed without an answer"),
+        (HTTP, Asked(), Outcome(), "no reply"),
+        (STREAM, RIGHT, outcome(Reply(outputs=OUTPUTS), request_id="r0"), ""),
+        (STREAM, RIGHT, outcome(Reply(outputs=OUTPUTS), request_id="r0", num_final=2), "2 final replies"),
+        (STREAM, RIGHT, outcome(Reply(outputs=OUTPUTS), request_id="r0", num_final=0), "0 final replies"),
+        (STREAM, RIGHT, outcome(Reply(outputs=OUTPUTS), request_id="r9"), "no reply"),
+    ],
+    ids=lambda value: value.replace(" ", "-") if isinstance(value, str) else "",
+)
+def test_what_is_wrong_is_found(wire: HttpCall | GrpcCall, asked: Asked, met: Outcome, words: str):
+    faults = find_faults(Case(index=0, kind="known", wire=wire, asked=(asked,)), met, ANSWERS)
+    assert bool(faults) == bool(words)
+    assert words in "".join(faults)
