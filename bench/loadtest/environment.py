@@ -1,0 +1,43 @@
+"""Where and with what a benchmark runs."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import subprocess
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def commit() -> str:
+    """The checkout's commit, with `-dirty` if files differ from it; empty outside a checkout."""
+    command = ["git", "describe", "--always", "--dirty", "--exclude=*"]
+    try:
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
+    except FileNotFoundError:
+        return ""
+
+
+def device_name() -> str:
+    """The GPU, or the processor and how many of its cores this process may use."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    try:
+        found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    except OSError:
+        found = None
+    num_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return f"{found[1].strip() if found else platform.machine()}, {num_cores} cores"
+
+
+def package_version(name: str) -> str:
+    """Of an installed package; empty if it is not there."""
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return ""

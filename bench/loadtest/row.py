@@ -1,0 +1,211 @@
+"""One line of results: one target on one case, as the table shows it and the CSV keeps it."""
+
+from __future__ import annotations
+
+import csv
+import statistics
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import numpy as np
+
+from loadtest.record import Round
+from loadtest.workload import Case
+
+PERCENTILES = (50, 90, 99)
+COUNTERS = ("steps", "host_loads", "device_copies", "preemptions", "prefix_hit_tokens")
+"""Of the engine's counters, those that say whether a run was what it was meant to be."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Setting:
+    """What all rows of one run share."""
+
+    run: str
+    """When it began, UTC, ISO 8601."""
+    label: str
+    """Names runs that belong to one table or plot of RESULTS.md; empty: none."""
+    commit: str
+    device: str
+    threads: int
+    python: str
+    torch: str
+    transformers: str
+    peft: str
+    model: str
+    dtype: str
+    rank: str
+    skew: str
+    requests: int
+    prompt: str
+    output: str
+    seed: int
+    options: str
+    """Settings of the engine that are not the benchmark's own, KEY=VALUE."""
+    rounds: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Row(Setting):
+    """A setting, a case, a target and what was measured. None where it was not."""
+
+    target: str
+    mix: str
+    """base or mixed"""
+    adapters: int
+    arrival: str
+    """at-once, poisson or closed"""
+    rate_per_s: float
+    clients: int
+    req_s: float
+    tok_s: float
+    """Median of the rounds; the least and the most follow."""
+    tok_s_min: float
+    tok_s_max: float
+    vs_base: float | None
+    """Tokens a second over the base model's by the same target, round by round: median, least, most."""
+    vs_base_min: float | None
+    vs_base_max: float | None
+    vs_first: float | None
+    """The same over the run's first target's on the same case."""
+    vs_first_min: float | None
+    vs_first_max: float | None
+    ttft_ms_p50: float | None
+    ttft_ms_p90: float | None
+    ttft_ms_p99: float | None
+    itl_ms_p50: float | None
+    itl_ms_p90: float | None
+    itl_ms_p99: float | None
+    e2e_ms_p50: float | None
+    e2e_ms_p90: float | None
+    e2e_ms_p99: float | None
+    errors: int
+    error_codes: str
+    """CODE=COUNT, separated by spaces."""
+    steps: int | None
+    host_loads: int | None
+    device_copies: int | None
+    preemptions: int | None
+    prefix_hit_tokens: int | None
+
+    @property
+    def load_label(self) -> str:
+        """The arrival process, for tables."""
+        if self.arrival == "poisson":
+            return f"{self.rate_per_s:g}/s"
+        return f"{self.clients} client{'s' * (self.clients != 1)}" if self.arrival == "closed" else "at once"
+
+    @property
+    def mix_label(self) -> str:
+        """The adapters, for tables."""
+        return f"{self.adapters} adapter{'s' * (self.adapters > 1)}" if self.adapters else "base"
+
+
+def percentiles_ms(values_s: Sequence[float]) -> tuple[float | None, ...]:
+    """The 50th, 90th and 99th percentile of seconds, in milliseconds; None where there are no values."""
+    if not values_s:
+        return (None,) * len(PERCENTILES)
+    return tuple(float(value) * 1000 for value in np.percentile(values_s, PERCENTILES))
+
+
+def ratio(upper: Sequence[Round], lower: Sequence[Round] | None) -> tuple[float | None, ...]:
+    """Tokens a second of one over another, round by round: neighbours in time are what compares.
+
+    Returns:
+        Median, least and most; None where there is nothing to compare with.
+    """
+    pairs = [(one.tokens_per_s, other.tokens_per_s) for one, other in zip(upper, lower or (), strict=False)]
+    found = [one / other for one, other in pairs if other]
+    return (statistics.median(found), min(found), max(found)) if found else (None, None, None)
+
+
+def make_row(
+    setting: Setting,
+    target: str,
+    case: Case,
+    rounds: Sequence[Round],
+    *,
+    base: Sequence[Round] | None = None,
+    first: Sequence[Round] | None = None,
+) -> Row:
+    """Summarise a target's rounds on a case: rates by round, latencies of all requests together.
+
+    Args:
+        base: the target's rounds on the base model, if they are others.
+        first: the first target's rounds on this case, if they are others.
+    """
+    answered = [record for one in rounds for record in one.records if not record.error]
+    firsts = [wait for record in answered if (wait := record.first_token_s()) is not None]
+    gaps = [gap for record in answered for gap in record.between_tokens_s()]
+    measured: dict[str, float | int | None] = {}
+    for name, values in (("ttft", firsts), ("itl", gaps), ("e2e", [r.latency_s for r in answered])):
+        for percentile, value in zip(PERCENTILES, percentiles_ms(values), strict=True):
+            measured[f"{name}_ms_p{percentile}"] = value
+    for name, others in (("vs_base", base), ("vs_first", first)):
+        for suffix, found in zip(("", "_min", "_max"), ratio(rounds, others), strict=True):
+            measured[name + suffix] = found
+    rates = [one.tokens_per_s for one in rounds]
+    errors: Counter[str] = sum((one.errors() for one in rounds), Counter())
+    has_counters = all(one.counters for one in rounds)
+    for name in COUNTERS:
+        measured[name] = sum(one.counters.get(name, 0) for one in rounds) if has_counters else None
+    return Row(
+        **asdict(setting),
+        target=target,
+        mix=case.mix,
+        adapters=case.num_adapters,
+        arrival=case.arrival.kind,
+        rate_per_s=case.arrival.rate_per_s,
+        clients=case.arrival.num_clients,
+        req_s=statistics.median(one.requests_per_s for one in rounds),
+        tok_s=statistics.median(rates),
+        tok_s_min=min(rates),
+        tok_s_max=max(rates),
+        errors=errors.total(),
+        error_codes=" ".join(f"{code}={count}" for code, count in sorted(errors.items())),
+        **measured,  # type: ignore[arg-type]  # by name
+    )
+
+
+def append_csv(path: Path, rows: Iterable[Row]) -> None:
+    """Write rows at the end of a CSV file, which is made if need be.
+
+    Raises:
+        ValueError: the file has other columns.
+    """
+    names = [field.name for field in fields(Row)]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    is_new = not path.exists()
+    if not is_new:
+        with path.open(newline="") as file:
+            found = next(csv.reader(file), [])
+        if found != names:
+            raise ValueError(f"{path} has the columns {','.join(found)}; expected {','.join(names)}")
+    with path.open("a", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        if is_new:
+            writer.writerow(names)
+        for row in rows:
+            values = [getattr(row, name) for name in names]
+            writer.writerow([f"{v:.5g}" if isinstance(v, float) else "" if v is None else v for v in values])
+
+
+def read_csv(path: Path) -> list[Row]:
+    """Read rows that `append_csv` wrote."""
+    with path.open(newline="") as file:
+        return [_read(line) for line in csv.DictReader(file)]
+
+
+def _read(line: dict[str, str]) -> Row:
+    values: dict[str, object] = {}
+    for field in fields(Row):
+        text = line[field.name]
+        if field.type == "str":
+            values[field.name] = text
+        elif text == "" and "None" in str(field.type):
+            values[field.name] = None
+        else:
+            values[field.name] = int(text) if str(field.type).startswith("int") else float(text)
+    return Row(**values)  # type: ignore[arg-type]  # by name
