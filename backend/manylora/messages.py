@@ -118,7 +118,8 @@ class Status(msgspec.Struct, tag="engine_status", frozen=True, kw_only=True):
 
     adapters: list[AdapterState]
     counters: dict[str, int]
-    """Monotonic: steps, prompt_tokens, generated_tokens, host_loads, host_evictions, device_copies,
+    """Monotonic: steps, prompt_tokens, generated_tokens, accepted (sequences taken in, each of which ends up
+    in finished, failed or cancelled, once), finished, host_loads, host_evictions, device_copies,
     device_evictions, cancelled, failed (deadline_missed among them), preemptions, prefix_hit_tokens."""
     gauges: dict[str, int]
     """Now: running, waiting, kv_blocks_free, kv_blocks_total, pool_pages_free, pool_pages_total, pool_bytes,

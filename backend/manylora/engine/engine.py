@@ -53,7 +53,7 @@ class Engine:
         self._inbox: queue.SimpleQueue[Note] = queue.SimpleQueue()
         self._sessions: set[Session] = set()
         self._counters = dict.fromkeys(
-            ("steps", "prompt_tokens", "generated_tokens", "cancelled", "failed"), 0
+            ("steps", "prompt_tokens", "generated_tokens", "accepted", "finished", "cancelled", "failed"), 0
         )
         self.num_turns = 0
         """Of the thread's loop; for those who watch whether it hangs."""
@@ -220,6 +220,7 @@ class Engine:
                 )
             )
             if result.finish_reason:
+                self._counters["finished"] += 1
                 self._forget(sequence)
         self._report_failed()
 
@@ -254,6 +255,7 @@ class Engine:
         if message.id in session.sequences:
             log.error("a session used the id %d twice; its second request is dropped", message.id)
             return
+        self._counters["accepted"] += 1
         try:
             check_input_ids(message.input_ids, self.info)
             if message.adapter_id:
@@ -284,6 +286,7 @@ class Engine:
             if lease is not None:
                 self.registry.release(lease)
             log.exception("request %d could not be added", message.id)
+            self._counters["failed"] += 1
             session.fail(message.id, InternalError("the engine failed on this request; see its log"))
 
     def _cancel(self, sequence: Sequence) -> None:
