@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Protocol
 
 from manylora.errors import ManyloraError
-from manylora.messages import Tokens
+from manylora.logprobs_json import logprobs_json
+from manylora.messages import TokenLogprobs, Tokens
 from manylora.protocol import Answer, Tensors
+from manylora.text import Tokenizer
 from manylora.text_stream import TextStream
 
 
@@ -36,10 +39,18 @@ class Row:
     """The engine's name for it."""
     num_input_tokens: int
     stream: TextStream
+    logprobs_tokenizer: Tokenizer | None = None
+    """Names the tokens where log probabilities are asked for, else None."""
+    deadline_ms: int = 0
+    """What the user allowed, for the message; 0: no deadline."""
+    deadline_s: float = math.inf
+    """When it passes, on the monotonic clock."""
     new_text: list[str] = field(default_factory=list)
     """For the next reply; begins with the prompt where it is echoed."""
     new_ids: list[int] = field(default_factory=list)
     """For the next reply."""
+    new_logprobs: list[TokenLogprobs] = field(default_factory=list)
+    """One for each of `new_ids` where they are asked for."""
     finish_reason: str = ""
     adapter_version: str = ""
 
@@ -49,6 +60,7 @@ class Row:
         text, num_taken = self.stream.add(tokens.token_ids)
         self.new_text.append(text)
         self.new_ids += tokens.token_ids[:num_taken]
+        self.new_logprobs += tokens.logprobs[:num_taken]
         if self.stream.stopped:
             self.finish_reason = "stop"
         elif tokens.finish_reason:
@@ -58,6 +70,9 @@ class Row:
 
     def answer(self) -> Answer:
         """What has come since the last answer."""
+        logprobs = ""
+        if self.logprobs_tokenizer is not None:
+            logprobs = logprobs_json(self.new_ids, self.new_logprobs, self.logprobs_tokenizer)
         answer = Answer(
             text="".join(self.new_text),
             token_ids=self.new_ids,
@@ -65,8 +80,9 @@ class Row:
             num_input_tokens=self.num_input_tokens,
             num_output_tokens=self.stream.num_tokens,
             adapter_version=self.adapter_version,
+            logprobs=logprobs,
         )
-        self.new_text, self.new_ids = [], []
+        self.new_text, self.new_ids, self.new_logprobs = [], [], []
         return answer
 
 
@@ -80,3 +96,9 @@ class Call:
     @property
     def has_finished(self) -> bool:
         return all(row.finish_reason for row in self.rows)
+
+    @property
+    def next_deadline(self) -> Row | None:
+        """The row that runs out of time first, of those that have not finished and have a deadline."""
+        timed = [row for row in self.rows if not row.finish_reason and row.deadline_s < math.inf]
+        return min(timed, key=lambda row: row.deadline_s, default=None)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import math
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,7 @@ from manylora.errors import InvalidArgumentError, ManyloraError, UnavailableErro
 from manylora.ipc import EngineConnection
 from manylora.messages import Cancel, EngineInfo, Failed, Generate
 from manylora.protocol import Prompt
-from manylora.reply_loop import Lost, Refused, ReplyLoop, internal_error
+from manylora.reply_loop import Lost, Refused, ReplyLoop, public_error
 from manylora.text import Tokenizer
 from manylora.text_stream import TextStream
 
@@ -59,12 +61,11 @@ class FrontEnd:
         self, responder: Responder, tensors: Mapping[str, npt.NDArray[Any]], parameters_json: str
     ) -> None:
         """Begin a request. Never raises: whatever is wrong goes to the responder."""
+        arrived_s = time.monotonic()
         try:
-            self._begin(responder, protocol.decode(tensors, parameters_json))
-        except ManyloraError as error:
-            self.refuse(responder, error)
-        except Exception as error:
-            self.refuse(responder, internal_error(responder, error))
+            self._begin(responder, protocol.decode(tensors, parameters_json), arrived_s)
+        except BaseException as error:  # a tokenizer's panic is no Exception
+            self.refuse(responder, public_error(responder, error))
 
     def refuse(self, responder: Responder, error: ManyloraError) -> None:
         """End a request that is not begun."""
@@ -75,7 +76,7 @@ class FrontEnd:
         self._replies.close()
         self._connection.close()
 
-    def _begin(self, responder: Responder, prompts: Sequence[Prompt]) -> None:
+    def _begin(self, responder: Responder, prompts: Sequence[Prompt], arrived_s: float) -> None:
         info, tokenizer = self._connection.info, self._tokenizer
         if info is None or tokenizer is None:
             raise UnavailableError("the engine is not running; try again in a while")
@@ -87,18 +88,17 @@ class FrontEnd:
         messages: list[Generate] = []
         for prompt in prompts:
             input_ids = _tokenise(prompt, tokenizer, info)
-            row = _row(next(self._ids), prompt, input_ids, tokenizer)
-            rows.append(row)
-            messages.append(
-                Generate(id=row.id, input_ids=input_ids, adapter_id=prompt.adapter_id, params=prompt.params)
-            )
-        # The call goes first, so that events find it.
+            message = _message(next(self._ids), prompt, input_ids, arrived_s)
+            messages.append(message)
+            rows.append(_row(message, prompt, tokenizer))
+        # The call goes first, so that events find it. From here on its errors go the way of its events.
         self._replies.put(Call(responder, rows))
         try:
             for message in messages:
                 self._connection.send(message)
-        except ManyloraError as error:
-            self._replies.put([Failed(row.id, error.code, error.message) for row in rows])
+        except BaseException as error:
+            failure = public_error(responder, error)
+            self._replies.put([Failed(row.id, failure.code, failure.message) for row in rows])
 
 
 def _tokenise(prompt: Prompt, tokenizer: Tokenizer, info: EngineInfo) -> list[int]:
@@ -120,11 +120,31 @@ def _tokenise(prompt: Prompt, tokenizer: Tokenizer, info: EngineInfo) -> list[in
     return input_ids
 
 
-def _row(row_id: int, prompt: Prompt, input_ids: list[int], tokenizer: Tokenizer) -> Row:
+def _message(row_id: int, prompt: Prompt, input_ids: list[int], arrived_s: float) -> Generate:
+    return Generate(
+        id=row_id,
+        input_ids=input_ids,
+        adapter_id=prompt.adapter_id,
+        adapter_scale=prompt.adapter_scale,
+        priority=prompt.priority,
+        deadline_ms=prompt.deadline_ms,
+        deadline_s=arrived_s + prompt.deadline_ms / 1000 if prompt.deadline_ms else 0.0,
+        params=prompt.params,
+    )
+
+
+def _row(message: Generate, prompt: Prompt, tokenizer: Tokenizer) -> Row:
     stream = TextStream(
         tokenizer, stop=prompt.stop, min_tokens=prompt.params.min_tokens, continues=prompt.echo
     )
-    row = Row(id=row_id, num_input_tokens=len(input_ids), stream=stream)
+    row = Row(
+        id=message.id,
+        num_input_tokens=len(message.input_ids),
+        stream=stream,
+        logprobs_tokenizer=tokenizer if prompt.params.logprobs else None,
+        deadline_ms=message.deadline_ms,
+        deadline_s=message.deadline_s if message.deadline_ms else math.inf,
+    )
     if prompt.echo:
-        row.new_text.append(tokenizer.decode(input_ids) if prompt.text is None else prompt.text)
+        row.new_text.append(tokenizer.decode(message.input_ids) if prompt.text is None else prompt.text)
     return row

@@ -10,10 +10,16 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from manylora.errors import InvalidArgumentError, UnsupportedError
+from manylora.errors import InvalidArgumentError
 
 MAX_STOP_STRINGS = 16
 MAX_STOP_CHARS = 256
+MAX_LOGPROBS = 20
+MAX_TEMPERATURE = 100
+"""Long before, all tokens are as likely. The engine computes in float32, so the largest numbers are none."""
+MAX_REPETITION_PENALTY = 100
+MAX_ADAPTER_SCALE = 100
+MAX_PRIORITY = 1000
 
 _INTEGER = re.compile(r"[+-]?[0-9]{1,20}")
 _NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]{1,4})?")
@@ -29,8 +35,6 @@ class Parameter:
     """Turns the value as it came into a Python value; raises ValueError when it cannot."""
     allowed: str
     """For the error message."""
-    neutral: Any = None
-    """For a name that is known and not served yet: the only value accepted."""
 
 
 def parse(given: Mapping[str, Any], source: str) -> dict[str, Any]:
@@ -43,7 +47,6 @@ def parse(given: Mapping[str, Any], source: str) -> dict[str, Any]:
 
     Raises:
         InvalidArgumentError: an unknown name, a value of the wrong type or range, an alias that disagrees.
-        UnsupportedError: a known name that is not served yet, with a value that asks for something.
     """
     values: dict[str, Any] = {}
     for name, raw in given.items():
@@ -56,18 +59,11 @@ def parse(given: Mapping[str, Any], source: str) -> dict[str, Any]:
                 + ", ".join(PARAMETERS)
             )
         try:
-            value = parameter.read(raw)
+            values[name] = parameter.read(raw)
         except ValueError:
             raise InvalidArgumentError(
                 f"{source} {name}: got {_shorten(raw)}, allowed is {parameter.allowed}"
             ) from None
-        if parameter.neutral is None:
-            values[name] = value
-        elif value != parameter.neutral:
-            raise UnsupportedError(
-                f"{source} {name}: got {_shorten(raw)}, which is not served yet; "
-                f"leave it out or send {parameter.neutral}"
-            )
     alias = values.pop("lora_name", None)
     if alias is not None and values.setdefault("adapter_id", alias) != alias:
         raise InvalidArgumentError(
@@ -154,11 +150,15 @@ def _shorten(raw: Any) -> str:
 
 _FLAG = Parameter(_boolean, "true or false")
 _NAME = Parameter(_string, "a string")
-_PENALTY = Parameter(_number(lambda v: -2 <= v <= 2), "a number from -2 to 2", neutral=0.0)
+_PENALTY = Parameter(_number(lambda v: -2 <= v <= 2), "a number from -2 to 2")
 
 PARAMETERS: dict[str, Parameter] = {
     "adapter_id": _NAME,
     "lora_name": _NAME,
+    "adapter_scale": Parameter(
+        _number(lambda v: -MAX_ADAPTER_SCALE <= v <= MAX_ADAPTER_SCALE),
+        f"a number from {-MAX_ADAPTER_SCALE} to {MAX_ADAPTER_SCALE}",
+    ),
     "max_tokens": Parameter(_integer(1, _INT32_MAX), f"an integer from 1 to {_INT32_MAX}"),
     "min_tokens": Parameter(_integer(0, _INT32_MAX), f"an integer from 0 to {_INT32_MAX}"),
     "ignore_eos": _FLAG,
@@ -166,20 +166,24 @@ PARAMETERS: dict[str, Parameter] = {
         _stop,
         f"a string or a JSON list of at most {MAX_STOP_STRINGS}, each of 1 to {MAX_STOP_CHARS} characters",
     ),
-    "temperature": Parameter(_number(lambda v: v >= 0), "a finite number of 0 or more"),
+    "temperature": Parameter(
+        _number(lambda v: 0 <= v <= MAX_TEMPERATURE), f"a number from 0 (greedy) to {MAX_TEMPERATURE}"
+    ),
     "top_p": Parameter(_number(lambda v: 0 < v <= 1), "a number above 0 and up to 1"),
     "top_k": Parameter(_integer(0, _INT32_MAX), f"an integer from 0 (all) to {_INT32_MAX}"),
+    "min_p": Parameter(_number(lambda v: 0 <= v <= 1), "a number from 0 to 1"),
     "seed": Parameter(_integer(0, (1 << 63) - 1), "an integer from 0 to 2^63-1"),
-    "chat": _FLAG,
-    "echo": _FLAG,
-    "adapter_scale": Parameter(_number(lambda v: True), "a finite number", neutral=1.0),
-    "min_p": Parameter(_number(lambda v: 0 <= v <= 1), "a number from 0 to 1", neutral=0.0),
-    "repetition_penalty": Parameter(_number(lambda v: v > 0), "a number above 0", neutral=1.0),
+    "repetition_penalty": Parameter(
+        _number(lambda v: 0 < v <= MAX_REPETITION_PENALTY),
+        f"a number above 0 and up to {MAX_REPETITION_PENALTY}",
+    ),
     "presence_penalty": _PENALTY,
     "frequency_penalty": _PENALTY,
-    "logprobs": Parameter(_integer(0, _INT32_MAX), f"an integer from 0 to {_INT32_MAX}", neutral=0),
-    "deadline_ms": Parameter(_integer(0, _INT32_MAX), f"an integer from 0 (none) to {_INT32_MAX}", neutral=0),
+    "logprobs": Parameter(_integer(0, MAX_LOGPROBS), f"an integer from 0 (none) to {MAX_LOGPROBS}"),
+    "chat": _FLAG,
+    "echo": _FLAG,
+    "deadline_ms": Parameter(_integer(0, _INT32_MAX), f"an integer from 0 (none) to {_INT32_MAX}"),
     "request_priority": Parameter(
-        _integer(-_INT32_MAX, _INT32_MAX), f"an integer from {-_INT32_MAX} to {_INT32_MAX}", neutral=0
+        _integer(-MAX_PRIORITY, MAX_PRIORITY), f"an integer from {-MAX_PRIORITY} to {MAX_PRIORITY}"
     ),
 }

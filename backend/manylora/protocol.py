@@ -31,6 +31,10 @@ class Prompt:
     """A conversation for the chat template."""
     input_ids: list[int] | None = None
     adapter_id: str = ""
+    adapter_scale: float = 1.0
+    priority: int = 0
+    deadline_ms: int = 0
+    """From the moment the request came in; 0: none."""
     stop: tuple[str, ...] = ()
     echo: bool = False
     params: SamplingParams
@@ -61,7 +65,6 @@ def decode(tensors: Mapping[str, npt.NDArray[Any]], parameters_json: str) -> lis
 
     Raises:
         InvalidArgumentError: the request breaks the contract; the message names the parameter or the input.
-        UnsupportedError: it asks for something that is not served yet.
     """
     given = parameters.parse(json.loads(parameters_json or "{}"), "parameter")
     has_text, has_ids = "text_input" in tensors, "input_ids" in tensors
@@ -69,6 +72,8 @@ def decode(tensors: Mapping[str, npt.NDArray[Any]], parameters_json: str) -> lis
         found = "both" if has_text else "neither"
         raise InvalidArgumentError(f"got {found} of text_input and input_ids; send exactly one of them")
     num_sequences = len(tensors["text_input" if has_text else "input_ids"])
+    if not num_sequences:
+        raise InvalidArgumentError("got a batch of no sequences; send at least one")
     prompts = []
     for row in range(num_sequences):
         values = given
@@ -123,6 +128,9 @@ def _prompt(tensors: Mapping[str, npt.NDArray[Any]], row: int, values: Mapping[s
         )
     common: dict[str, Any] = {
         "adapter_id": values.get("adapter_id", ""),
+        "adapter_scale": values.get("adapter_scale", 1.0),
+        "priority": values.get("request_priority", 0),
+        "deadline_ms": values.get("deadline_ms", 0),
         "stop": values.get("stop", ()),
         "echo": values.get("echo", False),
         "params": params,

@@ -2,6 +2,9 @@
 
 Each turn takes everything that has come, then sends one reply for each call that has news. When sending lags
 behind the engine, tokens of several steps therefore go out together.
+
+A fault ends the call that it befalls; one of the loop itself ends all calls; neither ends the thread. It
+catches BaseException for that: libraries written in Rust panic with one that is no Exception.
 """
 
 from __future__ import annotations
@@ -11,6 +14,7 @@ import logging
 import queue
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -22,8 +26,11 @@ from manylora.messages import Failed
 
 log = logging.getLogger(__name__)
 
-CANCEL_CHECK_S = 0.1
-"""How often a call is asked whether its client is still there: it takes Triton 30 us each."""
+CHECK_S = 0.1
+"""How often a call is asked whether its client is still there, which takes Triton 30 us, and its deadline is
+looked at."""
+DEADLINE_GRACE_S = 0.25
+"""How long after a deadline the engine may still say itself that it has passed. A hung engine does not."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,10 +67,14 @@ class ReplyLoop:
         self._is_streaming = is_streaming
         self._cancel = cancel
         self._inbox: queue.SimpleQueue[Note] = queue.SimpleQueue()
-        # Below: the thread's.
+        # Below: the thread's. Notes and news outlive a turn that a fault breaks off.
+        self._notes: deque[Note] = deque()
+        """Taken from the inbox, not followed yet."""
+        self._news: dict[Call, None] = {}
+        """Calls with something to say."""
         self._calls: dict[int, Call] = {}
         """By the ids of their sequences that have not ended."""
-        self._check_at = 0.0
+        self._check_at_s = 0.0
         self._is_closing = False
         self._thread = threading.Thread(target=self._run, name="manylora-reply", daemon=True)
         self._thread.start()
@@ -81,49 +92,59 @@ class ReplyLoop:
 
     def _run(self) -> None:
         while not self._is_closing:
-            news: dict[Call, None] = {}
-            for note in self._take_notes():
-                self._follow(note, news)
-            for call in news:
-                self._reply(call)
-            if self._calls and time.monotonic() >= self._check_at:
-                self._drop_cancelled()
-                self._check_at = time.monotonic() + CANCEL_CHECK_S
+            # What breaks even the recovery, such as want of memory, may be over at the next turn.
+            with contextlib.suppress(BaseException):
+                try:
+                    self._turn()
+                except BaseException as error:
+                    self._recover(error)
         self._fail_all(UnavailableError("the server is shutting down"))
 
-    def _take_notes(self) -> list[Note]:
-        """All notes there are; waits for the first, but not past the next look for cancelled calls."""
-        notes: list[Note] = []
-        timeout_s = max(0.001, self._check_at - time.monotonic()) if self._calls else None
-        with contextlib.suppress(queue.Empty):
-            notes.append(self._inbox.get(timeout=timeout_s))
-            while True:
-                notes.append(self._inbox.get_nowait())
-        return notes
+    def _turn(self) -> None:
+        self._take_notes()
+        while self._notes:
+            note = self._notes.popleft()
+            try:
+                self._follow(note)
+            except BaseException as error:
+                self._recover(error, note)
+        while self._news:
+            call = next(iter(self._news))
+            del self._news[call]
+            self._reply(call)
+        if self._calls and time.monotonic() >= self._check_at_s:
+            self._check_at_s = time.monotonic() + CHECK_S
+            self._check_calls()
 
-    def _follow(self, note: Note, news: dict[Call, None]) -> None:
+    def _take_notes(self) -> None:
+        """Take all notes there are; wait for the first, but not past the next look at the calls."""
+        timeout_s = max(0.001, self._check_at_s - time.monotonic()) if self._calls else None
+        with contextlib.suppress(queue.Empty):
+            if not self._notes:
+                self._notes.append(self._inbox.get(timeout=timeout_s))
+            while True:
+                self._notes.append(self._inbox.get_nowait())
+
+    def _follow(self, note: Note) -> None:
         if isinstance(note, Call):
             self._calls.update((row.id, note) for row in note.rows)
         elif isinstance(note, Refused):
             self._send_error(note.responder, note.error)
         elif isinstance(note, Lost):
-            for failed in self._fail_all(UnavailableError("the engine has ended; try again in a while")):
-                news.pop(failed, None)
+            self._fail_all(UnavailableError("the engine has ended; try again in a while"))
         elif isinstance(note, _Closed):
             self._is_closing = True
         else:
             for event in note:
                 call = self._calls.get(event.id)
-                if call is not None and self._take(call, event):
-                    news[call] = None
-                elif call is not None:
-                    news.pop(call, None)
+                if call is not None:
+                    self._take(call, event)
 
-    def _take(self, call: Call, event: Event) -> bool:
-        """Apply one event. False: the call has ended with an error."""
+    def _take(self, call: Call, event: Event) -> None:
+        """Apply one event."""
         if isinstance(event, Failed):
             self._fail(call, errors.from_code(event.code, event.message))
-            return False
+            return
         try:
             row = next(row for row in call.rows if row.id == event.id)
             row.take(event)
@@ -131,53 +152,94 @@ class ReplyLoop:
                 del self._calls[row.id]
                 if not event.finish_reason:
                     self._stop_in_engine(row)
-        except Exception as error:
-            self._fail(call, internal_error(call.responder, error))
-            return False
-        return True
+            if self._is_streaming or call.has_finished:
+                self._news[call] = None
+        except BaseException as error:
+            self._fail(call, public_error(call.responder, error))
 
     def _reply(self, call: Call) -> None:
-        if not (self._is_streaming or call.has_finished):
-            return
         try:
             outputs = protocol.encode([row.answer() for row in call.rows])
             call.responder.send(outputs, is_last=call.has_finished)
-        except Exception as error:
-            self._fail(call, internal_error(call.responder, error))
+        except BaseException as error:
+            self._fail(call, public_error(call.responder, error))
 
-    def _drop_cancelled(self) -> None:
+    def _check_calls(self) -> None:
+        now_s = time.monotonic()
         for call in dict.fromkeys(self._calls.values()):
             try:
-                if call.responder.is_cancelled():
-                    self._fail(call, CancelledRequestError("the request was cancelled by its client"))
-            except Exception as error:
-                self._fail(call, internal_error(call.responder, error))
+                error = _reason_to_end(call, now_s)
+            except BaseException as fault:
+                error = public_error(call.responder, fault)
+            if error is not None:
+                self._fail(call, error)
 
-    def _fail_all(self, error: ManyloraError) -> list[Call]:
-        calls = list(dict.fromkeys(self._calls.values()))
-        for call in calls:
+    def _recover(self, error: BaseException, note: Note | None = None) -> None:
+        """End all calls, and the request in `note`, after a fault that may have struck any of them."""
+        _log_fault(error, "the reply loop has failed; all its requests end with INTERNAL")
+        failure = InternalError("internal error; the server's log has the reason")
+        if isinstance(note, Call) and note not in self._calls.values():
+            self._fail(note, failure)
+        self._fail_all(failure)
+
+    def _fail_all(self, error: ManyloraError) -> None:
+        for call in dict.fromkeys([*self._news, *self._calls.values()]):
             self._fail(call, error)
-        return calls
 
     def _fail(self, call: Call, error: ManyloraError) -> None:
+        """End a call that has not had its last reply. Never raises."""
+        self._news.pop(call, None)
         for row in call.rows:
             if self._calls.pop(row.id, None) is not None:
                 self._stop_in_engine(row)
         self._send_error(call.responder, error)
 
     def _stop_in_engine(self, row: Row) -> None:
-        # Without an engine there is nothing to stop.
-        with contextlib.suppress(ManyloraError):
+        try:
             self._cancel(row.id)
+        except ManyloraError:
+            # Without an engine there is nothing to stop.
+            return
+        except BaseException as error:
+            _log_fault(error, "sequence %d could not be cancelled", row.id)
 
     def _send_error(self, responder: Responder, error: ManyloraError) -> None:
         try:
             responder.fail(error)
-        except Exception:
-            log.exception("request %s: its last reply could not be sent", responder.request_id)
+        except BaseException as fault:
+            _log_fault(fault, "request %s: its error could not be sent", responder.request_id)
+            # The text itself may be what cannot be sent. A responder that has ended refuses this one too.
+            try:
+                responder.fail(InternalError("internal error; the server's log has the reason"))
+            except BaseException as again:
+                _log_fault(again, "request %s: its last reply could not be sent", responder.request_id)
 
 
-def internal_error(responder: Responder, error: Exception) -> InternalError:
-    """Log a fault of ours with its traceback; return what the user is told."""
-    log.error("request %s failed", responder.request_id, exc_info=error)
+def public_error(responder: Responder, error: BaseException) -> ManyloraError:
+    """What a user is told of an error.
+
+    Returns: one of ours as it is; for any other INTERNAL, and the log gets its traceback.
+    """
+    if isinstance(error, ManyloraError):
+        return error
+    _log_fault(error, "request %s failed", responder.request_id)
     return InternalError(f"request {responder.request_id}: internal error; the server's log has the reason")
+
+
+def _reason_to_end(call: Call, now_s: float) -> ManyloraError | None:
+    """Why a call that nothing has come for should end now."""
+    if call.responder.is_cancelled():
+        return CancelledRequestError("the request was cancelled by its client")
+    late = call.next_deadline
+    if late is not None and now_s > late.deadline_s + DEADLINE_GRACE_S:
+        return UnavailableError(
+            f"deadline_ms={late.deadline_ms} passed after {late.stream.num_tokens} tokens, "
+            "and the engine gives no sign of life; try again in a while"
+        )
+    return None
+
+
+def _log_fault(error: BaseException, message: str, *args: object) -> None:
+    # A log that cannot be written, or a traceback that cannot be formatted, must cost nobody an answer.
+    with contextlib.suppress(BaseException):
+        log.error(message, *args, exc_info=error)

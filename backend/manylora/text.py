@@ -104,6 +104,14 @@ class Tokenizer:
                 first = False
         return b"".join(pieces).decode(errors="replace")
 
+    def name(self, token_id: int) -> str:
+        """What a token is called by itself: its text after others, where parts of a character are U+FFFD, or
+        the name of a special one. Empty for an id that the tokenizer does not know."""
+        piece = self.piece(token_id)
+        if piece is None:
+            return str(self._tokenizer.convert_ids_to_tokens(token_id) or "")
+        return piece.decode(errors="replace")
+
     def piece(self, token_id: int) -> bytes | None:
         """The bytes that a token adds after others. None: it is special or unknown and shows nothing."""
         try:

@@ -27,7 +27,7 @@ from manylora.errors import InternalError, InvalidArgumentError, ManyloraError, 
 from manylora.front_end import FrontEnd  # noqa: E402
 from manylora.launch import EngineKeeper  # noqa: E402
 from manylora.protocol import Tensors  # noqa: E402
-from manylora.reply_loop import internal_error  # noqa: E402
+from manylora.reply_loop import public_error  # noqa: E402
 
 log = logging.getLogger(__name__)
 
@@ -40,8 +40,8 @@ ATTACH_TIMEOUT_S = 1800.0
 class TritonResponder:
     """Replies of one Triton request."""
 
-    def __init__(self, request: Any, request_id: str) -> None:
-        self._sender = request.get_response_sender()
+    def __init__(self, sender: Any, request_id: str) -> None:
+        self._sender = sender
         self.request_id = request_id
 
     def send(self, outputs: Tensors, *, is_last: bool) -> None:
@@ -88,15 +88,14 @@ class _Model:
     def execute(self, requests: list[Any]) -> None:
         """Called by Triton with the requests that came together. Returns at once."""
         for request in requests:
-            request_id = request.request_id() or f"{self._name}-{next(self._numbers)}"
-            responder = TritonResponder(request, request_id)
+            responder = TritonResponder(
+                request.get_response_sender(), _request_id(request) or f"{self._name}-{next(self._numbers)}"
+            )
             try:
                 tensors, parameters = _read(request)
-            except InvalidArgumentError as error:
-                self._front_end.refuse(responder, error)
-            except Exception as error:
+            except BaseException as error:
                 # Raised from here it would fail every request of the call.
-                self._front_end.refuse(responder, internal_error(responder, error))
+                self._front_end.refuse(responder, public_error(responder, error))
             else:
                 self._front_end.submit(responder, tensors, parameters)
 
@@ -175,6 +174,14 @@ class LlmStreamModel(_Model):
                 raise UnavailableError(
                     f"no engine of {engine_model} on {socket_path} within {ATTACH_TIMEOUT_S:g} s"
                 )
+
+
+def _request_id(request: Any) -> str:
+    """The client's name for the request; empty where it gives none that can be read."""
+    try:
+        return str(request.request_id())
+    except UnicodeDecodeError:
+        return ""
 
 
 def _read(request: Any) -> tuple[Tensors, str]:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from manylora.errors import InvalidArgumentError, UnsupportedError
+from manylora.errors import InvalidArgumentError
 from manylora.messages import EngineInfo, SamplingParams
 from manylora.parameters import PARAMETERS
 from manylora.protocol import Answer, Prompt, check_input_ids, decode, encode
@@ -33,6 +33,13 @@ def decoded(parameters: dict[str, Any] | None = None, **tensors: Any) -> Prompt:
 def test_a_bare_text_gets_the_defaults() -> None:
     assert decoded() == Prompt(text="hi", params=SamplingParams())
     assert decoded().params == SamplingParams(max_tokens=128, temperature=0, top_p=1, top_k=0)
+    assert (decoded().adapter_scale, decoded().priority, decoded().deadline_ms) == (1, 0, 0)
+
+
+@pytest.mark.parametrize("name", ["text_input", "input_ids"])
+def test_a_batch_of_no_sequences_is_refused(name: str) -> None:
+    with pytest.raises(InvalidArgumentError, match="no sequences"):
+        decode({name: np.empty((0, 1), dtype=np.int32 if name == "input_ids" else np.object_)}, "")
 
 
 def test_ids_arrive_as_plain_integers() -> None:
@@ -98,12 +105,15 @@ def test_an_integer_in_each_form(name: str, raw: Any) -> None:
         ("stop", "x" * 257),
         ("stop", [str(i) for i in range(17)]),
         ("stop", ["\ud800"]),
-        ("min_p", 2),
-        ("logprobs", -1),
+        ("min_p", True),
+        ("logprobs", True),
         ("logprobs", "many"),
-        ("presence_penalty", 3),
+        ("presence_penalty", "-inf"),
+        ("repetition_penalty", float("nan")),
         ("adapter_scale", "big"),
-        ("deadline_ms", -5),
+        ("adapter_scale", [1]),
+        ("deadline_ms", 0.5),
+        ("request_priority", "high"),
     ],
     ids=lambda v: repr(v)[:20],
 )
@@ -175,28 +185,55 @@ def test_names_that_generate_adds_by_itself_are_ignored() -> None:
     assert decoded({"id": "7", "stream": True, "triton_enable_empty_final_response": True}) == decoded()
 
 
-NOT_SERVED = {
-    "adapter_scale": (1.0, 0.5),
-    "min_p": (0, 0.1),
-    "repetition_penalty": ("1.0", 1.1),
-    "presence_penalty": (0.0, -1),
-    "frequency_penalty": (0, "0.5"),
-    "logprobs": (0, 5),
-    "deadline_ms": ("0", 100),
-    "request_priority": (0.0, -3),
+LIMITS: dict[str, tuple[float, float]] = {
+    "adapter_scale": (-100, 100),
+    "max_tokens": (1, 2**31 - 1),
+    "min_tokens": (0, 1),
+    "temperature": (0, 100),
+    "top_p": (5e-324, 1),
+    "top_k": (0, 2**31 - 1),
+    "min_p": (0, 1),
+    "seed": (0, 2**63 - 1),
+    "repetition_penalty": (5e-324, 100),
+    "presence_penalty": (-2, 2),
+    "frequency_penalty": (-2, 2),
+    "logprobs": (0, 20),
+    "deadline_ms": (0, 2**31 - 1),
+    "request_priority": (-1000, 1000),
 }
+"""The lowest and the highest value of each number; min_tokens is bounded by max_tokens besides."""
 
 
-@pytest.mark.parametrize("name", NOT_SERVED)
-def test_what_is_not_served_is_accepted_when_neutral_and_refused_otherwise(name: str) -> None:
-    neutral, other = NOT_SERVED[name]
-    assert decoded({name: neutral}) == decoded()
-    with pytest.raises(UnsupportedError, match=rf"^parameter {name}: got .* not served yet"):
-        decoded({name: other})
+def value_of(prompt: Prompt, name: str) -> Any:
+    names = {"request_priority": "priority"}
+    return getattr(prompt if hasattr(prompt, names.get(name, name)) else prompt.params, names.get(name, name))
 
 
-def test_every_known_parameter_is_either_served_or_listed_as_not_served() -> None:
-    assert {name for name, p in PARAMETERS.items() if p.neutral is not None} == set(NOT_SERVED)
+def test_every_number_has_its_limits_in_the_table() -> None:
+    others = {"adapter_id", "lora_name", "ignore_eos", "stop", "chat", "echo"}
+    assert set(PARAMETERS) == set(LIMITS) | others
+
+
+@pytest.mark.parametrize("name", LIMITS)
+def test_limits_are_allowed_and_what_lies_beyond_is_not(name: str) -> None:
+    low, high = LIMITS[name]
+    for value in (low, high):
+        assert value_of(decoded({name: value}), name) == value
+        assert value_of(decoded({name: str(value)}), name) == value
+    is_integer = "integer" in PARAMETERS[name].allowed
+    beyond = (low - 1, high + 1) if is_integer else (np.nextafter(low, -1e3), np.nextafter(high, 1e3))
+    if name == "min_tokens":
+        beyond = (-1, 2**31)
+    for value in beyond:
+        with pytest.raises(InvalidArgumentError, match=rf"^parameter {name}: got"):
+            decoded({name: int(value) if is_integer else float(value)})
+
+
+def test_what_concerns_the_sequence_and_not_its_tokens_stands_beside_the_sampling() -> None:
+    prompt = decoded({"adapter_scale": "0.5", "request_priority": -3, "deadline_ms": 100.0, "logprobs": 2})
+    assert (prompt.adapter_scale, prompt.priority, prompt.deadline_ms) == (0.5, -3, 100)
+    assert prompt.params == SamplingParams(logprobs=2)
+    assert type(prompt.deadline_ms) is int
 
 
 def test_min_tokens_above_max_tokens_is_refused() -> None:
@@ -236,9 +273,14 @@ def test_an_empty_sampling_parameters_tensor_asks_for_nothing() -> None:
 def test_rows_of_a_batch_have_their_own_sampling_parameters() -> None:
     tensors = {
         "input_ids": np.array([[1, 2], [3, 4]], dtype=np.int32),
-        "sampling_parameters": strings('{"adapter_id": "a"}', '{"adapter_id": "b", "max_tokens": 9}'),
+        "sampling_parameters": strings(
+            '{"adapter_id": "a", "deadline_ms": 9}',
+            '{"adapter_id": "b", "max_tokens": 9, "adapter_scale": 2, "logprobs": 3}',
+        ),
     }
     first, second = decode(tensors, '{"max_tokens": 4}')
+    assert (first.deadline_ms, first.adapter_scale, first.params.logprobs) == (9, 1.0, 0)
+    assert (second.deadline_ms, second.adapter_scale, second.params.logprobs) == (0, 2.0, 3)
     assert (first.input_ids, first.adapter_id, first.params.max_tokens) == ([1, 2], "a", 4)
     assert (second.input_ids, second.adapter_id, second.params.max_tokens) == ([3, 4], "b", 4)
 
@@ -347,7 +389,7 @@ def test_any_input_is_read_or_refused_with_an_error_of_ours(parameters: dict[str
     tensors = {"text_input": strings(text)}
     try:
         (prompt,) = decode(tensors, json.dumps(parameters))
-    except (InvalidArgumentError, UnsupportedError) as error:
+    except InvalidArgumentError as error:
         refused = error.message
     else:
         refused = ""

@@ -1,0 +1,37 @@
+"""Log probabilities as the output `logprobs` gives them: JSON, one object for each generated id."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from manylora.messages import TokenLogprobs
+from manylora.text import Tokenizer
+
+LEAST_LOGPROB = -1e9
+"""Stands for minus infinity, which JSON cannot write: what the model rules out."""
+
+
+def logprobs_json(token_ids: Sequence[int], logprobs: Sequence[TokenLogprobs], tokenizer: Tokenizer) -> str:
+    """Write what the engine tells of the ids.
+
+    Returns:
+        `[{"id": 12, "text": " the", "logprob": -0.5, "top": [{"id": 12, "text": " the", "logprob": -0.5}]}]`
+        with `text` as `Tokenizer.name` has it.
+
+    Raises:
+        ValueError: there are not as many log probabilities as ids.
+    """
+    entries = [
+        {
+            **_entry(token_id, logprob.logprob, tokenizer),
+            "top": [_entry(other_id, value, tokenizer) for other_id, value in logprob.top],
+        }
+        for token_id, logprob in zip(token_ids, logprobs, strict=True)
+    ]
+    return json.dumps(entries, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+
+
+def _entry(token_id: int, logprob: float, tokenizer: Tokenizer) -> dict[str, Any]:
+    return {"id": token_id, "text": tokenizer.name(token_id), "logprob": max(LEAST_LOGPROB, logprob)}
