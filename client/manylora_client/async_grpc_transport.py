@@ -10,6 +10,7 @@ from tritonclient.grpc import service_pb2, service_pb2_grpc
 
 from manylora_client import grpc_wire
 from manylora_client.address import Address
+from manylora_client.errors import ConnectionFailed
 from manylora_client.request import Request
 from manylora_client.transport import Deadline
 from manylora_client.types import Chunk
@@ -30,6 +31,7 @@ class AsyncGrpcTransport:
             else grpc.aio.insecure_channel(target, options=options)
         )
         self._stub = service_pb2_grpc.GRPCInferenceServiceStub(self._channel)
+        self._stream_method = grpc_wire.stream_method(self._channel)
 
     async def infer(self, model: str, request: Request, deadline: Deadline) -> Chunk:
         """See AsyncTransport."""
@@ -39,7 +41,7 @@ class AsyncGrpcTransport:
     def stream(self, model: str, request: Request, deadline: Deadline) -> AsyncGrpcReplies:
         """See AsyncTransport."""
         message = grpc_wire.stream_message(model, request)
-        return AsyncGrpcReplies(self._call(self._stub.ModelStreamInfer, [message], deadline))
+        return AsyncGrpcReplies(self._call(self._stream_method, message, deadline))
 
     async def is_ready(self, models: Sequence[str], deadline: Deadline) -> bool:
         """See AsyncTransport."""
@@ -65,8 +67,9 @@ class AsyncGrpcTransport:
     def _call(self, method: Any, message: Any, deadline: Deadline) -> Any:
         try:
             return method(message, timeout=deadline.remaining_s(), metadata=self._metadata)
-        except (ValueError, grpc.aio.UsageError) as error:
-            raise grpc_wire.usage_error(error) from error
+        except grpc.aio.UsageError as error:
+            # What gRPC says of a closed channel.
+            raise ConnectionFailed(f"the call cannot be made: {error}") from error
 
 
 class AsyncGrpcReplies:

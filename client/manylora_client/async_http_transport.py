@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import io
 import ssl
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -76,7 +77,8 @@ class AsyncHttpTransport:
         return await self._session.request(
             method,
             self._origin.url(path),
-            data=body,
+            # Bytes would be written in one piece, which keeps the event loop if there are many.
+            data=None if body is None else io.BytesIO(body),
             headers={**self._headers, **headers},
             allow_redirects=False,
             # Ends also the reading of the body.

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from manylora_client.address import ProtocolName, read_address
 from manylora_client.errors import InvalidArgument
+from manylora_client.headers import read_headers
 from manylora_client.request import Request, build_request, chat_text
 from manylora_client.transport import Deadline
 from manylora_client.types import Messages, TokenIds
@@ -45,14 +46,15 @@ class BaseClient:
             stream_model: name of the front end that streams.
 
         Raises:
-            InvalidArgument: the URL cannot be understood, or contradicts `protocol` or `tls`.
+            InvalidArgument: the URL cannot be understood, or contradicts `protocol` or `tls`; a header cannot
+                be sent.
         """
         Deadline(timeout)
         self._timeout = timeout
         self._model = model
         self._stream_model = stream_model
-        self._headers = dict(headers or {})
         self._address = read_address(url, protocol)
+        self._headers = read_headers(headers or {}, self._address.protocol)
         uses_https = self._address.protocol == "http" and self._address.is_encrypted
         if tls is not None and not uses_https:
             raise InvalidArgument(f"url={url!r}: settings for TLS are given, but only https takes them")

@@ -9,6 +9,7 @@ import grpc
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 
 from manylora_client import grpc_wire
+from manylora_client.errors import ConnectionFailed
 from manylora_client.request import Request
 from manylora_client.transport import Deadline
 from manylora_client.types import Chunk
@@ -29,6 +30,7 @@ class GrpcTransport:
             else grpc.insecure_channel(target, options=options)
         )
         self._stub = service_pb2_grpc.GRPCInferenceServiceStub(self._channel)
+        self._stream_method = grpc_wire.stream_method(self._channel)
 
     def infer(self, model: str, request: Request, deadline: Deadline) -> Chunk:
         """See Transport."""
@@ -38,7 +40,7 @@ class GrpcTransport:
     def stream(self, model: str, request: Request, deadline: Deadline) -> GrpcReplies:
         """See Transport."""
         message = grpc_wire.stream_message(model, request)
-        return GrpcReplies(self._call(self._stub.ModelStreamInfer, iter([message]), deadline))
+        return GrpcReplies(self._call(self._stream_method, message, deadline))
 
     def is_ready(self, models: Sequence[str], deadline: Deadline) -> bool:
         """See Transport."""
@@ -59,7 +61,8 @@ class GrpcTransport:
         except grpc.RpcError as error:
             raise grpc_wire.call_error(error) from error
         except ValueError as error:
-            raise grpc_wire.usage_error(error) from error
+            # What gRPC says of a closed channel.
+            raise ConnectionFailed(f"the call cannot be made: {error}") from error
 
 
 class GrpcReplies:

@@ -77,6 +77,19 @@ def _set_parameters(message: Any, parameters: Iterable[tuple[str, WireValue]]) -
             raise InvalidArgument(f"parameter {name!r}={value!r} cannot be sent: {error}") from error
 
 
+def stream_method(channel: Any) -> Any:
+    """ModelStreamInfer of a channel, blocking or not, as a method that takes one message.
+
+    It is the same on the wire. As one of many messages, gRPC would write the request in a thread or task of
+    its own, and report a failure to write in place of the status that the server ends the call with.
+    """
+    return channel.unary_stream(
+        "/inference.GRPCInferenceService/ModelStreamInfer",
+        request_serializer=service_pb2.ModelInferRequest.SerializeToString,
+        response_deserializer=service_pb2.ModelStreamInferResponse.FromString,
+    )
+
+
 def read_response(response: Any) -> Chunk:
     """Read a ModelInferResponse.
 
@@ -124,10 +137,3 @@ def call_error(error: Any) -> ManyloraClientError:
     """The error of a call that ended with a status."""
     # Not debug_error_string(): on a cancelled stream it never returns.
     return from_grpc(error.code().name, error.details() or "")
-
-
-def usage_error(error: Exception) -> ManyloraClientError:
-    """The error of a call that gRPC did not begin: its channel is closed, or a header cannot be sent."""
-    text = str(error)
-    kind = ConnectionFailed if "closed" in text.lower() else InvalidArgument
-    return kind(f"the call cannot be made: {text}")

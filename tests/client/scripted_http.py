@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.server
 import json
 import socket
 import threading
@@ -63,6 +64,8 @@ class ByteServer:
     def __init__(self, *connections: list[bytes | None]) -> None:
         self.requests: list[tuple[int, bytes]] = []
         """Number of the connection, head and body."""
+        self.arrived = threading.Event()
+        """A request has come."""
         self.client_closed = threading.Event()
         """The client has closed a connection that the server had not."""
         self.closed_first = threading.Event()
@@ -91,6 +94,7 @@ class ByteServer:
     ) -> None:
         try:
             self.requests.append((number, self._read_request(received)))
+            self.arrived.set()
             if answer is not HOLD:
                 connection.sendall(answer)
             elif received.read(1) == b"":
@@ -110,3 +114,49 @@ class ByteServer:
             if line == b"\r\n":
                 return head + received.read(length)
         return head
+
+
+class CrowdServer:
+    """Holds each request until `num_at_once` are there, then answers them all, and so on."""
+
+    def __init__(self, num_at_once: int) -> None:
+        self.num_connections = 0
+        """Connections made so far."""
+        self._gate = threading.Barrier(num_at_once, timeout=60)
+        self._lock = threading.Lock()
+        crowd = self
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def setup(self) -> None:
+                super().setup()
+                with crowd._lock:
+                    crowd.num_connections += 1
+
+            def do_POST(self) -> None:
+                self.rfile.read(int(self.headers["Content-Length"]))
+                crowd._gate.wait()
+                is_stream = self.path.endswith("stream")
+                self.wfile.write(events(event()) if is_stream else infer_answer())
+
+            def log_message(self, *message: object) -> None:
+                """Nothing to the terminal."""
+
+        self._server = _QueueingServer(("127.0.0.1", 0), Handler)
+        self.url = f"127.0.0.1:{self._server.server_port}"
+        self._thread = threading.Thread(target=self._server.serve_forever)
+        self._thread.start()
+
+    def __enter__(self) -> CrowdServer:
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        self._gate.abort()
+        self._server.shutdown()
+        self._thread.join()
+        self._server.server_close()
+
+
+class _QueueingServer(http.server.ThreadingHTTPServer):
+    request_queue_size = 512

@@ -41,6 +41,14 @@ def test_urls(url: str, protocol: Any, expected: tuple[Any, ...]):
         ("localhost:port", None, "port"),
         ("localhost:70000", None, "70000|range"),
         ("grpc://localhost/path", None, "path"),
+        ("http://localhost/a b", None, "percent"),
+        ("http://localhost/é", None, "percent"),
+        ("a..b:80", None, "no host"),
+        ("http://" + "a" * 64, None, "no host"),
+        ("http://me:secret@localhost", None, "headers"),
+        ("grpc://me@localhost", None, "headers"),
+        ("http://localhost/?key=1", None, "alone"),
+        ("http://localhost/#x", None, "alone"),
     ],
 )
 def test_urls_that_cannot_be_understood(url: str, protocol, words: str):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import struct
 import threading
 from collections.abc import Callable, Iterator
@@ -18,29 +20,31 @@ from manylora_client import (
     ManyloraClientError,
     NotFound,
     Timeout,
+    TokenLogprob,
     Unavailable,
 )
-from scripted_grpc import ANSWER, HOLD, ScriptedTriton, failure, only_flag, reply, response
-from tritonclient.grpc import service_pb2_grpc
+from scripted_grpc import ANSWER, HOLD, Relay, ScriptedTriton, failure, only_flag, reply, response, running
+
+LOGPROBS = [
+    {"id": 5, "text": "é", "logprob": -0.5, "top": [{"id": 5, "text": "é", "logprob": -0.5}]},
+    {"id": 6, "text": "!", "logprob": -1, "top": []},
+]
+TOKENS = [
+    TokenLogprob(id=5, text="é", logprob=-0.5, top=[TokenLogprob(id=5, text="é", logprob=-0.5)]),
+    TokenLogprob(id=6, text="!", logprob=-1.0),
+]
 
 
 @pytest.fixture
 def serve() -> Iterator[Callable[..., tuple[ScriptedTriton, str]]]:
-    started: list[tuple[Any, ScriptedTriton]] = []
+    with contextlib.ExitStack() as stack:
 
-    def start(*script: Any) -> tuple[ScriptedTriton, str]:
-        triton = ScriptedTriton(list(script))
-        server = grpc.server(ThreadPoolExecutor(4))
-        service_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(triton, server)
-        port = server.add_insecure_port("127.0.0.1:0")
-        server.start()
-        started.append((server, triton))
-        return triton, f"grpc://127.0.0.1:{port}"
+        def start(*script: Any) -> tuple[ScriptedTriton, str]:
+            triton = ScriptedTriton(list(script))
+            _, url = stack.enter_context(running(triton))
+            return triton, url
 
-    yield start
-    for server, triton in started:
-        triton.release.set()
-        server.stop(None).wait()
+        yield start
 
 
 def test_a_whole_answer(serve, connect):
@@ -80,6 +84,19 @@ def test_a_chunk_may_hold_no_ids(serve, connect):
     _, url = serve(reply(first), reply(last))
     with connect(url) as client:
         assert [chunk.token_ids for chunk in client.stream("x")] == [[5, 6], []]
+
+
+def test_log_probabilities_come_with_their_tokens(serve, connect):
+    first = response("é", (5,), "", final=False, logprobs=json.dumps(LOGPROBS[:1]))
+    last = response("!", (6,), final=True, logprobs=json.dumps(LOGPROBS[1:]))
+    _, url = serve(reply(first), reply(last))
+    with connect(url) as client:
+        chunks = list(client.stream("x", logprobs=2))
+    assert [[token.id for token in chunk.logprobs] for chunk in chunks] == [[5], [6]]
+    _, url = serve(response(logprobs=json.dumps(LOGPROBS)))
+    with connect(url) as client:
+        whole = client.generate("x", logprobs=2)
+    assert whole.logprobs == [token for chunk in chunks for token in chunk.logprobs] == TOKENS
 
 
 @pytest.mark.parametrize(
@@ -123,6 +140,28 @@ def test_bad_streams(serve, script: list[Any], expected: type[ManyloraClientErro
         assert list(stream) == []
 
 
+@pytest.mark.parametrize("num_chars", [1, 5_000_000], ids=["short prompt", "long prompt"])
+def test_a_refusal_before_the_request_is_read_keeps_its_status(serve, connect, monkeypatch, num_chars: int):
+    def refuse(self, requests: Any, context: Any) -> Any:
+        context.abort(grpc.StatusCode.UNAUTHENTICATED, "who asks?")
+
+    monkeypatch.setattr(ScriptedTriton, "ModelStreamInfer", refuse)
+    _, url = serve()
+    with connect(url, timeout=30) as client:
+        for _ in range(20):
+            with pytest.raises(InvalidArgument, match="who asks"):
+                client.stream("x" * num_chars).collect()
+
+
+def test_replies_that_come_at_once_are_all_read(serve, connect):
+    num = 300
+    script = [reply(response("a", (i,), "", final=False)) for i in range(num)]
+    _, url = serve(*script, reply(response("b", (num,), final=True)))
+    with connect(url, timeout=60) as client:
+        for _ in range(3):
+            assert client.stream("x").collect().token_ids == list(range(num + 1))
+
+
 @pytest.mark.parametrize(
     ("item", "expected"),
     [
@@ -131,8 +170,9 @@ def test_bad_streams(serve, script: list[Any], expected: type[ManyloraClientErro
         ((grpc.StatusCode.INVALID_ARGUMENT, "unexpected shape"), InvalidArgument),
         (response(leave_out="finish_reason"), Internal),
         (only_flag(), Internal),
+        (response(logprobs="[{}]"), Internal),
     ],
-    ids=["code", "the prefix wins", "no prefix", "missing output", "no outputs"],
+    ids=["code", "the prefix wins", "no prefix", "missing output", "no outputs", "bad logprobs"],
 )
 def test_bad_answers(serve, item: Any, expected: type[ManyloraClientError], connect):
     _, url = serve(item)
@@ -147,6 +187,21 @@ def test_bytes_that_are_no_tensor(serve, connect):
     _, url = serve(reply(message))
     with connect(url, timeout=20) as client, pytest.raises(Internal, match="cannot be read"):
         client.stream("x").collect()
+
+
+@pytest.mark.parametrize("streaming", [False, True], ids=["infer", "stream"])
+def test_a_server_that_dies_is_a_failed_connection(serve, connect, streaming: bool):
+    triton, url = serve(reply(response(finish="", final=False)) if streaming else HOLD, HOLD)
+    relay = Relay(url)
+    with connect(relay.url, timeout=30) as client, ThreadPoolExecutor(1) as pool:
+        stream = client.stream("x") if streaming else None
+        if stream is not None:
+            next(stream)
+        rest = pool.submit(stream.collect if stream is not None else lambda: client.generate("x"))
+        assert triton.arrived.wait(30)
+        relay.cut()
+        with pytest.raises(ConnectionFailed):
+            rest.result()
 
 
 def test_a_silent_server_is_a_timeout(serve, connect):
@@ -205,6 +260,16 @@ def test_a_closed_stream_cannot_be_collected(serve, connect):
         stream.close()
         with pytest.raises(Cancelled):
             stream.collect()
+
+
+def test_a_server_that_refuses_the_question_is_not_ready(serve, connect, monkeypatch):
+    def refuse(self, request: Any, context: Any) -> Any:
+        context.abort(grpc.StatusCode.UNAUTHENTICATED, "who asks?")
+
+    monkeypatch.setattr(ScriptedTriton, "ServerReady", refuse)
+    _, url = serve()
+    with connect(url) as client:
+        assert not client.is_ready()
 
 
 def test_readiness_asks_both_models(serve, connect):

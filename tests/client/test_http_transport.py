@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import socket
+import ssl
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+from blocking import BlockingClient
+from manylora.parameters import PARAMETERS
 from manylora_client import (
+    Client,
     ConnectionFailed,
     Internal,
     InvalidArgument,
     ManyloraClientError,
     NotFound,
+    Options,
     Timeout,
+    TokenLogprob,
     Unavailable,
+    connections,
 )
 from scripted_http import ANSWER, FIELDS, HOLD, ByteServer, event, events, infer_answer, plain
 
@@ -141,6 +150,8 @@ def test_bad_answers(serve, answer: bytes, expected: type[ManyloraClientError], 
         ([event(text_output=None)], Internal),
         ([event(output_ids="x")], Internal),
         ([event(num_input_tokens=[])], Internal),
+        ([event(num_input_tokens=float("inf"))], Internal),
+        (["[" * 100_000], Internal),
         ([json.dumps({"text_output": "x"})], Internal),
         ([event(finish_reason="")], ConnectionFailed),
         ([], ConnectionFailed),
@@ -155,6 +166,8 @@ def test_bad_answers(serve, answer: bytes, expected: type[ManyloraClientError], 
         "null output",
         "wrong type",
         "empty output",
+        "no number",
+        "deep",
         "missing output",
         "no last reply",
         "no reply",
@@ -302,10 +315,154 @@ def test_a_timeout_is_above_zero(timeout: float, connect):
         client.generate("x", timeout=timeout)
 
 
-def test_a_header_that_cannot_be_sent(serve, connect):
-    server = serve([HOLD])
-    with (
-        connect(server.url, headers={"X": "a\r\nb"}) as client,
-        pytest.raises(InvalidArgument, match="cannot be sent"),
-    ):
-        client.generate("x")
+@pytest.mark.parametrize("kind", ["Client", "AsyncClient"])
+def test_a_proxys_refusal_of_a_long_request_is_read(kind: str):
+    with socket.create_server(("127.0.0.1", 0)) as listener, ThreadPoolExecutor(1) as pool:
+        listener.settimeout(30)
+
+        def refuse() -> None:
+            connection, _ = listener.accept()
+            with connection:
+                # Part of a body that is longer than what the two sockets hold.
+                connection.recv(65536)
+                connection.sendall(plain("too long", "413 Payload Too Large", "text/plain"))
+                connection.shutdown(socket.SHUT_WR)
+                if kind == "AsyncClient":
+                    # aiohttp reads while it writes, and loses what it has read when a write fails.
+                    while connection.recv(65536):
+                        pass
+
+        refused = pool.submit(refuse)
+        client = (Client if kind == "Client" else BlockingClient)(
+            f"127.0.0.1:{listener.getsockname()[1]}", timeout=20
+        )
+        with pytest.raises(InvalidArgument, match="too long"):
+            client.generate("x" * 50_000_000)
+        client.end() if isinstance(client, BlockingClient) else client.close()
+        refused.result()
+
+
+HEADERS = [("x y", "z"), ("", "z"), ("x", "a\r\nb"), ("x", "a\0"), ("é", "z"), ("x", "\u20ac")]
+
+
+@pytest.mark.parametrize(("name", "value"), HEADERS, ids=repr)
+@pytest.mark.parametrize("url", ["http://h", "grpc://h"])
+def test_headers_that_cannot_be_sent(connect, url: str, name: str, value: str):
+    with pytest.raises(InvalidArgument, match="header") as caught:
+        connect(url, headers={name: value})
+    assert "a\r" not in caught.value.message
+
+
+@pytest.mark.parametrize("status", ["503 Service Unavailable", "404 Not Found"])
+def test_an_error_page_may_end_with_its_connection(serve, connect, status: str):
+    page = f"HTTP/1.0 {status}\r\nContent-Type: text/html\r\nConnection: close\r\n\r\n<p>no backend"
+    server = serve([page.encode()], [page.encode()])
+    with connect(server.url) as client:
+        for call in (client.generate, lambda prompt: client.stream(prompt).collect()):
+            with pytest.raises(NotFound if "404" in status else Unavailable, match="no backend"):
+                call("x")
+
+
+def test_a_body_that_comes_slowly_is_not_waited_for_past_the_timeout(connect):
+    with socket.create_server(("127.0.0.1", 0)) as listener, ThreadPoolExecutor(1) as pool:
+        listener.settimeout(30)
+
+        def drip() -> None:
+            connection, _ = listener.accept()
+            with connection, contextlib.suppress(OSError):
+                connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\n")
+                connection.settimeout(0.05)
+                while True:
+                    connection.sendall(b" ")
+                    with contextlib.suppress(TimeoutError):
+                        # Empty when the client has closed.
+                        if connection.recv(65536) == b"":
+                            return
+
+        dripping = pool.submit(drip)
+        with connect(f"127.0.0.1:{listener.getsockname()[1]}") as client:
+            with pytest.raises(Timeout):
+                client.generate("x", timeout=0.5)
+            dripping.result()
+
+
+def test_a_long_answer_is_read_whole(serve, connect):
+    text = "é" * 3_000_000
+    server = serve([infer_answer(text_output=text), events(event(text_output=text))])
+    with connect(server.url) as client:
+        assert client.generate("x").text == text
+        assert client.stream("x").collect().text == text
+
+
+def test_log_probabilities_come_with_their_tokens(serve, connect):
+    entry = {"id": 5, "text": "é", "logprob": -0.5, "top": [{"id": 7, "text": "e", "logprob": -0.25}]}
+    token = TokenLogprob(
+        id=5, text="é", logprob=-0.5, top=[TokenLogprob(id=7, text="e", logprob=-0.25, top=[])]
+    )
+    first = event(logprobs=json.dumps([entry, entry]), finish_reason="")
+    server = serve(
+        [infer_answer(logprobs=json.dumps([entry, entry])), events(first, event(output_ids=[]), event())][:1],
+        [events(first, event(output_ids=[], text_output=""))],
+    )
+    with connect(server.url) as client:
+        assert client.generate("x", logprobs=1).logprobs == [token, token]
+        assert client.stream("x", logprobs=1).collect().logprobs == [token, token]
+
+
+@pytest.mark.parametrize(
+    "logprobs",
+    ["{", "{}", "[1]", "[{}]", '[{"id": 1, "text": "", "logprob": null, "top": []}]', "[" * 100_000],
+    ids=["no JSON", "no list", "no token", "no fields", "no number", "deep"],
+)
+def test_log_probabilities_that_cannot_be_read(serve, connect, logprobs: str):
+    server = serve([infer_answer(logprobs=logprobs)], [events(event(logprobs=logprobs))])
+    with connect(server.url, timeout=20) as client:
+        for call in (client.generate, lambda prompt: client.stream(prompt).collect()):
+            if logprobs == "{}":
+                assert call("x").logprobs == []
+                continue
+            with pytest.raises(Internal):
+                call("x")
+
+
+def test_all_options_are_sent(serve, connect):
+    options: Options = {
+        "adapter_id": "a",
+        "adapter_scale": 0.5,
+        "max_tokens": 1,
+        "min_tokens": 2,
+        "stop": ["x"],
+        "ignore_eos": True,
+        "temperature": 0.25,
+        "top_p": 0.75,
+        "top_k": 3,
+        "min_p": 0.125,
+        "seed": 4,
+        "repetition_penalty": 1.5,
+        "presence_penalty": 2.5,
+        "frequency_penalty": 3.5,
+        "logprobs": 5,
+        "echo": False,
+        "deadline_ms": 6,
+        "request_priority": -7,
+    }
+    assert set(options) == set(Options.__annotations__) == set(PARAMETERS) - {"lora_name", "chat"}
+    server = serve([events(event())])
+    with connect(server.url) as client:
+        client.stream("x", **options, unheard_of=[1]).collect()
+    body = json.loads(server.requests[0][1].partition(b"\r\n\r\n")[2])
+    assert body["parameters"] == {**options, "stop": '["x"]', "unheard_of": "[1]"}
+
+
+def test_an_old_connection_is_not_used_again(serve, monkeypatch):
+    monkeypatch.setattr(connections, "_MAX_IDLE_S", 0.0)
+    server = serve([infer_answer()], [infer_answer()])
+    with Client(server.url) as client:
+        assert client.generate("x") == client.generate("x") == ANSWER
+    assert [number for number, _ in server.requests] == [0, 1]
+
+
+def test_settings_for_tls_need_https(connect):
+    for url in ("http://h", "grpcs://h", "h"):
+        with pytest.raises(InvalidArgument, match="TLS"):
+            connect(url, tls=ssl.create_default_context())
