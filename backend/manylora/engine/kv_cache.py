@@ -1,7 +1,7 @@
 """Blocks of the KV cache: who holds which, and which full blocks can be reused for a shared prefix.
 
-Plain Python; the tensors are the runner's. A full block's key is the hash of the adapter version and of every
-token up to the block's end, so a prefix is shared only where the same weights computed it.
+Plain Python; the tensors are the runner's. A full block's key is the hash of the adapter version and scale and of
+every token up to the block's end, so a prefix is shared only where the same weights computed it.
 """
 
 from __future__ import annotations
@@ -51,8 +51,7 @@ class BlockPool:
         """Extend `known`, the keys of the first full blocks of `token_ids`, to all its full blocks.
 
         Args:
-            namespace: all that decides keys and values besides the tokens: the adapter's version. What else
-                comes to decide them (a scale per request) belongs into it.
+            namespace: all that decides keys and values besides the tokens: `Sequence.namespace`.
         """
         size = self.block_size
         if not self.reuse:

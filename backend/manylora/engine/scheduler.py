@@ -19,6 +19,7 @@ Plain Python. Rules, in this order:
 from __future__ import annotations
 
 import bisect
+import itertools
 from collections import Counter
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -113,7 +114,7 @@ class Scheduler:
 
     def expire(self, now_s: float) -> None:
         """End the sequences whose deadline has passed."""
-        for sequence in self.deadlines.take_missed([*self.running, *self.waiting], now_s):
+        for sequence in self.deadlines.take_missed(itertools.chain(self.running, self.waiting), now_s):
             self._fail(sequence, error_of(sequence))
 
     def schedule(self) -> Batch | None:
