@@ -31,7 +31,7 @@ class TokenLogprob:
     id: int
     text: str
     logprob: float
-    """Natural logarithm of the probability."""
+    """Natural logarithm of the probability; -1e9 stands for minus infinity."""
     top: list[TokenLogprob] = field(default_factory=list)
     """Of a generated token: the likeliest ones in its place, best first, themselves without `top`."""
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import http.server
 import json
 import socket
+import ssl
 import threading
-from typing import IO
+from typing import IO, Any
 
 from manylora_client import Completion
 
@@ -119,7 +120,7 @@ class ByteServer:
 class CrowdServer:
     """Holds each request until `num_at_once` are there, then answers them all, and so on."""
 
-    def __init__(self, num_at_once: int) -> None:
+    def __init__(self, num_at_once: int, tls: ssl.SSLContext | None = None) -> None:
         self.num_connections = 0
         """Connections made so far."""
         self._gate = threading.Barrier(num_at_once, timeout=60)
@@ -144,6 +145,7 @@ class CrowdServer:
                 """Nothing to the terminal."""
 
         self._server = _QueueingServer(("127.0.0.1", 0), Handler)
+        self._server.tls = tls
         self.url = f"127.0.0.1:{self._server.server_port}"
         self._thread = threading.Thread(target=self._server.serve_forever)
         self._thread.start()
@@ -160,3 +162,14 @@ class CrowdServer:
 
 class _QueueingServer(http.server.ThreadingHTTPServer):
     request_queue_size = 512
+    tls: ssl.SSLContext | None = None
+
+    def get_request(self) -> tuple[socket.socket, Any]:
+        connection, address = super().get_request()
+        if self.tls is not None:
+            # The handshake belongs to the handler's thread.
+            connection = self.tls.wrap_socket(connection, server_side=True, do_handshake_on_connect=False)
+        return connection, address
+
+    def handle_error(self, request: object, client_address: object) -> None:
+        """Nothing to the terminal: clients that leave are part of the tests."""
