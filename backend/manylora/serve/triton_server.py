@@ -123,17 +123,22 @@ class TritonServer:
         if not self.problem():
             self._process.send_signal(signal.SIGTERM)
             deadline = time.monotonic() + self._exit_timeout_s
-            self._await_end(deadline, is_urgent)
+            self._await_end(deadline, lambda: is_urgent() or not self._engines())
             # The engine tells its clients before it ends. tritonserver alone would break their connections.
-            for pid in (child for stub in self._stubs for child in processes.children(stub)):
-                if ENGINE in processes.command(pid):
-                    with contextlib.suppress(ProcessLookupError):
-                        os.kill(pid, signal.SIGTERM)
-            self._await_end(deadline + UNLOAD_GRACE_S, is_urgent)
+            for pid in self._engines():
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGTERM)
+            # Without an engine all have been answered. tritonserver 24.10 may wait none the less: it loses
+            # count of streams that were cancelled.
+            self._await_end(time.monotonic() + UNLOAD_GRACE_S, is_urgent)
         self.kill()
 
-    def _await_end(self, deadline: float, is_urgent: Callable[[], bool]) -> None:
-        while self.is_running and time.monotonic() < deadline and not is_urgent():
+    def _engines(self) -> list[int]:
+        below = [child for stub in self._stubs for child in processes.children(stub)]
+        return [pid for pid in below if ENGINE in processes.command(pid)]
+
+    def _await_end(self, deadline: float, is_over: Callable[[], bool]) -> None:
+        while self.is_running and time.monotonic() < deadline and not is_over():
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self._process.wait(0.2)
 
