@@ -172,7 +172,10 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
     either.add_argument(
         "--concurrency", type=_numbers, default=[1, 4, 16], help="requests under way: N or N,N,..."
     )
-    either.add_argument("--request-rate", type=_numbers, help="or requests per second, at random times")
+    either.add_argument("--request-rate", type=_numbers, help="or requests per second")
+    load.add_argument(
+        "--arrivals", choices=("poisson", "constant"), default="poisson", help="with --request-rate"
+    )
     load.add_argument("--requests", type=int, default=64, help="of each load")
     load.add_argument("--prompt-words", type=int, default=64, help="one token each with most tokenizers")
     load.add_argument("--max-tokens", type=int, default=32, help="of every answer")
@@ -191,7 +194,10 @@ def _numbers(text: str) -> list[float]:
 def _complete(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
     """Fill in what depends on other options; end with a message where they do not fit together."""
     if arguments.request_rate:
-        arguments.loads = [Load(kind="request rate", value=value) for value in arguments.request_rate]
+        arguments.loads = [
+            Load(kind="request rate", value=value, arrivals=arguments.arrivals)
+            for value in arguments.request_rate
+        ]
     else:
         arguments.loads = [Load(kind="concurrency", value=value) for value in arguments.concurrency]
     if arguments.way == "one-adapter":

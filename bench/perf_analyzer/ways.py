@@ -78,14 +78,16 @@ class Load:
     """How requests arrive."""
 
     kind: Literal["concurrency", "request rate"]
-    """So many under way at any time; or so many a second, at random times (Poisson)."""
+    """So many under way at any time; or so many a second."""
     value: float
+    arrivals: Literal["poisson", "constant"] = "poisson"
+    """Of a request rate: at random times, or at even ones."""
 
     @property
     def flags(self) -> list[str]:
         if self.kind == "concurrency":
             return ["--concurrency-range", f"{self.value:g}"]
-        return ["--request-rate-range", f"{self.value:g}", "--request-distribution", "poisson"]
+        return ["--request-rate-range", f"{self.value:g}", "--request-distribution", self.arrivals]
 
     @property
     def slug(self) -> str:
