@@ -5,15 +5,14 @@ from __future__ import annotations
 import json
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-from harness import PROMPTS, Peft, Wanted, status_of, wait_idle
-from manylora.serve import processes
+from harness import PROMPTS, Peft, Wanted
 from manylora.serve.background import RunningServer
+from server_state import main_processes, server_faults
 
 from . import http_wire
 from .case import Asked, Case, GrpcCall, Known, Outcome
@@ -59,19 +58,6 @@ def known_answers(peft: Peft, adapter_ids: Sequence[str]) -> tuple[list[tuple[st
         prompts += [(adapter_id, text) for text in PROMPTS[:3]]
         answers += peft.answers(adapter_id, ids, MAX_KNOWN_TOKENS)
     return prompts, answers
-
-
-def main_processes(server: RunningServer) -> dict[int, str]:
-    """The processes that must live as long as the server does, by pid."""
-    found: dict[int, str] = {}
-    waiting = [server.pid]
-    for pid in waiting:
-        waiting += processes.children(pid)
-        words = processes.command(pid)
-        for part in ("manylora.cli", "tritonserver", "python_backend_stub", "manylora.engine.process"):
-            if any(part in word for word in words[:3]):
-                found[pid] = part
-    return found
 
 
 def run(
@@ -152,36 +138,6 @@ def run_adapters(
         known = Asked(expects="answer", known=(Known(place=place, num_tokens=3),))
         cases.append(asked(index, *prompts[place], 3, known, "known"))
     return run(server, cases, answers, on_done)
-
-
-def server_faults(server: RunningServer, before: Mapping[int, str]) -> list[str]:
-    """What is wrong with the server once it is idle.
-
-    Args:
-        before: its `main_processes` at the start.
-    """
-    try:
-        status = wait_idle(server)
-    except Exception as error:
-        return [f"the engine does not come to rest: {error}"]
-    faults = [f"check(): {error}" for error in status.check_errors]
-    gauges = status_of(server).gauges
-    if gauges["kv_blocks_free"] != gauges["kv_blocks_total"]:
-        faults.append(f"{gauges['kv_blocks_free']} of {gauges['kv_blocks_total']} KV blocks are free")
-    after = main_processes(server)
-    if after != dict(before):
-        faults.append(f"the processes were {dict(before)} and are {after}")
-    return faults + [f"in the log: {line}" for line in tracebacks(server.log)]
-
-
-def tracebacks(log: Path) -> list[str]:
-    """The last line of each traceback in a log."""
-    found = []
-    lines = iter(log.read_text(errors="replace").splitlines())
-    for line in lines:
-        if line.startswith("Traceback (most recent call last)"):
-            found.append(next((text for text in lines if text and not text.startswith(" ")), line))
-    return found
 
 
 def _end(outcome: Outcome) -> str:

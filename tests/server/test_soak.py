@@ -1,0 +1,110 @@
+"""A small soak; bench/soak.py runs it at length. And what its judgements find, on numbers made for it."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from harness import Peft, Wanted, status_of
+from manylora.serve.background import running_server
+from server_state import main_processes, server_faults
+from soak_run.drive import Answers, Soak
+from soak_run.memory import MIB, MemoryWatch, Sample, save_csv, save_plot, trends
+from soak_run.plan import KINDS, MAX_TOKENS, Plan
+
+NUM_REQUESTS = 150
+NUM_CLIENTS = 8
+NAMES = [f"soak-{number}" for number in range(4)]
+
+
+@pytest.fixture(scope="module")
+def soak_root(base_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("soak")
+    path = Path(__file__).resolve().parents[2] / "examples" / "make_adapters.py"
+    spec = importlib.util.spec_from_file_location("manylora_examples_make", path)
+    assert spec
+    assert spec.loader
+    make_adapters = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(make_adapters)
+    for seed, name in enumerate(NAMES):
+        make_adapters.make_adapter(root / name, base_model, rank=4, seed=seed)
+    return root
+
+
+def test_nothing_is_lost_or_wrong_while_adapters_come_and_go(base_model: Path, soak_root: Path):
+    plan = Plan(0, NAMES, num_prompts=1)
+    peft = Peft(base_model, soak_root)
+    answers: Answers = {
+        (name, text): peft.answers(name, [peft.tokenizer(text)["input_ids"]], MAX_TOKENS)[0]
+        for name in NAMES
+        for text in plan.prompts_of(name)
+    }
+    settings = ["--set=max_loras=2", "--set=max_cpu_loras=2", "--set=max_model_len=256"]
+    with running_server(base_model=base_model, adapter_root=soak_root, arguments=settings) as server:
+        before = main_processes(server)
+        assert Counter(before.values()) == Counter(
+            ["manylora serve", "tritonserver", "front end llm", "front end llm_stream", "engine"]
+        )
+        run = Soak(server, plan, answers)
+        with MemoryWatch(before, lambda: run.num_done) as watch:
+            result = run.run(NUM_REQUESTS, NUM_CLIENTS)
+        assert result.faults == []
+        assert server_faults(server, before) == []
+        counters = status_of(server).counters
+    assert result.num_operations == NUM_REQUESTS
+    assert set(result.ends) == set(KINDS)
+    assert result.num_compared > NUM_REQUESTS // 3
+    assert result.num_ties + result.num_changed <= NUM_REQUESTS // 100
+    assert result.num_repeats
+    assert min(counters["host_evictions"], counters["device_evictions"], counters["cancelled"]) > 0
+    assert {trend.process for trend in trends(watch.samples)} == set(before.values())
+
+
+def test_an_operation_depends_on_its_seed_and_number_alone():
+    def operations(seed: int) -> list[object]:
+        return [Plan(seed, NAMES, 2).operation(index) for index in range(200)]
+
+    assert operations(3) == operations(3)
+    assert operations(3) != operations(4)
+
+
+def samples(*rss_mib: float) -> list[Sample]:
+    """Looks at one process, 1,000 operations apart."""
+    return [Sample(1000 * i, i, "engine", 1, int(mib * MIB), 0) for i, mib in enumerate(rss_mib)]
+
+
+@pytest.mark.parametrize(
+    ("rss_mib", "slope_mib", "is_flat"),
+    [
+        ((100, 900, 1000, 1000, 1000, 1000, 1000), 0, True),
+        ((100, 900, 1000, 1004, 996, 1004, 1000), 0.0, True),
+        ((100, 900, 1000, 1000, 990, 980, 970), -10, True),
+        ((100, 900, 1000, 1000, 1010, 1020, 1030), 10, False),
+        ((10, 10, 10, 10, 12, 14, 16), 2, True),
+        ((10, 10, 10, 10, 14, 18, 22), 4, False),
+    ],
+    ids=["flat", "to and fro", "falling", "growing", "small, within a block", "small, growing"],
+)
+def test_growth_over_the_last_half_is_found(rss_mib: tuple[float, ...], slope_mib: float, is_flat: bool):
+    (trend,) = trends(samples(*rss_mib))
+    assert trend.slope_bytes / MIB == pytest.approx(slope_mib, abs=1)
+    assert trend.is_flat == is_flat
+
+
+def test_memory_over_time_is_saved_as_a_table_and_a_picture(tmp_path: Path):
+    save_csv(samples(1, 2, 3), tmp_path / "new" / "memory.csv")
+    lines = (tmp_path / "new" / "memory.csv").read_text().splitlines()
+    assert lines[0] == "num_done,seconds,process,pid,rss_bytes,pss_bytes"
+    assert lines[3] == f"2000,2,engine,1,{3 * MIB},0"
+    save_plot(samples(1, 2, 3), tmp_path / "memory.png")
+    assert (tmp_path / "memory.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_an_answer_unlike_pefts_is_found():
+    wanted = Wanted([1, 2, 3], [1.0, 1.0, 1e-6])
+    assert not wanted.start(2).is_tie([1, 2])
+    assert wanted.is_tie([1, 2, 4])
+    with pytest.raises(AssertionError):
+        wanted.is_tie([1, 4, 3])
