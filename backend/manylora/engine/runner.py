@@ -14,6 +14,7 @@ from manylora.adapters.device_pool import DevicePool, num_pages_of
 from manylora.config import EngineConfig
 from manylora.engine import logprobs, sampler
 from manylora.engine.batch import Batch, BatchBuilder, Item
+from manylora.engine.capacity import num_kv_blocks
 from manylora.engine.sequence import Sequence
 from manylora.errors import InternalError, InvalidArgumentError, ManyloraError, UnsupportedError
 from manylora.memory import zeros
@@ -23,15 +24,13 @@ from manylora.model.loading import LoadedModel
 
 log = logging.getLogger(__name__)
 
-_DEFAULT_TOKENS_PER_SEQ = 1024
-
 
 class Runner:
     """The model, its KV tensors and the device pool's views: everything a step touches."""
 
     def __init__(self, model: LoadedModel, config: EngineConfig, pool: DevicePool) -> None:
         self.model = model
-        self.num_blocks = _num_blocks(model, config)
+        self.num_blocks = num_kv_blocks(config, model.max_model_len, model.cache_bytes_per_token())
         warmup(model.device)
         caches = {
             layer: _layer_cache(model, shape, self.num_blocks * config.kv_block_size)
@@ -152,21 +151,6 @@ def _probe_sequence(index: int, tokens: list[int], table: list[int]) -> Sequence
         lease=None,
         table=table,
     )
-
-
-def _num_blocks(model: LoadedModel, config: EngineConfig) -> int:
-    block_bytes = model.cache_bytes_per_token() * config.kv_block_size
-    for_probes = sum(-(-len(ids) // config.kv_block_size) for ids in model.probe_ids)
-    needed = max(for_probes, -(-model.max_model_len // config.kv_block_size))
-    default = config.max_num_seqs * -(-_DEFAULT_TOKENS_PER_SEQ // config.kv_block_size)
-    num_blocks = config.kv_cache_bytes // block_bytes if config.kv_cache_bytes else max(default, needed)
-    if num_blocks < needed:
-        raise InvalidArgumentError(
-            f"kv_cache_bytes={config.kv_cache_bytes} holds {num_blocks * config.kv_block_size} tokens; "
-            f"one sequence of max_model_len={model.max_model_len}, and the comparison at start, need "
-            f"{needed * block_bytes} bytes"
-        )
-    return num_blocks
 
 
 def _layer_cache(model: LoadedModel, shape: tuple[int, int, int], num_rows: int) -> LayerCache:

@@ -29,6 +29,8 @@ from manylora.model.spec import ModelSpec
 log = logging.getLogger(__name__)
 
 DEFAULT_MAX_MODEL_LEN = 8192
+PROBE_LENGTHS = (19, 1, 8)
+"""Tokens of the sequences that are compared at start."""
 _PROBE_TOKENS = 7
 _STEP_WIDE_ROPE = ("dynamic", "longrope")
 
@@ -71,15 +73,15 @@ def load_model(config: EngineConfig) -> LoadedModel:
     device = resolve_device(config.device)
     if device.type == "cpu" and config.num_threads:
         torch.set_num_threads(config.num_threads)
-    hf_config = _read_config(directory)
+    hf_config = read_config(directory)
     module = _read_model(directory, config, device)
-    max_model_len = _resolve_max_model_len(config, hf_config)
+    max_model_len = resolve_max_model_len(config, hf_config)
     _refuse_step_wide_rope(hf_config, max_model_len)
     probe_ids = _probe_ids(_text_config(hf_config).vocab_size)
     with torch.inference_mode():
         probe_logits = [_whole_logits(module, ids) for ids in probe_ids]
-        _use_our_attention(module)
-        layers, spec = _observe(module)
+        use_our_attention(module)
+        layers, spec = observe(module)
         holder = MixHolder()
         sites = replace_linears(module, spec, holder)
     return LoadedModel(
@@ -112,7 +114,12 @@ def resolve_device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def _read_config(directory: Path) -> Any:
+def read_config(directory: Path) -> Any:
+    """The model's own configuration.
+
+    Raises:
+        InvalidArgumentError: there is none that transformers can read.
+    """
     try:
         return AutoConfig.from_pretrained(directory, local_files_only=True)
     except (OSError, ValueError) as error:
@@ -129,19 +136,32 @@ def _read_model(directory: Path, config: EngineConfig, device: torch.device) -> 
         )
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise InvalidArgumentError(f"base_model={str(directory)!r}: cannot be loaded: {error}") from error
+    require_attention_seam(module)
+    return module.to(device).eval().requires_grad_(False)
+
+
+def require_attention_seam(module: torch.nn.Module) -> None:
+    """
+    Raises:
+        UnsupportedError: the architecture takes no attention function; transformers would only warn.
+    """
     if not getattr(module, "_supports_attention_backend", False):
         raise UnsupportedError(
             f"{type(module).__name__} takes no attention function from outside (transformers "
             f"{transformers.__version__}); served are decoder-only models that do"
         )
-    return module.to(device).eval().requires_grad_(False)
 
 
 def _text_config(hf_config: Any) -> Any:
     return hf_config.get_text_config(decoder=True)
 
 
-def _resolve_max_model_len(config: EngineConfig, hf_config: Any) -> int:
+def resolve_max_model_len(config: EngineConfig, hf_config: Any) -> int:
+    """`max_model_len` with its default resolved.
+
+    Raises:
+        InvalidArgumentError: it is more than the base model has positions for.
+    """
     limit = getattr(_text_config(hf_config), "max_position_embeddings", None)
     if config.max_model_len:
         if limit and config.max_model_len > limit:
@@ -175,7 +195,7 @@ def _refuse_step_wide_rope(hf_config: Any, max_model_len: int) -> None:
 
 def _probe_ids(vocab_size: int) -> list[list[int]]:
     generator = torch.Generator().manual_seed(0)
-    return [torch.randint(0, vocab_size, (n,), generator=generator).tolist() for n in (19, 1, 8)]
+    return [torch.randint(0, vocab_size, (n,), generator=generator).tolist() for n in PROBE_LENGTHS]
 
 
 def _whole_logits(module: torch.nn.Module, ids: list[int]) -> torch.Tensor:
@@ -184,7 +204,8 @@ def _whole_logits(module: torch.nn.Module, ids: list[int]) -> torch.Tensor:
     return logits[0].float()
 
 
-def _use_our_attention(module: torch.nn.Module) -> None:
+def use_our_attention(module: torch.nn.Module) -> None:
+    """Have the model call `attention_forward`, and build no masks."""
     AttentionInterface.register(IMPLEMENTATION, attention_forward)
     AttentionMaskInterface.register(IMPLEMENTATION, _no_mask)
     module.set_attn_implementation(IMPLEMENTATION)  # type: ignore[operator]  # PreTrainedModel's method
@@ -194,7 +215,12 @@ def _no_mask(*_args: Any, **_kwargs: Any) -> None:
     """Masks follow from the step's plan; transformers need not build any."""
 
 
-def _observe(module: torch.nn.Module) -> tuple[dict[int, tuple[int, int, int]], ModelSpec]:
+def observe(module: torch.nn.Module) -> tuple[dict[int, tuple[int, int, int]], ModelSpec]:
+    """Run a probe: each layer's key and value shapes, and the sites of linears.
+
+    Raises:
+        UnsupportedError: the model does not call its attention, or has no linears in layers.
+    """
     probe = CacheProbe()
     device = next(module.parameters()).device
     ids = torch.arange(_PROBE_TOKENS, device=device)[None]

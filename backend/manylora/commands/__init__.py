@@ -1,0 +1,1 @@
+"""The commands of `manylora` besides `serve` and `status`, one module each."""

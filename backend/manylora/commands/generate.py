@@ -1,0 +1,109 @@
+"""`manylora generate`: prompts to a running server, one answer for each adapter."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+from typing import Any
+
+from manylora_client import Client, Completion, TokenLogprob
+
+from manylora.commands import asking
+from manylora.commands.table import render
+from manylora.errors import InvalidArgumentError
+
+EXAMPLES = """\
+examples:
+  manylora generate "The sea is" --max-tokens 16
+  manylora generate --chat "Why is the sky blue?" --adapter pirate --adapter ""
+  echo "Once upon a time" | manylora generate --temperature 0.8 --seed 7
+  manylora generate "The sea is" --logprobs 3 --json
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options of `manylora generate`."""
+    add = parser.add_argument
+    add("prompt", nargs="*", help="one prompt each; none, or -, is read from standard input")
+    add(
+        "--adapter",
+        action="append",
+        metavar="NAME",
+        help="the adapter; several give one answer each; empty is the base model",
+    )
+    add("--chat", action="store_true", help="put the prompt through the model's chat template")
+    add("--logprobs", type=int, default=0, metavar="N", help="alternatives shown for each token")
+    add("--json", action="store_true", help="one line of JSON for each answer")
+    add(
+        "--stream",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="show an answer as it comes (default)",
+    )
+    asking.add_arguments(parser)
+
+
+def main(arguments: argparse.Namespace) -> int:
+    """Ask, and print what is answered.
+
+    Raises:
+        ManyloraClientError: what the server refuses, or that it cannot be reached.
+        InvalidArgumentError: options that do not go together.
+    """
+    parameters = asking.read_parameters(arguments)
+    prompts = [_read_stdin() if prompt == "-" else prompt for prompt in arguments.prompt or ["-"]]
+    adapters: list[str] = arguments.adapter or [""]
+    if arguments.logprobs:
+        parameters["logprobs"] = arguments.logprobs
+    if arguments.chat:
+        parameters["chat"] = True
+    whole = arguments.json or arguments.logprobs or not arguments.stream
+    with asking.open_client(arguments) as client:
+        for prompt in prompts:
+            for adapter in adapters:
+                if len(prompts) * len(adapters) > 1 and not arguments.json:
+                    print(_title(prompt if len(prompts) > 1 else "", adapter))
+                asked = {**parameters, "adapter_id": adapter}
+                if whole:
+                    _print(client.generate(prompt, **asked), prompt, adapter, as_json=arguments.json)
+                else:
+                    _stream(client, prompt, asked)
+    return 0
+
+
+def _read_stdin() -> str:
+    if sys.stdin.isatty():
+        print("the prompt, ended by Ctrl-D:", file=sys.stderr)
+    text = sys.stdin.read().removesuffix("\n")
+    if not text:
+        raise InvalidArgumentError("no prompt: give one, or send one to standard input")
+    return text
+
+
+def _title(prompt: str, adapter: str) -> str:
+    shown = f" {prompt[:50]!r}" if prompt else ""
+    return f"--- {adapter or '(base model)'}{shown}"
+
+
+def _stream(client: Client, prompt: str, asked: dict[str, Any]) -> None:
+    with client.stream(prompt, **asked) as stream:
+        for chunk in stream:
+            print(chunk.text, end="", flush=True)
+    print()
+
+
+def _likeliest(token: TokenLogprob) -> str:
+    return "  ".join(f"{other.text!r} {other.logprob:.3f}" for other in token.top)
+
+
+def _print(answer: Completion, prompt: str, adapter: str, *, as_json: bool) -> None:
+    if as_json:
+        fields = {"prompt": prompt, "adapter_id": adapter, **dataclasses.asdict(answer)}
+        print(json.dumps(fields, ensure_ascii=False), flush=True)
+        return
+    print(answer.text)
+    if answer.logprobs is not None:
+        rows = [(repr(token.text), f"{token.logprob:.3f}", _likeliest(token)) for token in answer.logprobs]
+        print(render(("token", "logprob", "likeliest"), rows, right=(1,)))

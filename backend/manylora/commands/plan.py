@@ -1,0 +1,185 @@
+"""`manylora plan`: what a configuration takes in memory, and what fits; no server, no weights."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from manylora.commands.table import render, size
+from manylora.config import EngineConfig
+from manylora.serve.command import read_settings, settings_help
+
+if TYPE_CHECKING:
+    from manylora.model.outline import ModelOutline
+
+EXAMPLES = """\
+examples:
+  manylora plan --base-model models/base
+  manylora plan --base-model models/base --set max_loras=32 --set dtype=bfloat16
+"""
+RANKS = (8, 16, 32, 64, 128, 256)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Kind:
+    """One kind of site in the device pool."""
+
+    site: str
+    layers: int
+    pages: int
+    page_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """What one configuration comes to, in bytes and counts."""
+
+    base_model: str
+    architecture: str
+    dtype: str
+    lora_dtype: str
+    weight_bytes: int
+    kinds: list[Kind]
+    pool_bytes: int
+    adapters_that_fit: dict[int, int]
+    """By rank, on all linears."""
+    adapter_bytes: dict[int, int]
+    """Of one adapter of that rank on all linears, on host as on the device."""
+    max_loras: int
+    max_cpu_loras: int
+    host_cache_bytes: int
+    """With every slot taken by an adapter of max_lora_rank on all linears."""
+    kv_bytes: int
+    kv_tokens: int
+    kv_bytes_per_token: int
+    max_model_len: int
+    device_bytes: int
+    """Weights, pool and KV cache together; a step's own temporaries come on top."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options of `manylora plan`."""
+    parser.add_argument("--base-model", default="", metavar="DIR", help="base model in Hugging Face format")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="a setting, as of `manylora serve`"
+    )
+    parser.add_argument("--json", action="store_true", help="as one line of JSON")
+    parser.set_defaults(adapter_root="")
+
+
+def epilog() -> str:
+    """Examples, and the settings that there are."""
+    return f"{EXAMPLES}\n{settings_help()}"
+
+
+def main(arguments: argparse.Namespace) -> int:
+    """Compute and print.
+
+    Raises:
+        ManyloraError: a setting or the base model cannot be used.
+    """
+    from manylora.model.outline import outline_model
+
+    config = EngineConfig.from_strings(read_settings(arguments))
+    plan = make_plan(config, outline_model(config))
+    print(json.dumps(asdict(plan)) if arguments.json else describe(plan))
+    return 0
+
+
+def make_plan(config: EngineConfig, model: ModelOutline) -> Plan:
+    """What the engine will take with this configuration.
+
+    Raises:
+        InvalidArgumentError: the KV cache is too small to start.
+    """
+    import torch
+
+    from manylora.adapters.device_pool import num_pages_of
+    from manylora.engine.capacity import num_kv_blocks
+
+    lora_dtype: torch.dtype = (
+        model.dtype if config.lora_dtype == "auto" else getattr(torch, config.lora_dtype)
+    )
+    num_pages = config.max_loras * num_pages_of(config.max_lora_rank)
+    kinds = [
+        Kind(
+            site=kind.name,
+            layers=kind.num_layers,
+            pages=num_pages,
+            page_bytes=kind.page_elements * lora_dtype.itemsize,
+        )
+        for kind in model.spec.kinds
+    ]
+    page_set = sum(kind.page_bytes for kind in kinds)
+    ranks = sorted({*(r for r in RANKS if r <= config.max_lora_rank), config.max_lora_rank})
+    num_blocks = num_kv_blocks(config, model.max_model_len, model.cache_bytes_per_token)
+    kv_tokens = num_blocks * config.kv_block_size
+    pool_bytes, kv_bytes = num_pages * page_set, kv_tokens * model.cache_bytes_per_token
+    return Plan(
+        base_model=str(model.directory),
+        architecture=model.architecture,
+        dtype=str(model.dtype).removeprefix("torch."),
+        lora_dtype=str(lora_dtype).removeprefix("torch."),
+        weight_bytes=model.weight_bytes,
+        kinds=kinds,
+        pool_bytes=pool_bytes,
+        adapters_that_fit={rank: num_pages // num_pages_of(rank) for rank in ranks},
+        adapter_bytes={rank: num_pages_of(rank) * page_set for rank in ranks},
+        max_loras=config.max_loras,
+        max_cpu_loras=config.num_cpu_loras,
+        host_cache_bytes=config.num_cpu_loras * num_pages_of(config.max_lora_rank) * page_set,
+        kv_bytes=kv_bytes,
+        kv_tokens=kv_tokens,
+        kv_bytes_per_token=model.cache_bytes_per_token,
+        max_model_len=model.max_model_len,
+        device_bytes=model.weight_bytes + pool_bytes + kv_bytes,
+    )
+
+
+def describe(plan: Plan) -> str:
+    """The plan for people, within 80 columns."""
+    sites = [
+        (
+            _short(kind.site),
+            kind.layers,
+            kind.pages,
+            size(kind.page_bytes),
+            size(kind.pages * kind.page_bytes),
+        )
+        for kind in plan.kinds
+    ]
+    ranks = [(rank, size(plan.adapter_bytes[rank]), count) for rank, count in plan.adapters_that_fit.items()]
+    sequences = [
+        f"{plan.kv_tokens // tokens} of {tokens}" for tokens in dict.fromkeys((1024, plan.max_model_len))
+    ]
+    totals: list[tuple[Any, ...]] = [
+        ("base model weights", size(plan.weight_bytes), plan.dtype),
+        ("device pool", size(plan.pool_bytes), f"{plan.lora_dtype}, {plan.max_loras} adapters in one step"),
+        ("KV cache", size(plan.kv_bytes), f"{plan.kv_tokens} tokens: {', '.join(sequences)} tokens"),
+        ("on the device", size(plan.device_bytes), "and a step's temporaries"),
+        (
+            "host cache",
+            size(plan.host_cache_bytes),
+            f"at most: {plan.max_cpu_loras} of the highest rank",
+        ),
+    ]
+    return "\n".join(
+        [
+            f"{plan.base_model}: {plan.architecture}",
+            "",
+            render(("memory", "size", ""), totals, right=(1,)),
+            "",
+            render(("site", "layers", "pages", "a page", "pool"), sites, right=(1, 2, 3, 4)),
+            "",
+            render(("rank, on all linears", "an adapter", "fit on the device"), ranks, right=(0, 1, 2)),
+            "",
+            "A page is 16 rank rows in every layer. An adapter takes pages for its own rank and",
+            "targets: adapters of fewer linears or lower rank than the table's take less.",
+        ]
+    )
+
+
+def _short(kind: str) -> str:
+    return "+".join(part.rpartition(".")[2] for part in kind.split("+"))
