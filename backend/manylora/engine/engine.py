@@ -7,9 +7,7 @@ from __future__ import annotations
 
 import functools
 import logging
-import math
 import os
-import queue
 import threading
 import time
 from collections.abc import Sequence as Seq
@@ -24,6 +22,7 @@ from manylora.engine import report
 from manylora.engine.batch import Batch
 from manylora.engine.generate import Completion, Prompt, generate
 from manylora.engine.kv_cache import BlockPool
+from manylora.engine.notes import Notes
 from manylora.engine.runner import Runner
 from manylora.engine.scheduler import Limits, Scheduler
 from manylora.engine.sequence import Sequence, State
@@ -50,7 +49,7 @@ class Engine:
 
     def __init__(self, config: EngineConfig) -> None:
         self.config = config
-        self._inbox: queue.SimpleQueue[Note] = queue.SimpleQueue()
+        self._inbox = Notes()
         self._sessions: set[Session] = set()
         self._counters = dict.fromkeys(
             ("steps", "prompt_tokens", "generated_tokens", "accepted", "finished", "cancelled", "failed"), 0
@@ -58,7 +57,6 @@ class Engine:
         self.num_turns = 0
         """Of the thread's loop; for those who watch whether it hangs."""
         self._closing = threading.Event()
-        self._has_ended = threading.Event()
         keep_freed_memory()
         self.model: LoadedModel = load_model(config)
         dtype = _lora_dtype(config, self.model)
@@ -152,7 +150,7 @@ class Engine:
         self._closing.set()
         self.post(Wake())
         self._thread.join()
-        self._refuse_rest()
+        self._inbox.close()
 
     def __enter__(self) -> Engine:
         return self
@@ -163,8 +161,6 @@ class Engine:
     def post(self, note: Note) -> None:
         """Put a note into the inbox; a closed engine answers it at once."""
         self._inbox.put(note)
-        if self._has_ended.is_set():
-            self._refuse_rest()
 
     # ---- the engine thread ----
 
@@ -173,7 +169,8 @@ class Engine:
             idle = False
             while not self._closing.is_set():
                 self.num_turns += 1
-                self._read_inbox(wait=idle)
+                for note in self._inbox.take(wait=idle, until_s=self.scheduler.deadlines.next_s):
+                    self._take(note)
                 # Before the registry: it need load nothing for those who have run out of time.
                 self.scheduler.expire(time.monotonic())
                 self._report_failed()
@@ -190,7 +187,6 @@ class Engine:
             error = InternalError("the engine has failed; see its log")
         self._closing.set()
         self._end_all(error)
-        self._refuse_rest()
 
     def _step(self, batch: Batch) -> None:
         try:
@@ -223,18 +219,6 @@ class Engine:
                 self._counters["finished"] += 1
                 self._forget(sequence)
         self._report_failed()
-
-    def _read_inbox(self, *, wait: bool) -> None:
-        """Take all notes. With `wait`, block for the first one, but not past the next deadline."""
-        left_s = self.scheduler.deadlines.next_s - time.monotonic()
-        timeout_s = None if left_s == math.inf else min(max(left_s, 0.0), threading.TIMEOUT_MAX)
-        try:
-            note = self._inbox.get(block=wait, timeout=timeout_s)
-            while True:
-                self._take(note)
-                note = self._inbox.get_nowait()
-        except queue.Empty:
-            return
 
     def _take(self, note: Note) -> None:
         if isinstance(note, Asked):
@@ -334,22 +318,8 @@ class Engine:
                 session.fail(sequence_id, error)
             session.sequences.clear()
             session.flush()
-        self._has_ended.set()
+        self._inbox.close()
         self.registry.close()
-
-    def _refuse_rest(self) -> None:
-        """Answer notes that came after the loop's last look."""
-        while True:
-            try:
-                note = self._inbox.get_nowait()
-            except queue.Empty:
-                return
-            error = UnavailableError("the engine is closed")
-            if isinstance(note, Asked):
-                note.answer.set_exception(error)
-            elif isinstance(note, Sent) and isinstance(note.message, Generate):
-                note.session.fail(note.message.id, error)
-                note.session.flush()
 
 
 def _lora_dtype(config: EngineConfig, model: LoadedModel) -> torch.dtype:

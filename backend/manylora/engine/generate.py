@@ -102,7 +102,7 @@ def generate(
     """
     begun_s = time.monotonic()
     params = _params(sampling)
-    deadline_ms = parse({"deadline_ms": deadline_ms}, "option").get("deadline_ms", 0)
+    deadline_ms = parse({"deadline_ms": deadline_ms}, "option")["deadline_ms"]
     growing = [
         _Growing(
             message=Generate(
@@ -163,7 +163,7 @@ def _per_prompt(option: str, values: Sequence[T] | None, default: T, num_prompts
 
 def _row_options(scale: float, priority: int) -> dict[str, Any]:
     read = parse({"adapter_scale": scale, "request_priority": priority}, "option")
-    return {"adapter_scale": read.get("adapter_scale", 1.0), "priority": read.get("request_priority", 0)}
+    return {"adapter_scale": read["adapter_scale"], "priority": read["request_priority"]}
 
 
 def _params(sampling: Mapping[str, object]) -> SamplingParams:

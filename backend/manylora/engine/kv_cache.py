@@ -1,7 +1,7 @@
 """Blocks of the KV cache: who holds which, and which full blocks can be reused for a shared prefix.
 
-Plain Python; the tensors are the runner's. A full block's key is the hash of the adapter version and scale and of
-every token up to the block's end, so a prefix is shared only where the same weights computed it.
+Plain Python; the tensors are the runner's. A full block's key is the hash of the adapter version and scale
+and of every token up to the block's end, so a prefix is shared only where the same weights computed it.
 """
 
 from __future__ import annotations
