@@ -111,7 +111,10 @@ class ReplyLoop:
         while self._news:
             call = next(iter(self._news))
             del self._news[call]
-            self._reply(call)
+            try:
+                self._reply(call)
+            except BaseException as error:
+                self._recover(error, call)
         if self._calls and time.monotonic() >= self._check_at_s:
             self._check_at_s = time.monotonic() + CHECK_S
             self._check_calls()
@@ -175,7 +178,10 @@ class ReplyLoop:
                 self._fail(call, error)
 
     def _recover(self, error: BaseException, note: Note | None = None) -> None:
-        """End all calls, and the request in `note`, after a fault that may have struck any of them."""
+        """End all calls, and the one in `note`, after a fault that may have struck any of them.
+
+        A call may have had its last reply by then; its responder refuses another.
+        """
         _log_fault(error, "the reply loop has failed; all its requests end with INTERNAL")
         failure = InternalError("internal error; the server's log has the reason")
         if isinstance(note, Call) and note not in self._calls.values():
@@ -187,12 +193,15 @@ class ReplyLoop:
             self._fail(call, error)
 
     def _fail(self, call: Call, error: ManyloraError) -> None:
-        """End a call that has not had its last reply. Never raises."""
+        """End a call that has not had its last reply."""
         self._news.pop(call, None)
-        for row in call.rows:
-            if self._calls.pop(row.id, None) is not None:
-                self._stop_in_engine(row)
-        self._send_error(call.responder, error)
+        try:
+            for row in call.rows:
+                if self._calls.pop(row.id, None) is not None:
+                    self._stop_in_engine(row)
+        finally:
+            # Of a call that is known no more, nobody else would think.
+            self._send_error(call.responder, error)
 
     def _stop_in_engine(self, row: Row) -> None:
         try:

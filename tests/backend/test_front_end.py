@@ -3,19 +3,14 @@
 from __future__ import annotations
 
 import json
-import queue
 import threading
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from manylora import run_dir
-from manylora.config import EngineConfig
-from manylora.engine.engine import Engine
-from manylora.engine.server import EngineServer
+from manylora.engine.runner import Runner
 from manylora.errors import (
     CancelledRequestError,
     InternalError,
@@ -25,136 +20,20 @@ from manylora.errors import (
     UnavailableError,
 )
 from manylora.front_end import FrontEnd
-from manylora.ipc import query_status
-from manylora.protocol import Tensors
-from manylora.text import Tokenizer
 
-WAIT_S = 60
-
-
-class Recorder:
-    """Holds what one request was answered, and refuses anything after the last reply, as Triton does."""
-
-    def __init__(self, *, fail_sends: int = 0) -> None:
-        self.request_id = "r1"
-        self.replies: list[Tensors] = []
-        self.error: ManyloraError | None = None
-        self.num_finals = 0
-        self.client_has_gone = False
-        self.first = threading.Event()
-        self.done: queue.SimpleQueue[None] = queue.SimpleQueue()
-        self._fail_sends = fail_sends
-
-    def send(self, outputs: Tensors, *, is_last: bool) -> None:
-        if self._fail_sends:
-            self._fail_sends -= 1
-            raise RuntimeError("a fault of the sender")
-        assert not self.num_finals
-        self.replies.append(outputs)
-        self.first.set()
-        if is_last:
-            self._end()
-
-    def fail(self, error: ManyloraError) -> None:
-        assert not self.num_finals
-        self.error = error
-        self._end()
-
-    def is_cancelled(self) -> bool:
-        return self.client_has_gone
-
-    def _end(self) -> None:
-        self.num_finals += 1
-        self.done.put(None)
-
-    def wait(self) -> Recorder:
-        self.done.get(timeout=WAIT_S)
-        return self
-
-    @property
-    def text(self) -> str:
-        return b"".join(reply["text_output"][0, 0] for reply in self.replies).decode()
-
-    @property
-    def ids(self) -> list[int]:
-        return [int(i) for reply in self.replies for i in reply["output_ids"][0]]
-
-    @property
-    def finish_reason(self) -> str:
-        return str(self.replies[-1]["finish_reason"][0, 0].decode())
-
-
-class Setting:
-    """An engine that can be stopped and started, and front ends on its socket."""
-
-    def __init__(self, config: EngineConfig, path: Path) -> None:
-        self._config = config
-        self.path = path
-        self.engine: Engine | None = None
-        self.server: EngineServer | None = None
-        self.front_ends: dict[bool, FrontEnd] = {}
-        self.tokenizer = Tokenizer.load(config.base_model)
-
-    def start_engine(self) -> None:
-        self.engine = Engine(self._config)
-        self.server = EngineServer(self.engine, self.path)
-
-    def stop_engine(self) -> None:
-        if self.engine and self.server:
-            self.server.close()
-            self.engine.close()
-
-    def front_end(self, is_streaming: bool) -> FrontEnd:
-        if is_streaming not in self.front_ends:
-            self.front_ends[is_streaming] = FrontEnd(self.path, is_streaming=is_streaming)
-        assert self.front_ends[is_streaming].wait_ready(WAIT_S)
-        return self.front_ends[is_streaming]
-
-    def begin(
-        self, is_streaming: bool, prompt: Any = "hi", recorder: Recorder | None = None, **parameters: Any
-    ) -> Recorder:
-        recorder = recorder or Recorder()
-        self.front_end(is_streaming).submit(recorder, tensors(prompt), json.dumps(parameters))
-        return recorder
-
-    def status(self) -> Any:
-        status = query_status(self.path, WAIT_S)
-        assert status.check_errors == []
-        return status
-
-
-def tensors(prompt: Any) -> Tensors:
-    """Text, ids, or a list of texts for a batch."""
-    if isinstance(prompt, dict):
-        return prompt
-    if isinstance(prompt, list) and isinstance(prompt[0], int):
-        return {"input_ids": np.array([prompt], dtype=np.int32)}
-    texts = [prompt] if isinstance(prompt, str) else prompt
-    column = np.empty((len(texts), 1), dtype=np.object_)
-    column[:, 0] = [text.encode() for text in texts]
-    return {"text_input": column}
+from .front_end_setting import WAIT_S, Recorder, Setting, running_setting, tensors, wait_until
 
 
 @pytest.fixture(scope="module")
 def module_setting(
-    tiny_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
+    tiny_model: Callable[..., Path],
+    make_adapter: Callable[..., Path],
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[Setting]:
     directory = tmp_path_factory.mktemp("front_end")
-    (directory / "adapters").mkdir()
-    config = EngineConfig(
-        base_model=str(tiny_model("llama")),
-        adapter_root=str(directory / "adapters"),
-        max_loras=2,
-        max_lora_rank=16,
-        num_threads=1,
-        max_num_seqs=8,
-    )
-    setting = Setting(config, run_dir.socket_path(run_dir.prepare(directory / "run"), "llm"))
-    setting.start_engine()
-    yield setting
-    for front_end in setting.front_ends.values():
-        front_end.close()
-    setting.stop_engine()
+    with running_setting(tiny_model("llama"), directory) as setting:
+        make_adapter(tiny_model("llama"), directory / "adapters" / "a", 0, r=8, target_modules=["q_proj"])
+        yield setting
 
 
 @pytest.fixture
@@ -344,8 +223,122 @@ def test_closing_fails_what_is_in_flight_and_frees_it(setting: Setting) -> None:
     wait_until(lambda: setting.status().gauges["running"] == 0)
 
 
-def wait_until(is_so: Callable[[], bool]) -> None:
-    """Ask again until it is so."""
-    deadline = time.monotonic() + WAIT_S
-    while not is_so():
-        assert time.monotonic() < deadline
+def row_parameters(*rows: dict[str, Any]) -> Any:
+    return tensors([json.dumps(row) for row in rows])["text_input"]
+
+
+def logprobs_of(answer: Recorder, row: int = 0) -> list[dict[str, Any]]:
+    """Those of all replies; each reply's must be about its own ids."""
+    entries: list[dict[str, Any]] = []
+    for reply in answer.replies:
+        found = json.loads(reply["logprobs"][row, 0].decode())
+        ids = [i for i in reply["output_ids"][row].tolist() if i >= 0]
+        assert [entry["id"] for entry in found] == ids
+        entries += found
+    return entries
+
+
+@both
+def test_log_probabilities_come_with_each_id_and_its_text(setting: Setting, is_streaming: bool) -> None:
+    plain = setting.begin(is_streaming, "été", max_tokens=30, ignore_eos=True).wait()
+    assert {reply["logprobs"][0, 0] for reply in plain.replies} == {b""}
+    answer = setting.begin(is_streaming, "été", max_tokens=30, ignore_eos=True, logprobs=3, echo=True).wait()
+    assert answer.ids == plain.ids
+    entries = logprobs_of(answer)
+    for entry in entries:
+        assert set(entry) == {"id", "text", "logprob", "top"}
+        assert entry["text"] == setting.tokenizer.name(entry["id"])
+        assert len(entry["top"]) == 3
+        # Greedy: the token is the likeliest one.
+        assert entry["top"][0] == {key: entry[key] for key in ("id", "text", "logprob")}
+        assert [other["logprob"] for other in entry["top"]] == sorted(
+            (other["logprob"] for other in entry["top"]), reverse=True
+        )
+        assert entry["logprob"] < 0
+
+
+@both
+def test_a_stop_string_cuts_log_probabilities_as_it_cuts_ids(setting: Setting, is_streaming: bool) -> None:
+    free = setting.begin(is_streaming, max_tokens=40, ignore_eos=True, logprobs=1).wait()
+    stop = free.text[5:8]
+    cut = setting.begin(is_streaming, max_tokens=200, ignore_eos=True, logprobs=1, stop=stop).wait()
+    assert (cut.finish_reason, len(cut.ids) < 40) == ("stop", True)
+    assert [entry["id"] for entry in logprobs_of(cut)] == cut.ids
+    found = [[(e["id"], e["logprob"]) for e in logprobs_of(answer)] for answer in (cut, free)]
+    assert found[0] == [(i, pytest.approx(value)) for i, value in found[1][: len(cut.ids)]]
+
+
+def test_rows_of_a_batch_ask_each_for_its_own(setting: Setting) -> None:
+    rows = [
+        {"max_tokens": 3, "logprobs": 2},
+        {"max_tokens": 5, "adapter_id": "a"},
+        {"max_tokens": 4, "adapter_id": "a", "adapter_scale": 0, "logprobs": 1, "echo": True},
+        {"max_tokens": 60, "repetition_penalty": 100, "request_priority": 9, "deadline_ms": 10**6},
+    ]
+    batch = setting.begin(
+        False, {**tensors(["same"] * 4), "sampling_parameters": row_parameters(*rows)}, ignore_eos=True
+    ).wait()
+    (reply,) = batch.replies
+    ids = [[i for i in row if i >= 0] for row in reply["output_ids"].tolist()]
+    for row, found in zip(rows, ids, strict=True):
+        alone = setting.begin(False, "same", ignore_eos=True, **row).wait()
+        assert alone.ids == found
+    assert [bool(text) for text in reply["logprobs"][:, 0]] == [True, False, True, False]
+    for i, count in ((0, 2), (2, 1)):
+        entries = json.loads(reply["logprobs"][i, 0])
+        assert [entry["id"] for entry in entries] == ids[i]
+        assert {len(entry["top"]) for entry in entries} == {count}
+    assert reply["text_output"][2, 0].startswith(b"same")
+    # Scale 0 is the base model, the adapter as it is and a penalty are not.
+    base = setting.begin(False, "same", ignore_eos=True, max_tokens=60).wait().ids
+    assert ids[2] == base[:4]
+    assert ids[1] != base[:5]
+    assert len(set(base)) < len(base)
+    assert len(set(ids[3])) == len(ids[3])
+
+
+@both
+def test_a_deadline_ends_a_request_and_frees_its_sequence(setting: Setting, is_streaming: bool) -> None:
+    answer = setting.begin(is_streaming, max_tokens=250, ignore_eos=True, deadline_ms=1).wait()
+    assert isinstance(answer.error, UnavailableError)
+    assert answer.error.message.startswith("deadline_ms=1 passed")
+    wait_until(lambda: setting.status().gauges["running"] == 0)
+
+
+@both
+def test_a_deadline_that_does_not_pass_changes_nothing(setting: Setting, is_streaming: bool) -> None:
+    plain = setting.begin(is_streaming, max_tokens=9).wait()
+    assert setting.begin(is_streaming, max_tokens=9, deadline_ms=10**6).wait().ids == plain.ids
+
+
+@both
+def test_a_deadline_holds_though_the_engine_hangs(
+    setting: Setting, is_streaming: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = setting.begin(is_streaming, max_tokens=5).wait().ids
+    hangs, gate = threading.Event(), threading.Event()
+    run = Runner.run
+
+    def hang(self: Runner, batch: Any) -> None:
+        hangs.set()
+        assert gate.wait(WAIT_S)
+        run(self, batch)
+
+    monkeypatch.setattr(Runner, "run", hang)
+    try:
+        patient = setting.begin(is_streaming, max_tokens=5)
+        assert hangs.wait(WAIT_S)
+        hurried = setting.begin(is_streaming, max_tokens=5, deadline_ms=50)
+        rows = row_parameters({}, {"deadline_ms": 10**6}, {"deadline_ms": 60})
+        batch = setting.begin(False, {**tensors(["a", "b", "c"]), "sampling_parameters": rows})
+        for answer, deadline_ms in ((hurried, 50), (batch, 60)):
+            answer.wait()
+            assert isinstance(answer.error, UnavailableError)
+            assert answer.error.message.startswith(f"deadline_ms={deadline_ms} passed after 0 tokens")
+            assert answer.replies == []
+        assert patient.num_finals == 0
+    finally:
+        gate.set()
+    assert patient.wait().ids == expected
+    wait_until(lambda: setting.status().gauges["waiting"] == setting.status().gauges["running"] == 0)
+    assert (hurried.num_finals, batch.num_finals, patient.num_finals) == (1, 1, 1)

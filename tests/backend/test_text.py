@@ -229,6 +229,29 @@ def test_special_tokens_show_nothing_and_do_not_split_a_character() -> None:
     assert streamed(tokenizer, [[first], [eos], rest, [eos]])[0] == "\N{SNOWMAN}"
 
 
+@pytest.mark.parametrize(
+    ("make", "text", "names"),
+    [
+        (byte_level, "hello there", ["hello", " there"]),
+        (byte_level, "\N{SNOWMAN}", ["\ufffd"] * 3),
+        (byte_fallback, "a he", [" ", "a", " h", "e"]),
+        (byte_fallback, "é", [" ", "\ufffd", "\ufffd"]),
+    ],
+    ids=["words", "parts of a character", "spaces", "byte tokens"],
+)
+def test_a_token_by_itself_has_its_text(make: Any, text: str, names: list[str]) -> None:
+    tokenizer = wrapped(make)
+    found = [tokenizer.name(i) for i in make()(text, add_special_tokens=False)["input_ids"]]
+    assert found == names
+
+
+@every_tokenizer
+def test_special_tokens_are_called_by_their_name_and_unknown_ones_nothing(make: Any) -> None:
+    eos = make().eos_token_id
+    assert wrapped(make).name(eos) == make().eos_token != ""
+    assert wrapped(make).name(10**6) == ""
+
+
 def test_a_tokenizer_whose_tokens_depend_on_later_ones_is_refused() -> None:
     vocab = {
         token: i for i, token in enumerate(["<unk>", "a", "a</w>", "o", "f", "f</w>", "b", "T", "h", "e</w>"])
