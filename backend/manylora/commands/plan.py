@@ -175,8 +175,8 @@ def describe(plan: Plan) -> str:
             "",
             render(("rank, on all linears", "an adapter", "fit on the device"), ranks, right=(0, 1, 2)),
             "",
-            "A page is 16 rank rows in every layer. An adapter takes pages for its own rank and",
-            "targets: adapters of fewer linears or lower rank than the table's take less.",
+            "A page is 16 rank rows in every layer. An adapter takes pages for its own rank",
+            "and targets: one of fewer linears takes less than the table says.",
         ]
     )
 
