@@ -1,19 +1,36 @@
-"""The client against the real server: what the scripted servers of tests/client only claim."""
+"""Both clients against the real server: what the scripted servers of tests/client only claim."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
 import pytest
-from harness import PROMPTS, SYNTHETIC, TRAINED, at_once, connect, status_of, wait_idle
+from blocking import BlockingClient
+from harness import DONE_S, PROMPTS, SYNTHETIC, TRAINED, at_once, connect, status_of, wait_idle
 from manylora.serve.background import RunningServer
-from manylora_client import Client, Completion, InvalidArgument, NotFound, Timeout, Unsupported
+from manylora_client import (
+    Client,
+    Completion,
+    InvalidArgument,
+    NotFound,
+    Timeout,
+    Unavailable,
+)
 
 
-@pytest.fixture(params=["http", "grpc"])
-def client(server: RunningServer, request: pytest.FixtureRequest) -> Iterator[Client]:
-    with connect(server, request.param) as connected:
-        yield connected
+@pytest.fixture(params=["http", "grpc", "async http", "async grpc"])
+def client(server: RunningServer, request: pytest.FixtureRequest) -> Iterator[Client | BlockingClient]:
+    """A Client, or an AsyncClient that looks like one."""
+    protocol = request.param.removeprefix("async ")
+    if protocol == request.param:
+        with connect(server, protocol) as connected:
+            yield connected
+        return
+    url = server.http if protocol == "http" else server.grpc
+    blocking = BlockingClient(url, protocol, timeout=DONE_S)
+    yield blocking
+    blocking.end()
+    blocking.check()
 
 
 def test_a_running_server_is_ready(client: Client):
@@ -61,7 +78,7 @@ def test_errors_are_the_same_whole_and_streamed(client: Client):
         (NotFound, {"adapter_id": "nobody"}),
         (InvalidArgument, {"top_p": 2}),
         (InvalidArgument, {"unheard_of": 1}),
-        (Unsupported, {"logprobs": 3}),
+        (InvalidArgument, {"min_p": 2}),
     ):
         messages = set()
         for call in (client.generate, lambda *a, **k: client.stream(*a, **k).collect(), client.chat):
@@ -70,6 +87,54 @@ def test_errors_are_the_same_whole_and_streamed(client: Client):
             assert type(caught.value) is expected
             messages.add(caught.value.message)
         assert len(messages) == 1
+
+
+def test_log_probabilities_come_with_their_tokens(client: Client):
+    asked = {"adapter_id": SYNTHETIC[0], "max_tokens": 5, "logprobs": 3}
+    whole = client.generate(PROMPTS[0], **asked)
+    assert whole.logprobs is not None
+    assert [token.id for token in whole.logprobs] == whole.token_ids
+    for token in whole.logprobs:
+        # Greedy: the token is the likeliest one.
+        assert (token.top[0].id, token.top[0].text, token.top[0].logprob) == (
+            token.id,
+            token.text,
+            token.logprob,
+        )
+        assert [other.top for other in token.top] == [[]] * 3
+        assert 0 >= token.top[0].logprob >= token.top[1].logprob >= token.top[2].logprob
+    streamed = client.stream(PROMPTS[0], **asked).collect()
+    assert [[token.id, *(other.id for other in token.top)] for token in streamed.logprobs or []] == [
+        [token.id, *(other.id for other in token.top)] for token in whole.logprobs
+    ]
+    assert client.generate(PROMPTS[0], max_tokens=1).logprobs is None
+
+
+def test_options_reach_the_engine(client: Client):
+    asked = {"max_tokens": 8, "adapter_id": SYNTHETIC[0]}
+    plain = client.generate(PROMPTS[0], **asked)
+    scaled = client.generate(PROMPTS[0], **asked, adapter_scale=0.0)
+    assert scaled.token_ids == client.generate(PROMPTS[0], max_tokens=8).token_ids
+    echoed = client.generate(PROMPTS[0], **asked, echo=True)
+    assert echoed.text == PROMPTS[0] + plain.text
+    neutral = {
+        "min_p": 0.0,
+        "repetition_penalty": 1.0,
+        "presence_penalty": 0.0,
+        "frequency_penalty": 0.0,
+        "request_priority": 3,
+        "min_tokens": 1,
+        "deadline_ms": 1000 * DONE_S,
+    }
+    assert client.generate(PROMPTS[0], **asked, **neutral) == plain
+    # Tokens of a text that begins to repeat itself make place for others.
+    asked["max_tokens"] = 24
+    assert (
+        client.generate(PROMPTS[0], **asked, presence_penalty=2.0, frequency_penalty=2.0).token_ids
+        != client.generate(PROMPTS[0], **asked).token_ids
+    )
+    with pytest.raises(Unavailable, match="deadline_ms"):
+        client.generate(PROMPTS[0], max_tokens=4000, ignore_eos=True, deadline_ms=1)
 
 
 def test_threads_share_a_client(client: Client):
