@@ -71,6 +71,12 @@ def decode(tensors: Mapping[str, npt.NDArray[Any]], parameters_json: str) -> lis
     if has_text == has_ids:
         found = "both" if has_text else "neither"
         raise InvalidArgumentError(f"got {found} of text_input and input_ids; send exactly one of them")
+    for name, tensor in tensors.items():
+        # Triton drops a dimension whose size is below zero.
+        if tensor.ndim != 2:
+            raise InvalidArgumentError(
+                f"{name}: got {tensor.ndim} dimensions, allowed are 2: sequences and what each has"
+            )
     num_sequences = len(tensors["text_input" if has_text else "input_ids"])
     if not num_sequences:
         raise InvalidArgumentError("got a batch of no sequences; send at least one")

@@ -42,6 +42,16 @@ def test_a_batch_of_no_sequences_is_refused(name: str) -> None:
         decode({name: np.empty((0, 1), dtype=np.int32 if name == "input_ids" else np.object_)}, "")
 
 
+@pytest.mark.parametrize("name", ["text_input", "input_ids", "sampling_parameters"])
+@pytest.mark.parametrize("shape", [(1,), (), (1, 1, 1)], ids=str)
+def test_a_tensor_that_is_no_batch_is_refused(name: str, shape: tuple[int, ...]) -> None:
+    tensors = {"text_input": strings("x"), name: np.ones(shape, dtype=np.int32)}
+    if name == "input_ids":
+        del tensors["text_input"]
+    with pytest.raises(InvalidArgumentError, match=rf"^{name}: got {len(shape)} dimensions, allowed are 2"):
+        decode(tensors, "")
+
+
 def test_ids_arrive_as_plain_integers() -> None:
     prompt = decoded(input_ids=np.array([[5, 6, 7]], dtype=np.int32))
     assert prompt.input_ids == [5, 6, 7]

@@ -46,6 +46,7 @@ TRITON_REFUSALS = tuple(
         r"contents field must not be specified when using raw_input_contents ",
         r"inference input '.*' data-type is '.*', but model '.*' expects ",
         r"(invalid datatype for input|input '.*' has no shape but model requires batch dimension) ",
+        r"receiving \w+ data via JSON is not supported",
         r"unexpected inference output ",
         r"All input dimensions should be specified for input ",
         r"incomplete string (length indicator|data) for inference input ",
