@@ -30,6 +30,8 @@ PROMISED_S = 2.0
 """Within which clients of a killed engine have their error."""
 ADAPTERS = ("one", "two", "three")
 EXTRA = "four"
+SMALL = ("--set=max_waiting=4", "--set=max_num_seqs=4")
+"""Of a server whose queue the load fills."""
 COLUMNS = ["date", "commit", "device", "fault", "clients", "last_end_s", "recovery_s"]
 
 
@@ -40,6 +42,7 @@ def faults(bed: Bed, root: Path) -> list[Callable[[], Report]]:
         lambda: scenarios.adapter_files_change_while_loading(bed, root, EXTRA),
         lambda: scenarios.clients_leave(bed),
         lambda: scenarios.slow_reader(bed),
+        lambda: scenarios.deadlines_pass(bed),
         lambda: scenarios.engine_killed(bed),
         lambda: scenarios.engine_stopped(bed),
         lambda: scenarios.engine_killed_while_it_loads(bed, root, EXTRA),
@@ -52,11 +55,21 @@ def faults(bed: Bed, root: Path) -> list[Callable[[], Report]]:
     ]
 
 
+def faults_of_a_small_server(bed: Bed) -> list[Callable[[], Report]]:
+    return [lambda: scenarios.queue_full(bed), lambda: scenarios.server_terminated(bed)]
+
+
 def table(reports: list[Report]) -> str:
     """Markdown."""
     lines = ["| fault | clients saw | last of them after | right answers again after |", "|---|---|---|---|"]
     lines += [f"| {r.fault} | {outcomes(r)} | {r.last_end_s:.1f} s | {r.recovery_s:.1f} s |" for r in reports]
     return "\n".join(lines)
+
+
+def run(faults: list[Callable[[], Report]], reports: list[Report]) -> None:
+    for fault in faults:
+        reports.append(fault())
+        print(f"{reports[-1].fault}: {outcomes(reports[-1])}", file=sys.stderr, flush=True)
 
 
 def outcomes(report: Report) -> str:
@@ -93,10 +106,12 @@ def main() -> int:
         root = Path(folder) / "adapters"
         for seed, name in enumerate((*ADAPTERS, EXTRA)):
             make_adapter(root / name, options.base_model, rank=16, seed=seed)
-        with running_server(base_model=options.base_model, adapter_root=root) as server:
-            for fault in faults(Bed(server, ADAPTERS), root):
-                reports.append(fault())
-                print(f"{reports[-1].fault}: {outcomes(reports[-1])}", file=sys.stderr)
+        served = {"base_model": options.base_model, "adapter_root": root}
+        with running_server(**served) as server:
+            bed = Bed(server, ADAPTERS)
+            run(faults(bed, root), reports)
+        with running_server(**served, arguments=SMALL) as server:
+            run(faults_of_a_small_server(Bed(server, ADAPTERS)), reports)
     print(table(reports))
     if options.save:
         save(reports)

@@ -38,7 +38,7 @@ def main(argv: list[str] | None = None) -> int:
     Returns: the exit status.
     """
     arguments = options.read_options(argv)
-    transformers_logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     # Ends like an error does: what was started is stopped.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:

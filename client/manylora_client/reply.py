@@ -49,7 +49,10 @@ def decode(output: Callable[[str], Any]) -> Chunk:
 def _logprobs(text: str) -> list[TokenLogprob] | None:
     if not text:
         return None
-    return [_token(entry, [_token(other, []) for other in entry["top"]]) for entry in json.loads(text)]
+    entries = json.loads(text)
+    if not isinstance(entries, list):
+        raise ValueError(f"logprobs holds no list but {text[:200]!r}")
+    return [_token(entry, [_token(other, []) for other in entry["top"]]) for entry in entries]
 
 
 def _token(entry: Any, top: list[TokenLogprob]) -> TokenLogprob:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import http.client
 import json
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -15,80 +13,12 @@ from harness import DONE_S, PROMPTS, SYNTHETIC, TRAINED, at_once, connect, wait_
 from manylora.serve.background import RunningServer
 from manylora_client import InvalidArgument, NotFound
 from tritonclient.utils import InferenceServerException
-
-CLIENTS: dict[str, Any] = {"http": tritonclient.http, "grpc": tritonclient.grpc}
-OUTPUTS = {
-    "text_output": np.object_,
-    "output_ids": np.int32,
-    "finish_reason": np.object_,
-    "num_input_tokens": np.int32,
-    "num_output_tokens": np.int32,
-    "logprobs": np.object_,
-    "adapter_version": np.object_,
-}
-HTTP_STATUS = {"NOT_FOUND": "404", "INVALID_ARG": "400", "UNSUPPORTED": "501"}
-GRPC_STATUS = {
-    "NOT_FOUND": "StatusCode.NOT_FOUND",
-    "INVALID_ARG": "StatusCode.INVALID_ARGUMENT",
-    "UNSUPPORTED": "StatusCode.UNIMPLEMENTED",
-}
+from wire import OUTPUTS, check_refused, generate, infer, post, stream
 
 
 @pytest.fixture(params=["http", "grpc"])
 def protocol(request: pytest.FixtureRequest) -> str:
     return str(request.param)
-
-
-def tensor(module: Any, name: str, rows: list[Any]) -> Any:
-    if name == "input_ids":
-        array, kind = np.array(rows, np.int32), "INT32"
-    else:
-        array, kind = np.array([[row.encode()] for row in rows], np.object_), "BYTES"
-    found = module.InferInput(name, list(array.shape), kind)
-    found.set_data_from_numpy(array)
-    return found
-
-
-def infer(
-    server: RunningServer, protocol: str, inputs: dict[str, list[Any]], model: str = "llm", **parameters: Any
-) -> Any:
-    module = CLIENTS[protocol]
-    address = server.http if protocol == "http" else server.grpc
-    timeouts = {"network_timeout": DONE_S, "connection_timeout": DONE_S} if protocol == "http" else {}
-    with module.InferenceServerClient(address, **timeouts) as client:
-        tensors = [tensor(module, name, rows) for name, rows in inputs.items()]
-        return client.infer(model, tensors, parameters=parameters)
-
-
-def post(server: RunningServer, path: str, body: dict[str, Any]) -> tuple[int, str]:
-    connection = http.client.HTTPConnection(server.http, timeout=DONE_S)
-    try:
-        connection.request("POST", path, json.dumps(body))
-        answer = connection.getresponse()
-        return answer.status, answer.read().decode()
-    finally:
-        connection.close()
-
-
-def generate(server: RunningServer, **body: Any) -> dict[str, Any]:
-    status, text = post(server, "/v2/models/llm/generate", body)
-    assert status == 200, text
-    return dict(json.loads(text))
-
-
-def refusal(server: RunningServer, **body: Any) -> str:
-    status, text = post(server, "/v2/models/llm/generate", body)
-    assert status == 400, text
-    return str(json.loads(text)["error"])
-
-
-def stream(server: RunningServer, **body: Any) -> Iterator[dict[str, Any]]:
-    status, text = post(server, "/v2/models/llm_stream/generate_stream", body)
-    assert text.endswith("\n\n")
-    for event in text.removesuffix("\n\n").split("\n\n"):
-        fields = json.loads(event.removeprefix("data: "))
-        assert (status == 200) == ("error" not in fields)
-        yield fields
 
 
 def test_every_output_is_there_with_its_type_and_shape(server: RunningServer, protocol: str):
@@ -139,6 +69,60 @@ def test_a_failing_sequence_fails_its_request(server: RunningServer, protocol: s
     rows = ['{"max_tokens": 2}', '{"adapter_id": "nobody"}']
     with pytest.raises(InferenceServerException, match=r"\[NOT_FOUND\]"):
         infer(server, protocol, {"text_input": list(PROMPTS[:2]), "sampling_parameters": rows})
+
+
+def test_rows_of_a_batch_differ_in_everything(server: RunningServer, protocol: str):
+    rows = [
+        {"max_tokens": 3, "logprobs": 2, "echo": True},
+        {"max_tokens": 6, "adapter_id": SYNTHETIC[1]},
+        {"max_tokens": 4, "adapter_id": SYNTHETIC[1], "adapter_scale": 0, "logprobs": 1},
+        {"max_tokens": 5, "temperature": 1, "seed": 3, "min_p": 0.1, "request_priority": 4},
+        {"max_tokens": 5, "repetition_penalty": 1.5, "deadline_ms": 10**6, "echo": True, "logprobs": 20},
+    ]
+    prompts = list(PROMPTS[:5])
+    batch = infer(
+        server, protocol, {"text_input": prompts, "sampling_parameters": [json.dumps(row) for row in rows]}
+    )
+    assert {name: batch.as_numpy(name).shape for name in OUTPUTS} == {
+        name: (5, 6) if name == "output_ids" else (5, 1) for name in OUTPUTS
+    }
+    for i, (prompt, row) in enumerate(zip(prompts, rows, strict=True)):
+        alone = generate(server, text_input=prompt, **row)
+        ids = alone["output_ids"]
+        assert batch.as_numpy("output_ids")[i].tolist() == ids + [-1] * (6 - len(ids))
+        assert batch.as_numpy("text_output")[i].item().decode() == alone["text_output"]
+        assert alone["text_output"].startswith(prompt) == bool(row.get("echo"))
+        text = batch.as_numpy("logprobs")[i].item().decode()
+        assert bool(text) == ("logprobs" in row)
+        if text:
+            entries = json.loads(text)
+            assert [entry["id"] for entry in entries] == ids
+            assert {len(entry["top"]) for entry in entries} == {row["logprobs"]}
+
+
+def test_a_deadline_of_one_row_fails_its_request(server: RunningServer, protocol: str):
+    rows = ['{"max_tokens": 2}', '{"max_tokens": 4000, "ignore_eos": true, "deadline_ms": 1}']
+    with pytest.raises(InferenceServerException, match=r"\[UNAVAILABLE\] deadline_ms=1 passed"):
+        infer(server, protocol, {"text_input": list(PROMPTS[:2]), "sampling_parameters": rows})
+    assert wait_idle(server).check_errors == []
+
+
+def test_a_batch_of_no_sequences_is_an_error(server: RunningServer):
+    module = tritonclient.grpc
+    none = module.InferInput("text_input", [0, 1], "BYTES")
+    none.set_data_from_numpy(np.empty((0, 1), np.object_))
+    with (
+        module.InferenceServerClient(server.grpc) as client,
+        pytest.raises(InferenceServerException),
+    ):
+        client.infer("llm", [none], client_timeout=DONE_S)
+
+
+def test_a_request_id_that_is_no_utf8_is_answered(server: RunningServer):
+    body = b'{"id": "\xff", "text_input": "The sea", "max_tokens": 2}'
+    status, text = post(server, "/v2/models/llm/generate", body)
+    assert (status, "text_output" in text) in ((200, True), (400, False))
+    assert generate(server, text_input="The sea", max_tokens=2)["num_output_tokens"] == 2
 
 
 def test_text_and_ids_ask_the_same(server: RunningServer, protocol: str):
@@ -211,27 +195,12 @@ def test_a_decoupled_model_takes_one_sequence_only(server: RunningServer):
         ({"chat": 1}, "INVALID_ARG", "chat"),
         ({"echo": "maybe"}, "INVALID_ARG", "echo"),
         ({"topp": 0.5}, "INVALID_ARG", "topp"),
-        ({"adapter_scale": 2.0}, "UNSUPPORTED", "adapter_scale"),
-        ({"repetition_penalty": 1.2}, "UNSUPPORTED", "repetition_penalty"),
-        ({"presence_penalty": 0.5}, "UNSUPPORTED", "presence_penalty"),
-        ({"frequency_penalty": 0.5}, "UNSUPPORTED", "frequency_penalty"),
-        ({"min_p": 0.1}, "UNSUPPORTED", "min_p"),
-        ({"logprobs": 3}, "UNSUPPORTED", "logprobs"),
-        ({"deadline_ms": 1000}, "UNSUPPORTED", "deadline_ms"),
-        ({"request_priority": 1}, "UNSUPPORTED", "request_priority"),
+        ({"": 1}, "INVALID_ARG", "no such parameter"),
     ],
     ids=lambda value: json.dumps(value) if isinstance(value, dict) else "",
 )
 def test_a_bad_parameter_is_named(server: RunningServer, parameters: dict[str, Any], code: str, words: str):
-    for protocol, status in (("http", HTTP_STATUS[code]), ("grpc", GRPC_STATUS[code])):
-        with pytest.raises(InferenceServerException) as caught:
-            infer(server, protocol, {"text_input": ["x"]}, **parameters)
-        assert caught.value.status() == status
-        assert caught.value.message().startswith(f"[{code}] ")
-        assert words in caught.value.message()
-    assert refusal(server, text_input="x", **parameters).startswith(f"[{code}] ")
-    (event,) = stream(server, text_input="x", **parameters)
-    assert event["error"].startswith(f"[{code}] ")
+    check_refused(server, parameters, code, words)
 
 
 @pytest.mark.parametrize(
@@ -250,6 +219,8 @@ def test_a_bad_parameter_is_named(server: RunningServer, parameters: dict[str, A
         {"chat": "true"},
         {"echo": True},
         {"adapter_scale": 1.0, "logprobs": 0, "min_p": 0.0, "repetition_penalty": 1.0, "deadline_ms": 0},
+        {"adapter_scale": "-0.5", "logprobs": "2", "min_p": 1, "repetition_penalty": 1.5},
+        {"request_priority": -1000, "presence_penalty": 2, "frequency_penalty": -2.0, "deadline_ms": 10**6},
         {"triton_whatever": 1},
     ],
     ids=json.dumps,
