@@ -8,6 +8,11 @@ from __future__ import annotations
 from typing import ClassVar
 
 
+MAX_SENT_BYTES = 2500
+"""Of a message on the wire. gRPC sends it as a header, up to three bytes for one, and its clients may drop an
+answer whose headers are over 8 KiB: then neither code nor message arrives."""
+
+
 class ManyloraError(Exception):
     """Base of every error that Manylora raises on purpose. Its message is fit for the user's eyes."""
 
@@ -19,9 +24,12 @@ class ManyloraError(Exception):
         return str(self.args[0]) if self.args else ""
 
     def tagged(self) -> str:
-        """The message as it goes over the wire: `[CODE] message`, always text that has a UTF-8 form."""
-        # It may quote half of a surrogate pair, which JSON can write and which cannot be sent.
-        return f"[{self.code}] {self.message}".encode(errors="backslashreplace").decode()
+        """The message as it goes over the wire: `[CODE] message`, always text that can be sent."""
+        # It may quote half of a surrogate pair, which JSON can write and which has no UTF-8 form.
+        data = f"[{self.code}] {self.message}".encode(errors="backslashreplace")
+        if len(data) > MAX_SENT_BYTES:
+            data = data[: MAX_SENT_BYTES - 3] + b"..."
+        return data.decode(errors="ignore")
 
 
 class InternalError(ManyloraError):

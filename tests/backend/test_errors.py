@@ -6,7 +6,7 @@ import json
 
 import pytest
 from manylora import parameters
-from manylora.errors import BY_CODE, InvalidArgumentError, ManyloraError, from_code
+from manylora.errors import BY_CODE, MAX_SENT_BYTES, InvalidArgumentError, ManyloraError, from_code
 
 
 @pytest.mark.parametrize("code", BY_CODE)
@@ -31,3 +31,12 @@ def test_half_a_surrogate_pair_is_quoted_in_a_form_that_can_be_sent(given: str) 
     text = refused.value.tagged()
     assert text.encode("utf-8").startswith(b"[INVALID_ARG] parameter ")
     assert "\\ud" in text
+
+
+@pytest.mark.parametrize("unit", ["a", "é", "漢", "\U0001f642", "\ud800"], ids=ascii)
+def test_a_long_message_is_cut_to_what_a_header_holds(unit: str) -> None:
+    short, long = InvalidArgumentError(unit * 100).tagged(), InvalidArgumentError(unit * 10_000).tagged()
+    assert not short.endswith("...")
+    assert long.endswith("...")
+    assert MAX_SENT_BYTES - 6 < len(long.encode()) <= MAX_SENT_BYTES
+    assert long.startswith(short)

@@ -18,7 +18,7 @@ from . import http_wire
 from .case import Asked, Case, GrpcCall, Known, Outcome
 from .grammar import MAX_KNOWN_TOKENS
 from .grpc_wire import GrpcWire
-from .judge import find_faults
+from .judge import SPREADS, find_faults
 from .request import Request, as_grpc, as_infer_json, text_tensor
 from .values import MAX_MODEL_LEN
 
@@ -141,11 +141,13 @@ def run_adapters(
 
 
 def _end(outcome: Outcome) -> str:
-    """How a case ended, in a word or two."""
+    """How a case ended, in a few words."""
     if outcome.end != "answered":
         return outcome.end
     errors = [r.error for replies in outcome.replies.values() for r in replies if r.error is not None]
     if not errors:
         return "served"
+    if SPREADS.search(errors[0]):
+        return "Triton's refusal of it or of another"
     tag = errors[0].partition("]")[0].lstrip("[")
     return tag if tag.isupper() and tag.replace("_", "").isalpha() else "Triton's refusal"

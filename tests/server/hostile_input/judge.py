@@ -49,7 +49,9 @@ TRITON_REFUSALS = tuple(
         r"receiving \w+ data via JSON is not supported",
         r"unexpected inference output ",
         r"All input dimensions should be specified for input ",
-        r"incomplete string (length indicator|data) for inference input ",
+        r"incomplete string length indicator for inference input ",
+        r"unexpected additional input data for model ",
+        r"batch size \d+ for '.*', max allowed is 64",
         r"unexpected size for input '.*', expecting \d+ additional bytes",
         r"Input must set only one of the following fields: ",
         # parameters of a type that Triton has none for, or with a meaning to it
@@ -58,9 +60,14 @@ TRITON_REFUSALS = tuple(
         r"invalid value for '.*', expected ",
         # gRPC
         r"Unable to parse request$",
+        # a refusal that quotes a name too long for gRPC's headers
+        r"Stream removed \(received metadata size exceeds soft limit ",
     )
 )
 """What Triton says by itself of a request that never reaches a model of ours."""
+
+SPREADS = re.compile(r"^incomplete string data for inference input ")
+"""A refusal by Triton 24.10's Python backend that also goes to whoever came in the same batch."""
 
 _OUTPUTS = {
     "text_output": "BYTES",
@@ -119,6 +126,8 @@ def _judge(
         return _check_answer(case, asked, replies, answers)
     if len(errors) > 1 or replies[-1] is not errors[0]:
         return [f"something follows an error: {_show(replies)}"]
+    if SPREADS.search(errors[0].error or ""):
+        return []
     if asked.expects == "answer":
         return [f"refused, and should not be: {errors[0].error}"]
     return _check_error(case, errors[0])

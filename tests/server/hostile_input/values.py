@@ -197,6 +197,9 @@ SHAPES: tuple[list[int], ...] = (
     [10**6, 1],
 )  # fmt: skip
 
+MAX_JSON_SIZE = 10**6
+"""Largest size that is sent as a shape in JSON."""
+
 JSON_VALUES: tuple[str, ...] = (
     "null", "true", "0", "-1", "1", "1.5", "1e400", "NaN", "9223372036854775808", '""', '"x"', '"\\ud800"',
     '"\\u0000"', "[]",
