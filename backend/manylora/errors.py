@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-
 MAX_SENT_BYTES = 2500
 """Of a message on the wire. gRPC sends it as a header, up to three bytes for one, and its clients may drop an
 answer whose headers are over 8 KiB: then neither code nor message arrives."""

@@ -7,31 +7,33 @@ import math
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
 
 from . import malformed, values
-from .case import Asked, Case, Expectation, GrpcCall, HttpCall, Known, Wire
+from .case import Asked, Case, GrpcCall, HttpCall, Known
+from .drafting import (
+    FATAL_ROUTES,
+    FEW,
+    JSON_ROUTES,
+    ROUTES,
+    SHAPED_ROUTES,
+    Draft,
+    draft,
+    render,
+    short,
+    spoil,
+)
 from .request import (
     Request,
     Tensor,
     as_generate,
     as_grpc,
-    as_infer_binary,
-    as_infer_json,
     ids_tensor,
     sampling_tensor,
     text_tensor,
 )
 
-FEW = ("max_tokens", "2")
 MAX_KNOWN_TOKENS = 8
 """Tokens of a known answer."""
-_JSON_ROUTES = ("infer_json", "infer_binary", "generate", "generate_stream")
-_SHAPED_ROUTES = ("infer_json", "infer_binary", "grpc", "grpc_typed")
-"""Those that say a tensor's shape; they lead to `llm`."""
-_ROUTES = (*_JSON_ROUTES, "grpc", "grpc_typed", "stream")
-_FATAL_ROUTES = ("infer_json", "infer_binary")
-"""Those whose shapes can end tritonserver."""
 
 
 class Grammar:
@@ -83,7 +85,7 @@ class Grammar:
 
     def _known(self, draw: random.Random) -> Draft:
         request, known = self._known_request(draw)
-        return _draft(draw, request, "answer", (known,))
+        return draft(draw, request, "answer", (known,))
 
     def _known_batch(self, draw: random.Random) -> Draft:
         places = [draw.randrange(len(self._prompts)) for _ in range(draw.choice((2, 3, 5, 64)))]
@@ -96,48 +98,48 @@ class Grammar:
             ]
         )
         known = tuple(Known(place=place, num_tokens=num_tokens) for place in places)
-        return _draft(draw, request, "answer", known, routes=_SHAPED_ROUTES)
+        return draft(draw, request, "answer", known, routes=SHAPED_ROUTES)
 
     def _bad_parameter(self, draw: random.Random) -> Draft:
         name = draw.choice(list(values.BAD))
         text = draw.choice(values.BAD[name])
         # What gRPC cannot carry as a parameter goes as text, and almost any text may be a stop string.
-        routes = _JSON_ROUTES if name == "stop" and not text.startswith('"') else _ROUTES
-        return _draft(draw, _short(draw, [(name, text)]), "refusal", routes=routes)
+        routes = JSON_ROUTES if name == "stop" and not text.startswith('"') else ROUTES
+        return draft(draw, short(draw, [(name, text)]), "refusal", routes=routes)
 
     def _edge_parameters(self, draw: random.Random) -> Draft:
         names = draw.sample(list(values.EDGE), draw.choice((1, 1, 2, 3, 6)))
         given = [(name, draw.choice(values.EDGE[name])) for name in names]
-        return _draft(draw, _short(draw, given), "either")
+        return draft(draw, short(draw, given), "either")
 
     def _unknown_parameter(self, draw: random.Random) -> Draft:
         text = draw.choice(values.JSON_VALUES[:-1])
-        return _draft(draw, _short(draw, [(draw.choice(values.PARAMETER_NAMES), text)]), "either")
+        return draft(draw, short(draw, [(draw.choice(values.PARAMETER_NAMES), text)]), "either")
 
     def _triton_parameter(self, draw: random.Random) -> Draft:
         name = draw.choice(list(values.TRITON_NAMES))
-        return _draft(draw, _short(draw, [(name, draw.choice(values.TRITON_NAMES[name]))]), "either")
+        return draft(draw, short(draw, [(name, draw.choice(values.TRITON_NAMES[name]))]), "either")
 
     def _text(self, draw: random.Random) -> Draft:
         text = b"".join(draw.choices(values.TEXTS, k=draw.choice((1, 1, 1, 3))))
-        return _draft(
+        return draft(
             draw, Request(tensors=[text_tensor([text])], parameters=[FEW]), "either" if text else "refusal"
         )
 
     def _no_utf8(self, draw: random.Random) -> Draft:
         text = draw.choice(values.TEXTS) + draw.choice(values.NO_UTF8) + draw.choice(values.TEXTS[:4])
-        return _draft(draw, Request(tensors=[text_tensor([text])], parameters=[FEW]), "refusal")
+        return draft(draw, Request(tensors=[text_tensor([text])], parameters=[FEW]), "refusal")
 
     def _huge_text(self, draw: random.Random) -> Draft:
         unit = draw.choice((b"a", b"a ", b"\n", "\U0001f642".encode(), b"<|im_start|>", b"\x00", b"word "))
         text = unit * (draw.choice((10_000, 100_000, 1_000_000, 4_000_000)) // len(unit))
-        return _draft(draw, Request(tensors=[text_tensor([text])], parameters=[FEW]), "refusal")
+        return draft(draw, Request(tensors=[text_tensor([text])], parameters=[FEW]), "refusal")
 
     def _ids(self, draw: random.Random) -> Draft:
         is_bad = draw.random() < 0.6
         ids = draw.choice(values.BAD_IDS if is_bad else values.EDGE_IDS)
         request = Request(tensors=[ids_tensor(ids)], parameters=[FEW])
-        return _draft(draw, request, "refusal" if is_bad else "either")
+        return draft(draw, request, "refusal" if is_bad else "either")
 
     def _tensors(self, draw: random.Random) -> Draft:
         request = Request(tensors=[text_tensor([b"Hi"])], parameters=[FEW])
@@ -146,13 +148,13 @@ class Grammar:
             tensor = ids_tensor([5, 6])
             request.tensors = [tensor]
         for change in draw.sample(("datatype", "shape", "values", "raw", "name"), draw.choice((1, 1, 2))):
-            _spoil(draw, tensor, change)
+            spoil(draw, tensor, change)
         # Triton 24.10 takes memory for a shape in JSON before it looks at the data, and dies of a large one.
         is_fatal = abs(math.prod(tensor.shape)) > values.MAX_JSON_SIZE or any(
             abs(size) > values.MAX_JSON_SIZE for size in tensor.shape
         )
-        routes = [route for route in _ROUTES if not (is_fatal and route in _FATAL_ROUTES)]
-        return _draft(draw, request, "either", routes=routes)
+        routes = [route for route in ROUTES if not (is_fatal and route in FATAL_ROUTES)]
+        return draft(draw, request, "either", routes=routes)
 
     def _inputs(self, draw: random.Random) -> Draft:
         text, ids, sampling = text_tensor([b"Hi"]), ids_tensor([5]), sampling_tensor([b"{}"])
@@ -174,8 +176,8 @@ class Grammar:
             # A request that is right but for what it wants back.
             names = draw.choice((["nosuch"], ["text_output", "nosuch"], ["text_output"] * 2, [""]))
             request = Request(tensors=[text], parameters=[FEW], outputs=[{"name": name} for name in names])
-            return _draft(draw, request, "either", routes=_SHAPED_ROUTES)
-        return _draft(draw, request, "refusal", routes=_SHAPED_ROUTES)
+            return draft(draw, request, "either", routes=SHAPED_ROUTES)
+        return draft(draw, request, "refusal", routes=SHAPED_ROUTES)
 
     def _sampling(self, draw: random.Random) -> Draft:
         shape = draw.random()
@@ -189,7 +191,7 @@ class Grammar:
         else:
             texts, expects = [b"{}"] * draw.choice((0, 2, 3)), "refusal"
         tensors = [text_tensor([b"Hi"]), sampling_tensor(texts)]
-        return _draft(draw, Request(tensors=tensors, parameters=[FEW]), expects)  # type: ignore[arg-type]
+        return draft(draw, Request(tensors=tensors, parameters=[FEW]), expects)  # type: ignore[arg-type]
 
     def _adapter_name(self, draw: random.Random) -> Draft:
         name = draw.choice(values.ADAPTER_NAMES)
@@ -197,8 +199,8 @@ class Grammar:
         if draw.random() < 0.3:
             sampling = sampling_tensor([json.dumps({key: name}).encode()])
             request = Request(tensors=[text_tensor([b"Hi"]), sampling], parameters=[FEW])
-            return _draft(draw, request, "refusal")
-        return _draft(draw, _short(draw, [(key, json.dumps(name))]), "refusal")
+            return draft(draw, request, "refusal")
+        return draft(draw, short(draw, [(key, json.dumps(name))]), "refusal")
 
     def _chat(self, draw: random.Random) -> Draft:
         is_bad = draw.random() < 0.5
@@ -206,17 +208,17 @@ class Grammar:
         request = Request(tensors=[text_tensor([text])], parameters=[FEW, ("chat", "true")])
         if draw.random() < 0.1:
             request.tensors, is_bad = [ids_tensor([5])], True
-        return _draft(draw, request, "refusal" if is_bad else "either")
+        return draft(draw, request, "refusal" if is_bad else "either")
 
     def _mutated_json(self, draw: random.Random) -> Draft:
         request, _ = self._known_request(draw)
-        call = _render(draw, request, draw.choice(("infer_json", "generate", "generate_stream")))
+        call = render(draw, request, draw.choice(("infer_json", "generate", "generate_stream")))
         assert isinstance(call, HttpCall)
         return replace(call, body=malformed.mutate_json(draw, call.body)), (Asked(),), None
 
     def _mutated_bytes(self, draw: random.Random) -> Draft:
         request, _ = self._known_request(draw)
-        wire = _render(draw, request, draw.choice(_ROUTES))
+        wire = render(draw, request, draw.choice(ROUTES))
         if isinstance(wire, GrpcCall):
             messages = tuple(malformed.mutate_bytes(draw, message) for message in wire.messages)
             return replace(wire, messages=messages, is_marked=False), (Asked(),), None
@@ -247,7 +249,7 @@ class Grammar:
         request, _ = self._known_request(draw)
         request.parameters = [pair for pair in request.parameters if pair[0] != "max_tokens"]
         request.parameters += [("max_tokens", "30"), ("ignore_eos", "true")]
-        wire = _render(draw, request, draw.choice(_ROUTES))
+        wire = render(draw, request, draw.choice(ROUTES))
         return wire, (Asked(),), draw.choice((0, 0, 1, 2, 5))
 
     def _known_request(self, draw: random.Random) -> tuple[Request, Known]:
@@ -258,77 +260,3 @@ class Grammar:
             parameters.append((draw.choice(("adapter_id", "lora_name")), json.dumps(adapter_id)))
         request = Request(tensors=[text_tensor([prompt.encode()])], parameters=parameters)
         return request, Known(place=place, num_tokens=num_tokens)
-
-
-def _draft(
-    draw: random.Random,
-    request: Request,
-    expects: Expectation,
-    known: tuple[Known, ...] = (),
-    routes: Sequence[str] = _ROUTES,
-) -> Draft:
-    """Send a request by one of the routes, mostly to the model that the route is for."""
-    route = draw.choice(routes)
-    can_stray = expects != "answer"
-    if route in ("generate_stream", "stream"):
-        request.model = "llm" if draw.random() < 0.15 else "llm_stream"
-    elif can_stray and draw.random() < 0.05:
-        # Triton's `/generate` takes a decoupled model's answer if it is the only one.
-        request.model, expects = "llm_stream", expects if route == "generate" else "refusal"
-    return _render(draw, request, route), (Asked(expects=expects, known=known),), None
-
-
-def _render(draw: random.Random, request: Request, route: str) -> HttpCall | GrpcCall:
-    if route == "infer_json":
-        return as_infer_json(request)
-    if route == "infer_binary":
-        return as_infer_binary(request)
-    if route in ("generate", "generate_stream"):
-        is_nested = draw.random() < 0.3
-        return as_generate(request, is_stream=route == "generate_stream", is_nested=is_nested)
-    if route == "stream":
-        return GrpcCall(messages=(as_grpc(request, request_id="r0"),), is_stream=True)
-    return GrpcCall(messages=(as_grpc(request, has_typed=route == "grpc_typed"),))
-
-
-def _short(draw: random.Random, given: list[tuple[str, str]]) -> Request:
-    """A request whose answer is short whatever `given` says."""
-    if any(name == "max_tokens" for name, _ in given):
-        # The end of the model's length is near.
-        return Request(tensors=[ids_tensor([7] * (values.MAX_MODEL_LEN - 6))], parameters=given)
-    return Request(tensors=[text_tensor([draw.choice((b"Hi", b"The sea is"))])], parameters=[FEW, *given])
-
-
-def _spoil(draw: random.Random, tensor: Tensor, change: str) -> None:
-    """Make one property of an input wrong."""
-    if change == "datatype":
-        tensor.datatype = draw.choice(values.DATATYPES)
-    elif change == "shape":
-        tensor.shape = draw.choice(values.SHAPES)
-        if draw.random() < 0.5:
-            # Data to match, where that is possible.
-            count = math.prod(tensor.shape)
-            tensor.values = tensor.values[:1] * (count if 0 <= count <= 100_000 else 1)
-    elif change == "values":
-        other: list[Any] = [b"x", 1, -1, 2**31, 2**63, 0]
-        tensor.values = draw.choices(other, k=draw.choice((0, 1, 2, 70)))
-    elif change == "raw":
-        data = tensor.data()
-        tensor.raw = draw.choice(
-            (
-                b"",
-                data[:-1],
-                data + b"\0",
-                b"\xff\xff\xff\xff" + data,
-                b"\0" * 4,
-                data * 2,
-                b"\x7f\xff\xff\xff",
-            )
-        )
-    else:
-        tensor.name = draw.choice(
-            ("Text_input", "text_input ", "", "INPUT0", "x" * 5000, "text_output", "\u0442ext")
-        )
-
-
-Draft = tuple[Wire, tuple[Asked, ...], int | None]
