@@ -63,7 +63,7 @@ def _build(path: Path) -> None:
 
 
 def _load(path: Path) -> ctypes.CDLL:
-    runtime = _openmp_runtime()
+    runtime = openmp_runtime()
     if runtime is None:
         raise OSError("torch has no OpenMP runtime to share")
     ctypes.CDLL(runtime, ctypes.RTLD_GLOBAL)
@@ -78,7 +78,7 @@ def _load(path: Path) -> ctypes.CDLL:
     return loaded
 
 
-def _openmp_runtime() -> str | None:
+def openmp_runtime() -> str | None:
     """The OpenMP library that torch has loaded."""
     for line in Path("/proc/self/maps").read_text().splitlines():
         path = line.rpartition(" ")[2]

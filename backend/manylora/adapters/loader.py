@@ -11,6 +11,7 @@ from pathlib import Path
 
 from manylora.adapters.weights import AdapterWeights
 from manylora.errors import InternalError, ManyloraError
+from manylora.threads import use_one_thread
 
 log = logging.getLogger(__name__)
 
@@ -70,6 +71,7 @@ class Loader:
             thread.join()
 
     def _run(self) -> None:
+        use_one_thread()
         while (job := self._jobs.get()) is not None:
             if not self._closing.is_set():
                 self._results.put(load(self._read, *job))

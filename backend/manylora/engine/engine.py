@@ -57,56 +57,12 @@ class Engine:
         self.num_turns = 0
         """Of the thread's loop; for those who watch whether it hangs."""
         self._closing = threading.Event()
+        # Before the thread's first allocation, which would give it an arena of its own.
         keep_freed_memory()
-        self.model: LoadedModel = load_model(config)
-        dtype = _lora_dtype(config, self.model)
-        self.pool = DevicePool(
-            self.model.spec,
-            config.max_loras,
-            config.max_lora_rank,
-            dtype,
-            self.model.device,
-        )
-        self.runner = Runner(self.model, config, self.pool)
-        self.runner.prove_packing()
-        self.registry = Registry(
-            self.model.spec,
-            config,
-            self.pool,
-            dtype,
-            wake=lambda: self.post(Wake()),
-        )
-        try:
-            self.registry.preload()
-        except ManyloraError:
-            self.registry.close()
-            raise
-        self.blocks = BlockPool(
-            self.runner.num_blocks, config.kv_block_size, reuse=config.enable_prefix_caching
-        )
-        self.scheduler = Scheduler(
-            Limits(
-                max_loras=config.max_loras,
-                max_num_seqs=config.max_num_seqs,
-                max_batched_tokens=config.max_batched_tokens,
-                max_waiting=config.max_waiting,
-                max_model_len=self.model.max_model_len,
-                max_passes=config.max_num_seqs,
-            ),
-            self.blocks,
-            self.registry,
-            self.model.eos_token_ids,
-        )
-        for line in report.capacity(self.pool, self.blocks, config, self.model):
-            log.info(line)
-        self.info = EngineInfo(
-            base_model=str(self.model.directory),
-            max_model_len=self.model.max_model_len,
-            vocab_size=self.model.vocab_size,
-            eos_token_ids=self.model.eos_token_ids,
-        )
-        self._thread = threading.Thread(target=self._loop, name="manylora-engine", daemon=True)
+        built: Future[None] = Future()
+        self._thread = threading.Thread(target=self._run, args=(built,), name="manylora-engine", daemon=True)
         self._thread.start()
+        built.result()
 
     def connect(self, deliver: Deliver) -> Session:
         """Open a session.
@@ -163,6 +119,70 @@ class Engine:
         self._inbox.put(note)
 
     # ---- the engine thread ----
+
+    def _run(self, built: Future[None]) -> None:
+        try:
+            self._build(self.config)
+        except BaseException as error:
+            built.set_exception(error)
+            return
+        built.set_result(None)
+        self._loop()
+
+    def _build(self, config: EngineConfig) -> None:
+        """Load the model and make all parts.
+
+        On this thread, since each thread that runs torch's operators keeps OpenMP threads of its own. While
+        there are more of those than processors, none waits actively for the next operator, and a decode step
+        is made of some hundred.
+        """
+        self.model: LoadedModel = load_model(config)
+        dtype = _lora_dtype(config, self.model)
+        self.pool = DevicePool(
+            self.model.spec,
+            config.max_loras,
+            config.max_lora_rank,
+            dtype,
+            self.model.device,
+        )
+        self.runner = Runner(self.model, config, self.pool)
+        self.runner.prove_packing()
+        self.registry = Registry(
+            self.model.spec,
+            config,
+            self.pool,
+            dtype,
+            wake=lambda: self.post(Wake()),
+        )
+        try:
+            self.registry.preload()
+        except ManyloraError:
+            self.registry.close()
+            raise
+        self.blocks = BlockPool(
+            self.runner.num_blocks, config.kv_block_size, reuse=config.enable_prefix_caching
+        )
+        self.scheduler = Scheduler(
+            Limits(
+                max_loras=config.max_loras,
+                max_num_seqs=config.max_num_seqs,
+                max_batched_tokens=config.max_batched_tokens,
+                max_waiting=config.max_waiting,
+                max_model_len=self.model.max_model_len,
+                max_passes=config.max_num_seqs,
+            ),
+            self.blocks,
+            self.registry,
+            self.model.eos_token_ids,
+        )
+        for line in report.capacity(self.pool, self.blocks, config, self.model):
+            log.info(line)
+        self.info = EngineInfo(
+            base_model=str(self.model.directory),
+            max_model_len=self.model.max_model_len,
+            vocab_size=self.model.vocab_size,
+            eos_token_ids=self.model.eos_token_ids,
+        )
 
     def _loop(self) -> None:
         try:
