@@ -1,9 +1,10 @@
 # Manylora on NVIDIA's Triton image: Ubuntu 24.04, Python 3.12, tritonserver with its Python backend.
 #
 #   docker build -t manylora .
-#   docker run --gpus all --shm-size 1g -p 8000-8002:8000-8002 -v $PWD/models:/models:ro manylora
+#   docker run --gpus all --shm-size 1g --stop-timeout 40 -p 8000-8002:8000-8002 -v $PWD/models:/models:ro manylora
 #
 # --shm-size: requests and replies pass between tritonserver and the front ends in /dev/shm, of which Docker gives 64 MB.
+# --stop-timeout: what is in flight at a stop may take 15 s to finish and the processes 15 s to end; Docker allows 10 s.
 FROM nvcr.io/nvidia/tritonserver:26.08-py3
 
 # Triton kernels are compiled when they are first used, their launchers and the CPU kernels with the system's C compiler.
@@ -39,9 +40,9 @@ ENV HF_HUB_OFFLINE=1 \
 USER 1000:1000
 WORKDIR /tmp
 EXPOSE 8000 8001 8002
-# Large models load for long. A front end that died while Triton calls it ready is `manylora serve`'s to restart.
-HEALTHCHECK --interval=30s --timeout=15s --start-period=10m --retries=3 \
-    CMD ["python3", "-c", "import urllib.request as u; [u.urlopen(f'http://127.0.0.1:8000/v2/models/{m}/ready', timeout=5) for m in ('llm', 'llm_stream')]"]
+# Large models load for long. Asks each front end for a refusal: Triton may go on calling a dead one ready.
+HEALTHCHECK --interval=30s --timeout=30s --start-period=10m --retries=3 \
+    CMD ["python3", "-c", "import sys; from manylora.serve.probe import Answer, Probe; sys.exit(any(Probe('127.0.0.1:8000', m, is_refused=True).poll(12) is not Answer.ERROR for m in ('llm', 'llm_stream')))"]
 
 # Or, with a config.pbtxt of your own: docker run ... --entrypoint tritonserver manylora --model-repository=/models/repository
 ENTRYPOINT ["manylora", "serve", "--host", "0.0.0.0"]

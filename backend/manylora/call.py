@@ -37,8 +37,9 @@ class Row:
 
     id: int
     """The engine's name for it."""
-    num_input_tokens: int
     stream: TextStream
+    num_input_tokens: int = 0
+    """Filled when the prompt has been tokenised."""
     logprobs_tokenizer: Tokenizer | None = None
     """Names the tokens where log probabilities are asked for, else None."""
     deadline_ms: int = 0
@@ -92,6 +93,9 @@ class Call:
 
     responder: Responder
     rows: list[Row]
+    has_ended: bool = False
+    """Its last reply has been sent, or is being sent. Set by the reply loop; whoever starts its sequences looks at
+    it."""
 
     @property
     def has_finished(self) -> bool:

@@ -67,7 +67,7 @@ class EngineConfig:
     kv_block_size: int = 16
     """Tokens of one KV block."""
     max_waiting: int = 1024
-    """Sequences that may wait; one more is refused with UNAVAILABLE."""
+    """Sequences that may wait while max_num_seqs run; one more is refused with UNAVAILABLE."""
     enable_prefix_caching: bool = True
     """Reuse KV blocks of a shared prefix under the same adapter version."""
 

@@ -1,11 +1,18 @@
-"""What both Triton models do with a request, without Triton: read it, tokenise it, send it to the engine."""
+"""What both Triton models do with a request, without Triton: read it, tokenise it, send it to the engine.
+
+Short prompts are tokenised on the caller's thread, long ones on a thread of their own: the caller is Triton's
+one thread for all requests, and a prompt of a megabyte takes it a second.
+"""
 
 from __future__ import annotations
 
 import itertools
+import logging
 import math
-import time
+import queue
+import threading
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +27,23 @@ from manylora.protocol import Prompt
 from manylora.reply_loop import Lost, Refused, ReplyLoop, public_error
 from manylora.text import Tokenizer
 from manylora.text_stream import TextStream
+
+log = logging.getLogger(__name__)
+
+LONG_CHARS = 8192
+"""Characters of a request, over all its prompts, above which it is tokenised apart: some 10 ms."""
+MAX_LONG = 256
+"""Requests with long prompts that may wait to be tokenised; one more is refused."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Job:
+    """A request whose prompts are to be tokenised and sent."""
+
+    call: Call
+    prompts: Sequence[Prompt]
+    info: EngineInfo
+    tokenizer: Tokenizer
 
 
 class FrontEnd:
@@ -40,6 +64,9 @@ class FrontEnd:
         self._connection = EngineConnection(
             socket_path, on_events=self._replies.put, on_lost=lambda: self._replies.put(Lost())
         )
+        self._long: queue.Queue[_Job | None] = queue.Queue()
+        self._long_thread = threading.Thread(target=self._start_long, name="manylora-long", daemon=True)
+        self._long_thread.start()
 
     def wait_ready(self, timeout_s: float) -> bool:
         """Wait until the engine answers, and read its tokenizer. False: it does not answer yet.
@@ -58,13 +85,20 @@ class FrontEnd:
         return self._tokenizer is not None and self._connection.info is not None
 
     def submit(
-        self, responder: Responder, tensors: Mapping[str, npt.NDArray[Any]], parameters_json: str
+        self,
+        responder: Responder,
+        tensors: Mapping[str, npt.NDArray[Any]],
+        parameters_json: str,
+        arrived_s: float,
     ) -> None:
-        """Begin a request. Never raises: whatever is wrong goes to the responder."""
-        arrived_s = time.monotonic()
+        """Begin a request. Never raises: whatever is wrong goes to the responder.
+
+        Args:
+            arrived_s: on the monotonic clock; deadlines count from it.
+        """
         try:
             self._begin(responder, protocol.decode(tensors, parameters_json), arrived_s)
-        except BaseException as error:  # a tokenizer's panic is no Exception
+        except BaseException as error:
             self.refuse(responder, public_error(responder, error))
 
     def refuse(self, responder: Responder, error: ManyloraError) -> None:
@@ -74,6 +108,8 @@ class FrontEnd:
     def close(self) -> None:
         """Fail what is in flight with UNAVAILABLE and end all threads."""
         self._replies.close()
+        self._long.put(None)
+        self._long_thread.join()
         self._connection.close()
 
     def _begin(self, responder: Responder, prompts: Sequence[Prompt], arrived_s: float) -> None:
@@ -84,28 +120,59 @@ class FrontEnd:
             raise InvalidArgumentError(
                 f"got a batch of {len(prompts)} sequences; a stream is for 1, send each by itself"
             )
-        rows: list[Row] = []
-        messages: list[Generate] = []
-        for prompt in prompts:
-            input_ids = _tokenise(prompt, tokenizer, info)
-            message = _message(next(self._ids), prompt, input_ids, arrived_s)
-            messages.append(message)
-            rows.append(_row(message, prompt, tokenizer))
-        # The call goes first, so that events find it. From here on its errors go the way of its events.
-        self._replies.put(Call(responder, rows))
+        is_long = sum(map(_num_chars, prompts)) > LONG_CHARS
+        if is_long and self._long.qsize() >= MAX_LONG:
+            raise UnavailableError(
+                f"{MAX_LONG} requests with long prompts wait to be tokenised; try again later"
+            )
+        rows = [_row(next(self._ids), prompt, tokenizer, arrived_s) for prompt in prompts]
+        job = _Job(Call(responder, rows), prompts, info, tokenizer)
+        # The call goes first: it is looked after while it waits, and events find it. From here on its errors go
+        # the way of its events.
+        self._replies.put(job.call)
+        if is_long:
+            self._long.put(job)
+        else:
+            self._start(job)
+
+    def _start_long(self) -> None:
+        while (job := self._long.get()) is not None:
+            self._start(job)
+
+    def _start(self, job: _Job) -> None:
+        """Tokenise a call's prompts and send them to the engine. Never raises."""
+        call = job.call
         try:
+            messages = []
+            for row, prompt in zip(call.rows, job.prompts, strict=True):
+                if call.has_ended:
+                    return
+                messages.append(_message(row, prompt, _tokenise(prompt, job.tokenizer, job.info)))
+                if prompt.echo:
+                    row.new_text.append(_echo(prompt, messages[-1].input_ids, job.tokenizer))
             for message in messages:
                 self._connection.send(message)
-        except BaseException as error:
-            failure = public_error(responder, error)
-            self._replies.put([Failed(row.id, failure.code, failure.message) for row in rows])
+            if call.has_ended:
+                # It may have ended, and its sequences been cancelled, before they were sent.
+                for message in messages:
+                    self._connection.send(Cancel(message.id))
+        except BaseException as error:  # a tokenizer's panic is no Exception
+            failure = public_error(call.responder, error)
+            self._replies.put([Failed(row.id, failure.code, failure.message) for row in call.rows])
+
+
+def _texts(prompt: Prompt) -> list[str]:
+    return [prompt.text or ""] if prompt.messages is None else [m["content"] for m in prompt.messages]
+
+
+def _num_chars(prompt: Prompt) -> int:
+    return sum(map(len, _texts(prompt)))
 
 
 def _tokenise(prompt: Prompt, tokenizer: Tokenizer, info: EngineInfo) -> list[int]:
-    texts = [prompt.text or ""] if prompt.messages is None else [m["content"] for m in prompt.messages]
-    num_chars, max_chars = sum(map(len, texts)), info.max_model_len * tokenizer.max_token_chars
+    num_chars, max_chars = _num_chars(prompt), info.max_model_len * tokenizer.max_token_chars
     if num_chars > max_chars:
-        # Tokenising it would hold up everybody, to no end.
+        # Tokenising it would hold up others, to no end.
         raise InvalidArgumentError(
             f"the prompt has {num_chars} characters; allowed are below max_model_len={info.max_model_len} "
             f"tokens, which cannot be more than {max_chars} characters"
@@ -120,31 +187,31 @@ def _tokenise(prompt: Prompt, tokenizer: Tokenizer, info: EngineInfo) -> list[in
     return input_ids
 
 
-def _message(row_id: int, prompt: Prompt, input_ids: list[int], arrived_s: float) -> Generate:
-    return Generate(
+def _row(row_id: int, prompt: Prompt, tokenizer: Tokenizer, arrived_s: float) -> Row:
+    return Row(
         id=row_id,
+        stream=TextStream(
+            tokenizer, stop=prompt.stop, min_tokens=prompt.params.min_tokens, continues=prompt.echo
+        ),
+        logprobs_tokenizer=tokenizer if prompt.params.logprobs else None,
+        deadline_ms=prompt.deadline_ms,
+        deadline_s=arrived_s + prompt.deadline_ms / 1000 if prompt.deadline_ms else math.inf,
+    )
+
+
+def _message(row: Row, prompt: Prompt, input_ids: list[int]) -> Generate:
+    row.num_input_tokens = len(input_ids)
+    return Generate(
+        id=row.id,
         input_ids=input_ids,
         adapter_id=prompt.adapter_id,
         adapter_scale=prompt.adapter_scale,
         priority=prompt.priority,
         deadline_ms=prompt.deadline_ms,
-        deadline_s=arrived_s + prompt.deadline_ms / 1000 if prompt.deadline_ms else 0.0,
+        deadline_s=row.deadline_s if prompt.deadline_ms else 0.0,
         params=prompt.params,
     )
 
 
-def _row(message: Generate, prompt: Prompt, tokenizer: Tokenizer) -> Row:
-    stream = TextStream(
-        tokenizer, stop=prompt.stop, min_tokens=prompt.params.min_tokens, continues=prompt.echo
-    )
-    row = Row(
-        id=message.id,
-        num_input_tokens=len(message.input_ids),
-        stream=stream,
-        logprobs_tokenizer=tokenizer if prompt.params.logprobs else None,
-        deadline_ms=message.deadline_ms,
-        deadline_s=message.deadline_s if message.deadline_ms else math.inf,
-    )
-    if prompt.echo:
-        row.new_text.append(tokenizer.decode(message.input_ids) if prompt.text is None else prompt.text)
-    return row
+def _echo(prompt: Prompt, input_ids: list[int], tokenizer: Tokenizer) -> str:
+    return tokenizer.decode(input_ids) if prompt.text is None else prompt.text

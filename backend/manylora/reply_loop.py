@@ -190,11 +190,17 @@ class ReplyLoop:
 
     def _fail_all(self, error: ManyloraError) -> None:
         for call in dict.fromkeys([*self._news, *self._calls.values()]):
-            self._fail(call, error)
+            if call.has_finished:
+                # Its answer is whole and only waits to be sent.
+                self._news.pop(call, None)
+                self._reply(call)
+            else:
+                self._fail(call, error)
 
     def _fail(self, call: Call, error: ManyloraError) -> None:
         """End a call that has not had its last reply."""
         self._news.pop(call, None)
+        call.has_ended = True
         try:
             for row in call.rows:
                 if self._calls.pop(row.id, None) is not None:
@@ -241,6 +247,10 @@ def _reason_to_end(call: Call, now_s: float) -> ManyloraError | None:
         return CancelledRequestError("the request was cancelled by its client")
     late = call.next_deadline
     if late is not None and now_s > late.deadline_s + DEADLINE_GRACE_S:
+        if not late.num_input_tokens:
+            return UnavailableError(
+                f"deadline_ms={late.deadline_ms} passed while the prompt waited to be tokenised"
+            )
         return UnavailableError(
             f"deadline_ms={late.deadline_ms} passed after {late.stream.num_tokens} tokens, "
             "and the engine gives no sign of life; try again in a while"

@@ -87,6 +87,7 @@ class _Model:
 
     def execute(self, requests: list[Any]) -> None:
         """Called by Triton with the requests that came together. Returns at once."""
+        arrived_s = time.monotonic()
         for request in requests:
             responder = TritonResponder(
                 request.get_response_sender(), _request_id(request) or f"{self._name}-{next(self._numbers)}"
@@ -97,7 +98,7 @@ class _Model:
                 # Raised from here it would fail every request of the call.
                 self._front_end.refuse(responder, public_error(responder, error))
             else:
-                self._front_end.submit(responder, tensors, parameters)
+                self._front_end.submit(responder, tensors, parameters, arrived_s)
 
     def finalize(self) -> None:
         """Called by Triton once, at the end."""

@@ -107,7 +107,9 @@ class Setting:
         self, is_streaming: bool, prompt: Any = "hi", recorder: Recorder | None = None, **parameters: Any
     ) -> Recorder:
         recorder = recorder or Recorder()
-        self.front_end(is_streaming).submit(recorder, tensors(prompt), json.dumps(parameters))
+        self.front_end(is_streaming).submit(
+            recorder, tensors(prompt), json.dumps(parameters), time.monotonic()
+        )
         return recorder
 
     def status(self) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -175,7 +176,7 @@ def test_a_fault_while_reading_ends_the_request_with_internal(
     setting: Setting, caplog: pytest.LogCaptureFixture
 ) -> None:
     recorder = Recorder()
-    setting.front_end(False).submit(recorder, tensors("hi"), "{not json")
+    setting.front_end(False).submit(recorder, tensors("hi"), "{not json", time.monotonic())
     assert isinstance(recorder.wait().error, InternalError)
     assert "JSONDecodeError" in caplog.text
 
@@ -204,7 +205,7 @@ def test_the_end_of_the_engine_ends_requests_and_the_next_engine_serves(
     assert isinstance(answer.error, UnavailableError) or answer.finish_reason == "length"
     refused = Recorder()
     wait_until(lambda: not front_end.is_ready)
-    front_end.submit(refused, tensors("hi"), "")
+    front_end.submit(refused, tensors("hi"), "", time.monotonic())
     assert isinstance(refused.wait().error, UnavailableError)
     setting.start_engine()
     assert setting.begin(is_streaming, max_tokens=5).wait().ids == expected
@@ -215,7 +216,9 @@ def test_closing_fails_what_is_in_flight_and_frees_it(setting: Setting) -> None:
     assert front_end.wait_ready(WAIT_S)
     answers = [Recorder() for _ in range(3)]
     for answer in answers:
-        front_end.submit(answer, tensors("hi"), '{"max_tokens": 250, "ignore_eos": true}')
+        front_end.submit(
+            answer, tensors("hi"), '{"max_tokens": 250, "ignore_eos": true}', time.monotonic()
+        )
     front_end.close()
     for answer in answers:
         assert isinstance(answer.wait().error, UnavailableError)

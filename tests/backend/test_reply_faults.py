@@ -108,12 +108,23 @@ def in_tokenising(patch: pytest.MonkeyPatch, fault: type[BaseException]) -> None
 def in_row(patch: pytest.MonkeyPatch, fault: type[BaseException]) -> None:
     row = front_end_module._row
 
-    def strike(message: Generate, *args: Any) -> Row:
-        if len(message.input_ids) == len(VICTIM):
+    def strike(row_id: int, prompt: protocol.Prompt, *args: Any) -> Row:
+        if prompt.text == VICTIM:
             raise make(fault)
-        return row(message, *args)
+        return row(row_id, prompt, *args)
 
     patch.setattr(front_end_module, "_row", strike)
+
+
+def in_message(patch: pytest.MonkeyPatch, fault: type[BaseException]) -> None:
+    message = front_end_module._message
+
+    def strike(row: Row, prompt: protocol.Prompt, input_ids: list[int]) -> Generate:
+        if prompt.text == VICTIM:
+            raise make(fault)
+        return message(row, prompt, input_ids)
+
+    patch.setattr(front_end_module, "_message", strike)
 
 
 def in_send_to_engine(patch: pytest.MonkeyPatch, fault: type[BaseException]) -> None:
@@ -140,6 +151,7 @@ PLACES: dict[str, Callable[[pytest.MonkeyPatch, type[BaseException]], None]] = {
     "decode": in_decode,
     "tokenising": in_tokenising,
     "row": in_row,
+    "message": in_message,
     "send to engine": in_send_to_engine,
     "send": nowhere,
     "is_cancelled": nowhere,

@@ -12,6 +12,7 @@ from manylora import reply_loop
 from manylora.call import Call, Row
 from manylora.errors import InternalError, InvalidArgumentError, UnavailableError
 from manylora.messages import Failed, Tokens
+from manylora.protocol import Tensors
 from manylora.reply_loop import Lost, Refused, ReplyLoop
 from manylora.text import Tokenizer
 from manylora.text_stream import TextStream
@@ -113,6 +114,36 @@ def test_a_fault_of_the_loop_itself_ends_all_calls_and_the_loop_goes_on(
     assert place == "_reply" or all(recorder.error for recorder, _ in calls)
     # Those that the engine had ended itself need no cancelling.
     assert place in ("_reply", "_fail") or ended == set(fed.cancelled) & ended
+
+
+def test_a_whole_answer_is_sent_though_the_engine_is_lost_in_the_same_turn(fed: Fed) -> None:
+    class Held(Recorder):
+        """Holds the loop up at its first reply."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.is_open = threading.Event()
+
+        def send(self, outputs: Tensors, *, is_last: bool) -> None:
+            super().send(outputs, is_last=is_last)
+            assert self.is_open.wait(WAIT_S)
+
+    held = Held()
+    _, first = fed.call(recorder=held)
+    whole, second = fed.call()
+    half, third = fed.call()
+    fed.say(first)
+    assert held.first.wait(WAIT_S)
+    # All of this is taken in one turn, when the loop comes round.
+    fed.say(second, finish_reason="stop")
+    fed.say(third)
+    fed.loop.put(Lost())
+    held.is_open.set()
+    assert whole.wait().error is None
+    assert (whole.finish_reason, len(whole.ids)) == ("stop", 1)
+    for cut in (held, half):
+        assert isinstance(cut.wait().error, UnavailableError)
+    assert [recorder.num_finals for recorder in (held, whole, half)] == [1, 1, 1]
 
 
 @every_fault

@@ -117,10 +117,22 @@ def test_max_model_len_ends_a_sequence_with_length() -> None:
 
 
 def test_a_full_queue_refuses_and_says_so() -> None:
-    scheduler = make(max_waiting=1)
-    scheduler.add(sequence(0))
+    scheduler = make(max_waiting=1, max_num_seqs=2)
+    for number in range(2):
+        scheduler.add(sequence(number, ignore_eos=True))
+    step(scheduler)
+    assert len(scheduler.running) == 2
+    scheduler.add(sequence(2))
     with pytest.raises(UnavailableError, match="1 sequences are waiting, max_waiting=1; try again later"):
-        scheduler.add(sequence(1))
+        scheduler.add(sequence(3))
+
+
+def test_what_the_next_step_can_start_does_not_fill_the_queue() -> None:
+    scheduler = make(max_waiting=1, max_num_seqs=3)
+    for number in range(4):
+        scheduler.add(sequence(number))
+    with pytest.raises(UnavailableError, match="4 sequences are waiting, max_waiting=1"):
+        scheduler.add(sequence(4))
 
 
 def test_a_loading_adapter_is_passed_by_and_a_failed_one_reported() -> None:

@@ -92,9 +92,11 @@ class Scheduler:
         """Queue a sequence.
 
         Raises:
-            UnavailableError: `max_waiting` sequences wait already.
+            UnavailableError: `max_waiting` sequences wait already, beside those that the next step can start.
+                A higher priority makes no room: what has been accepted stays.
         """
-        if len(self.waiting) >= self.limits.max_waiting:
+        num_startable = max(0, self.limits.max_num_seqs - len(self.running))
+        if len(self.waiting) >= self.limits.max_waiting + num_startable:
             raise UnavailableError(
                 f"{len(self.waiting)} sequences are waiting, max_waiting={self.limits.max_waiting}; "
                 "try again later"

@@ -11,8 +11,8 @@ LOOKS_BETWEEN = 40
 BUSY_LOOKS = 120
 """Looks after which a token is late. It may be behind many others, so this alone means nothing."""
 HUNG_LOOKS = 240
-"""Looks that a refusal may take. A front end gives it alone and at once, whatever waits in the engine. Even
-one that has a thousand long prompts to tokenise first is through in that time; one that gives none hangs."""
+"""Looks that a refusal may take. A front end gives it alone and at once, whatever waits in the engine. Long
+prompts are tokenised apart; one that has a thousand short ones to tokenise first is through in that time."""
 MAX_BAD_ANSWERS = 2
 """In a row, by which a model is given up as dead."""
 

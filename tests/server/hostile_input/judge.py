@@ -29,6 +29,8 @@ TRITON_REFUSALS = tuple(
         r"attempt to (get|access) ",
         r"(Unable to parse|Expected JSON object for keyword:|failed to get request params\.:) ?",
         r"(Converting keyword: )?('parameters': )?parameter '.*' has invalid type\. It should be either",
+        r"Converting keyword: 'parameters': Unable to parse ",
+        r"string correlation ID cannot be longer than ",
         r"inference header size should be in range ",
         r"Unsupported content-encoding, only 'identity' is supported\.",
         r"(Not Found|Method Not Allowed|Bad Request)$",
@@ -53,6 +55,7 @@ TRITON_REFUSALS = tuple(
         r"unexpected additional input data for model ",
         r"batch size \d+ for '.*', max allowed is 64",
         r"unexpected size for input '.*', expecting \d+ additional bytes",
+        r"Raw request must only have 1 input ",
         r"Input must set only one of the following fields: ",
         # parameters of a type that Triton has none for, or with a meaning to it
         r"invalid value type for '.*' parameter, expected ",

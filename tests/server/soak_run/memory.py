@@ -12,11 +12,11 @@ from pathlib import Path
 import numpy as np
 
 MIB = 1 << 20
-MAX_GROWTH = 0.02
+MAX_GROWTH = 0.005
 """Of its mean, by which the memory of a process may grow over the last half: what caches and the allocator
-still settle by. A leak of 1 KiB in each request of 20,000 is 10 MiB in that half."""
+still settle by. Of an engine of 1.5 GB that is less than 1 KiB in each request of 20,000."""
 MIN_GROWTH_BYTES = 8 * MIB
-"""Growth that is never too much: small processes move by single blocks of the allocator."""
+"""Growth that is never too much: processes move by single blocks of the allocator."""
 
 
 @dataclass(frozen=True, slots=True)
