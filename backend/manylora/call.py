@@ -94,8 +94,8 @@ class Call:
     responder: Responder
     rows: list[Row]
     has_ended: bool = False
-    """Its last reply has been sent, or is being sent. Set by the reply loop; whoever starts its sequences looks at
-    it."""
+    """Failed: it has had its last reply, or has it now. Set by the reply loop, for whoever starts its
+    sequences."""
 
     @property
     def has_finished(self) -> bool:

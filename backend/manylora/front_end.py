@@ -127,8 +127,8 @@ class FrontEnd:
             )
         rows = [_row(next(self._ids), prompt, tokenizer, arrived_s) for prompt in prompts]
         job = _Job(Call(responder, rows), prompts, info, tokenizer)
-        # The call goes first: it is looked after while it waits, and events find it. From here on its errors go
-        # the way of its events.
+        # The call goes first: it is looked after while it waits, and events find it. From here on its errors
+        # go the way of its events.
         self._replies.put(job.call)
         if is_long:
             self._long.put(job)

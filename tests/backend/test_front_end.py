@@ -216,9 +216,7 @@ def test_closing_fails_what_is_in_flight_and_frees_it(setting: Setting) -> None:
     assert front_end.wait_ready(WAIT_S)
     answers = [Recorder() for _ in range(3)]
     for answer in answers:
-        front_end.submit(
-            answer, tensors("hi"), '{"max_tokens": 250, "ignore_eos": true}', time.monotonic()
-        )
+        front_end.submit(answer, tensors("hi"), '{"max_tokens": 250, "ignore_eos": true}', time.monotonic())
     front_end.close()
     for answer in answers:
         assert isinstance(answer.wait().error, UnavailableError)
