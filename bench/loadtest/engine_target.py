@@ -1,10 +1,9 @@
-"""The engine in this process."""
+"""The engine in the process that asks it."""
 
 from __future__ import annotations
 
 import queue
 import time
-from types import TracebackType
 
 from manylora import Engine, EngineConfig
 from manylora.messages import Failed, Generate, SamplingParams, Tokens
@@ -22,14 +21,6 @@ class EngineTarget:
 
     def __init__(self, config: EngineConfig) -> None:
         self._engine = Engine(config)
-
-    def __enter__(self) -> EngineTarget:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._engine.close()
 
     def run(self, case: Case, progress: Progress) -> Round:
         """See Target."""
@@ -72,3 +63,7 @@ class EngineTarget:
         # Log probabilities of one place differ by as much as the logits do.
         best = [logprob for token_id, logprob in answer.logprobs[0].top if token_id not in ends]
         return best[0] - best[1]
+
+    def close(self) -> None:
+        """See Reference."""
+        self._engine.close()

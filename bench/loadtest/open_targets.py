@@ -1,8 +1,10 @@
-"""Opens the targets that were asked for: engines, PEFT's model, clients, and a server where none is named."""
+"""Opens the targets that were asked for: clients, a server where none is named, and an engine and PEFT's
+model, each in a process of its own."""
 
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -12,6 +14,7 @@ from manylora.serve.background import running_server
 from manylora_client.address import read_address
 
 from loadtest.adapters import AdapterSet
+from loadtest.child_target import ChildTarget
 from loadtest.engine_target import EngineTarget
 from loadtest.peft_target import PeftTarget
 from loadtest.server_target import ServerTarget
@@ -57,9 +60,9 @@ class Opener:
     def open(self, name: str) -> Target:
         """Open one target, by its name on the command line."""
         if name == "engine":
-            return self.engine()
+            return self._stack.enter_context(self.engine())
         if name == "peft":
-            return self.peft()
+            return self._stack.enter_context(self.peft())
         if not self._urls:
             self._start_server()
         protocol, _, stream = name.partition("-")
@@ -68,18 +71,20 @@ class Opener:
             ServerTarget(name, url, is_streamed=bool(stream), read_counters=self._read_counters)
         )
 
-    def engine(self) -> EngineTarget:
-        return self._stack.enter_context(EngineTarget(self.config))
+    def engine(self) -> ChildTarget:
+        return ChildTarget("engine", functools.partial(EngineTarget, self.config))
 
-    def peft(self) -> PeftTarget:
-        adapters = self._adapters
-        return PeftTarget(
+    def peft(self) -> ChildTarget:
+        make = functools.partial(
+            PeftTarget,
             self._base_model,
-            adapters.root,
-            adapters.names,
+            self._adapters.root,
+            self._adapters.names,
             max_batch=self._peft_batch,
             dtype=self.config.dtype,
+            num_threads=self.config.num_threads,
         )
+        return ChildTarget("peft", make)
 
     def _start_server(self) -> None:
         arguments = [f"--set={key}={value}" for key, value in self._settings.items()]
@@ -96,8 +101,8 @@ def reference_for(targets: Sequence[Target], opener: Opener) -> Iterator[Referen
     """The target that judges the others' tokens: PEFT, else the engine, else an engine of its own."""
     by_name = {target.name: target for target in targets}
     judge = by_name.get("peft") or by_name.get("engine")
-    if isinstance(judge, PeftTarget | EngineTarget):
+    if isinstance(judge, ChildTarget):
         yield judge
         return
-    with EngineTarget(opener.config) as engine:
+    with opener.engine() as engine:
         yield engine

@@ -35,7 +35,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 EXAMPLES = """\
 examples:
   32 requests at once, 64 prompt and 64 output tokens, over 8 adapters beside the base model (W1 and W2),
-  the engine in this process beside a server of its own and PEFT:
+  the engine in a process of its own beside a server and PEFT:
     python bench/serving.py --preset w1 --targets engine,http,grpc,http-stream,grpc-stream,peft
 
   throughput by number of adapters, with a plot:
@@ -51,11 +51,11 @@ examples:
         --rates 0.5,1,2 --skew zipf:1.0 --adapters 8 --requests 100
 
 targets:
-  engine        the engine in this process: no front end, no socket, no text
+  engine        the engine, asked in its own process: no front end, no text
   http, grpc    a server's whole answers: POST /infer, ModelInfer
   http-stream, grpc-stream
                 a server's answers token by token: /generate_stream, ModelStreamInfer
-  peft          PEFT's generate(adapter_names=...), batch after batch
+  peft          PEFT's generate(adapter_names=...), batch after batch, in a process of its own
 
 The first target is the one that the others are compared with. Exit status: 0 done, 1 wrong tokens, a failed
 request (unless --allow-errors) or a target that cannot run, 2 a wrong option, 130 interrupted.
@@ -182,7 +182,7 @@ def _add_server(group: Any) -> None:
         default=[],
         type=_setting,
         metavar="KEY=VALUE",
-        help="of the engine, here and in a server (default: room for all adapters, no prefix cache)",
+        help="of the engine, by itself and in a server (default: room for all adapters, no prefix cache)",
     )
     add(
         "--url",

@@ -6,6 +6,7 @@ Shape key: B sequences, T tokens of the longest prompt.
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -44,14 +45,26 @@ class PeftTarget:
     name = "peft"
 
     def __init__(
-        self, base_model: Path, adapter_root: Path, adapters: Sequence[str], *, max_batch: int, dtype: str
+        self,
+        base_model: Path,
+        adapter_root: Path,
+        adapters: Sequence[str],
+        *,
+        max_batch: int,
+        dtype: str,
+        num_threads: int,
     ) -> None:
         """Load everything.
 
         Args:
             max_batch: most sequences of one batch.
             dtype: `auto`, or a name of torch's.
+            num_threads: of torch, for the whole process; 0: torch's own choice.
         """
+        # peft 0.21 asks transformers 5.23 for an attribute that has a new name.
+        warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)
+        if num_threads:
+            torch.set_num_threads(num_threads)
         device = "cuda" if torch.cuda.is_available() else "cpu"
         load: Any = AutoModelForCausalLM.from_pretrained
         model: Any = load(base_model, dtype=dtype).to(device)
@@ -97,6 +110,9 @@ class PeftTarget:
         logits[self._ends] = -torch.inf
         best = logits.topk(2).values
         return float(best[0] - best[1])
+
+    def close(self) -> None:
+        """See Reference. The memory goes with the process."""
 
     def _run_batch(self, batch: list[Request], records: list[Record]) -> None:
         longest = max(len(request.prompt) for request in batch)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from loadtest.row import COUNTERS, Row
+from loadtest.row import COUNTERS, PERCENTILES, Row
 
 _WORDS = {"target", "mix", "load", "ratio", "run", "part"}
 """Columns that are aligned on the left."""
@@ -62,16 +62,21 @@ def throughput(rows: Sequence[Row]) -> Table:
 
 
 def latency(rows: Sequence[Row]) -> Table:
-    """Percentiles: first token and between tokens in milliseconds, the whole answer in seconds."""
-    header = ["target", "mix", "load", "first p50", "p90", "p99", "next p50", "p90", "p99"]
-    header += ["whole p50", "p90", "p99"]
+    """Percentiles: first token and between tokens in milliseconds, the whole answer in seconds.
+
+    Where loads differ, their column takes the place of the 90th percentiles.
+    """
+    shown = (50, 99) if len({row.load_label for row in rows}) > 1 else PERCENTILES
+    header = ["target", "mix", "load"]
+    for name in ("first", "next", "whole"):
+        header += [f"{name} p{shown[0]}", *(f"p{percentile}" for percentile in shown[1:])]
     lines = []
     for row in rows:
         line = [row.target, row.mix_label, row.load_label]
-        line += [_number(value, ".0f") for value in (row.ttft_ms_p50, row.ttft_ms_p90, row.ttft_ms_p99)]
-        line += [_number(value, ".1f") for value in (row.itl_ms_p50, row.itl_ms_p90, row.itl_ms_p99)]
-        for value in (row.e2e_ms_p50, row.e2e_ms_p90, row.e2e_ms_p99):
-            line.append(_number(None if value is None else value / 1000, ".2f"))
+        for name, divisor, form in (("ttft", 1, ".0f"), ("itl", 1, ".1f"), ("e2e", 1000, ".2f")):
+            for percentile in shown:
+                value = getattr(row, f"{name}_ms_p{percentile}")
+                line.append(_number(None if value is None else value / divisor, form))
         lines.append(line)
     return Table(header, lines).without("load")
 
@@ -97,7 +102,9 @@ def counters(rows: Sequence[Row]) -> Table:
         for row in rows
         if row.steps is not None
     ]
-    header = ["target", "mix", "load", *(name.replace("_", " ") for name in COUNTERS)]
+    # Of tokens found in the prefix cache: its whole name would make the table too wide.
+    names = ["hit tokens" if name == "prefix_hit_tokens" else name.replace("_", " ") for name in COUNTERS]
+    header = ["target", "mix", "load", *names]
     return Table(header, lines).without("load")
 
 

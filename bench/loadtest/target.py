@@ -33,6 +33,9 @@ class Reference(Protocol):
     def gap(self, prompt: TokenIds, adapter: str) -> float:
         """By how much the likeliest next token's logit leads the second one's, ends of sequence left out."""
 
+    def close(self) -> None:
+        """Free what it holds."""
+
 
 def growth(before: dict[str, int], after: dict[str, int]) -> dict[str, int]:
     """What counters have grown by."""
