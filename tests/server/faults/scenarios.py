@@ -207,11 +207,12 @@ def adapter_files_change_while_loading(bed: Bed, adapter_root: Path, source: str
 
 
 def slow_reader(bed: Bed, num_turns: int = 3) -> Report:
-    """A client whose answer waits for it, while those of others come and go."""
+    """A client whose answer waits for it, while those of others come and go. Log probabilities make the answer
+    longer than what lies between client and server, so that it waits in the server."""
 
     def inject() -> None:
         with bed.connect() as client:
-            stream = client.stream(PROMPT, max_tokens=SLOW, ignore_eos=True)
+            stream = client.stream(PROMPT, max_tokens=SLOW, ignore_eos=True, logprobs=20)
             ids = next(stream).token_ids
             for _ in range(num_turns):
                 client.generate(PROMPT, max_tokens=2)
