@@ -21,8 +21,9 @@ check: setup ## lint, format and types; changes nothing
 	@$(VENV)/ruff format --check $(PYTHON_FILES)
 	@$(VENV)/mypy
 
-bench: setup ## the CPU benchmarks
-	@for script in bench/*.py; do echo "== $$script"; $(VENV)/python "$$script" || exit 1; done
+bench: setup ## a short form of the serving and the kernels' benchmarks, in minutes; saves nothing
+	@$(VENV)/python bench/serving.py --short
+	@$(VENV)/python bench/bench_kernels_cpu.py --repeats 3
 
 serve: setup ## the base model and the example adapters on ports 8000 (HTTP), 8001 (gRPC), 8002 (metrics)
 	@exec $(VENV)/manylora serve --base-model .build/base_model --adapter-root examples/adapters

@@ -1,6 +1,6 @@
 """Time the CPU forms of the kernels for one step of a model, beside the base model's own matrix products.
 
-    python bench/bench_kernels_cpu.py [--dtype float32] [--threads 2] [--repeats 9]
+    python bench/bench_kernels_cpu.py [--dtype float32] [--threads 2] [--repeats 9] [--save]
 
 The shapes are SmolLM2-135M's: 30 layers of 4 sites. Each case is first checked against the reference; then
 the step and the base products (`F.linear`) take turns in the same run, on inputs that differ from layer to
@@ -13,11 +13,14 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from loadtest.csv_file import append_csv
+from loadtest.environment import processor_name
+from loadtest.origin import RESULTS, Origin
 from manylora_kernels import Mix, SitePool, add_lora, cpu, reference
 
 NUM_LAYERS = 30
@@ -30,6 +33,25 @@ SITES: dict[str, tuple[int, tuple[int, ...]]] = {
 }
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 6e-2}
 """Sums of up to 1536 products in another order; results up to 8 rounded to the dtype."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Row(Origin):
+    """The adapters' part of a step beside the base products, as bench/results/kernels_cpu.csv keeps it."""
+
+    step: str
+    dtype: str
+    compiled_ms: float
+    compiled_ms_min: float
+    compiled_ms_max: float
+    products_ms: float
+    """The same on torch's products."""
+    base_ms: float
+    base_ms_min: float
+    base_ms_max: float
+    compiled_over_base: float
+    """Round by round: median."""
+    repeats: int
 
 
 @dataclass(frozen=True)
@@ -148,11 +170,14 @@ def main() -> None:
     parser.add_argument("--dtype", choices=["float32", "float16", "bfloat16"], default="float32")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--save", action="store_true", help="append rows to bench/results/kernels_cpu.csv")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     dtype: torch.dtype = getattr(torch, args.dtype)
     print(f"torch {torch.__version__}, {args.threads} threads, {args.dtype}; ms a step: median [least, most]")
+    origin = Origin.now(args.dtype, device=processor_name())
+    rows = []
     with torch.inference_mode():
         model = Model.random(dtype)
         for step in steps():
@@ -165,6 +190,24 @@ def main() -> None:
                 ("base (F.linear)", base),
             ):
                 print(f"  {name:18s}{summary(times)}")
+            rows.append(
+                Row(
+                    **asdict(origin),
+                    step=step.name,
+                    dtype=args.dtype,
+                    compiled_ms=statistics.median(lora),
+                    compiled_ms_min=min(lora),
+                    compiled_ms_max=max(lora),
+                    products_ms=statistics.median(products),
+                    base_ms=statistics.median(base),
+                    base_ms_min=min(base),
+                    base_ms_max=max(base),
+                    compiled_over_base=ratio,
+                    repeats=args.repeats,
+                )
+            )
+    if args.save:
+        append_csv(RESULTS / "kernels_cpu.csv", rows)
 
 
 if __name__ == "__main__":

@@ -9,15 +9,14 @@ asserted, without times, by tests/server/test_faults_*.py.
 from __future__ import annotations
 
 import argparse
-import csv
-import datetime
-import platform
-import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from loadtest.csv_file import append_csv
+from loadtest.origin import RESULTS, Origin
 from manylora.serve.background import running_server
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -32,7 +31,16 @@ ADAPTERS = ("one", "two", "three")
 EXTRA = "four"
 SMALL = ("--set=max_waiting=4", "--set=max_num_seqs=4")
 """Of a server whose queue the load fills."""
-COLUMNS = ["date", "commit", "device", "fault", "clients", "last_end_s", "recovery_s"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Row(Origin):
+    """What all clients saw of one fault, as bench/results/faults.csv keeps it."""
+
+    fault: str
+    outcomes: str
+    last_end_s: float
+    recovery_s: float
 
 
 def faults(bed: Bed, root: Path) -> list[Callable[[], Report]]:
@@ -76,20 +84,19 @@ def outcomes(report: Report) -> str:
     return ", ".join(f"{count} {outcome}" for outcome, count in report.outcomes.most_common())
 
 
-def save(reports: list[Report]) -> None:
+def save(reports: list[Report], origin: Origin) -> None:
     """Append the reports to bench/results/faults.csv."""
-    path = ROOT / "bench" / "results" / "faults.csv"
-    is_new = not path.exists()
-    git = ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"]
-    commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
-    with path.open("a", newline="") as file:
-        writer = csv.writer(file)
-        if is_new:
-            writer.writerow(COLUMNS)
-        for r in reports:
-            times = [f"{r.last_end_s:.2f}", f"{r.recovery_s:.2f}"]
-            day = datetime.date.today().isoformat()
-            writer.writerow([day, commit, platform.processor() or "cpu", r.fault, outcomes(r), *times])
+    rows = [
+        Row(
+            **asdict(origin),
+            fault=report.fault,
+            outcomes=outcomes(report),
+            last_end_s=report.last_end_s,
+            recovery_s=report.recovery_s,
+        )
+        for report in reports
+    ]
+    append_csv(RESULTS / "faults.csv", rows)
 
 
 def main() -> int:
@@ -101,6 +108,7 @@ def main() -> int:
     parser.add_argument("--base-model", type=Path, default=ROOT / ".build" / "base_model", metavar="DIR")
     parser.add_argument("--save", action="store_true", help="append the rows to bench/results/faults.csv")
     options = parser.parse_args()
+    origin = Origin.now("faults")
     reports: list[Report] = []
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder) / "adapters"
@@ -114,7 +122,7 @@ def main() -> int:
             run(faults_of_a_small_server(Bed(server, ADAPTERS)), reports)
     print(table(reports))
     if options.save:
-        save(reports)
+        save(reports, origin)
     seen = {outcome for report in reports for outcome in report.outcomes}
     killed = next(r for r in reports if r.fault == "engine killed (SIGKILL)")
     is_late = killed.last_end_s > PROMISED_S

@@ -19,9 +19,12 @@ import sys
 import tempfile
 import warnings
 from collections import Counter
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from loadtest.csv_file import append_csv
+from loadtest.origin import RESULTS, Origin
 from manylora.serve.background import RunningServer, running_server
 from tqdm import tqdm
 from transformers.utils.logging import disable_progress_bar
@@ -35,6 +38,22 @@ from hostile_input.grammar import Grammar  # noqa: E402
 
 TRAINED = ROOT / "examples" / "adapters"
 MAX_SHOWN = 20
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Row(Origin):
+    """One part of a run, as bench/results/hostile.csv keeps it."""
+
+    seed: int
+    cases: int
+    kinds: int
+    """Of requests, or of mutations."""
+    ends: str
+    """How the cases ended, most frequent first."""
+    faults: int
+    """Cases that were answered wrongly, twice or never."""
+    server_faults: int
+    """What is wrong with the server afterwards."""
 
 
 def main() -> None:
@@ -58,9 +77,12 @@ def main() -> None:
         ) as server:
             faults = run_requests(server, grammar, answers, args)
             if mutants:
+                origin = Origin.now("adapters")
                 with progress(2 * len(mutants), "adapters") as bar:
                     result = campaign.run_adapters(server, list(mutants), prompts, answers, bar.update)
                 faults += report(result, mutants)
+                if args.save:
+                    save(result, origin, args.seed, len(set(mutants.values())))
     sys.exit(1 if faults else 0)
 
 
@@ -74,6 +96,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", type=int, nargs="+", help="send just the cases of these numbers")
     parser.add_argument("--show", action="store_true", help="print the cases of --only and send nothing")
+    parser.add_argument("--save", action="store_true", help="append a row to bench/results/hostile.csv")
     args = parser.parse_args()
     if args.show and not args.only:
         parser.error("--show prints what --only names")
@@ -86,8 +109,11 @@ def run_requests(
     indices = args.only or range(args.requests)
     if not indices:
         return 0
+    origin = Origin.now("requests")
     with progress(len(indices), "requests") as bar:
         result = campaign.run(server, map(grammar.case, indices), answers, bar.update)
+    if args.save:
+        save(result, origin, args.seed, len(result.num_cases))
     return report(result, {}, f"--seed {args.seed} ")
 
 
@@ -123,6 +149,21 @@ def report(result: campaign.Result, mutants: dict[str, str], options: str = "") 
     num_faults = len(result.faults) + len(result.server_faults)
     print(f"\n{sum(result.num_cases.values())} cases, {num_faults} faults")
     return num_faults
+
+
+def save(result: campaign.Result, origin: Origin, seed: int, num_kinds: int) -> None:
+    """Append a row to bench/results/hostile.csv."""
+    ends: Counter[str] = sum(result.ends.values(), Counter())
+    row = Row(
+        **asdict(origin),
+        seed=seed,
+        cases=sum(result.num_cases.values()),
+        kinds=num_kinds,
+        ends=", ".join(f"{count} {end}" for end, count in ends.most_common()),
+        faults=len(result.faults),
+        server_faults=len(result.server_faults),
+    )
+    append_csv(RESULTS / "hostile.csv", [row])
 
 
 if __name__ == "__main__":

@@ -11,9 +11,13 @@ import argparse
 import sys
 import tempfile
 from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
+from loadtest.csv_file import append_csv
+from loadtest.origin import RESULTS, Origin
 from manylora import Engine, EngineConfig
 from manylora.engine import runner, sampler
 from manylora.engine.batch import Batch, BatchBuilder
@@ -23,6 +27,20 @@ from torch.profiler import ProfilerActivity, profile, record_function
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "examples"))
 from make_adapters import make_adapter  # noqa: E402  # lies in examples/, which is no package
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Row(Origin):
+    """One part of a step, as bench/results/profile.csv keeps it."""
+
+    sequences: int
+    adapters: int
+    rank: int
+    part: str
+    ms: float
+    share: str
+    """Of the step, per cent."""
+    calls: int
 
 
 def named(name: str, function: Callable[..., object]) -> Callable[..., object]:
@@ -78,7 +96,9 @@ def main() -> None:
     parser.add_argument("--adapters", type=int, default=8)
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--steps", type=int, default=16)
+    parser.add_argument("--save", action="store_true", help="append the parts to bench/results/profile.csv")
     args = parser.parse_args()
+    origin = Origin.now("profile")
     name_parts()
     with tempfile.TemporaryDirectory() as folder:
         names = [f"synthetic-{i}" for i in range(args.adapters)]
@@ -99,26 +119,39 @@ def main() -> None:
             engine.generate(prompts, adapter_ids=adapters, max_tokens=32 + args.steps, ignore_eos=True)
             engine.runner.run = steps  # type: ignore[assignment, method-assign]
             engine.generate(prompts, adapter_ids=adapters, max_tokens=16 + args.steps, ignore_eos=True)
-    report(steps.profiler, args.steps)
+    rows = steps.profiler.key_averages()
+    total_ms = next(row.cpu_time_total for row in rows if row.key == "step") / args.steps / 1000
+    found = parts(rows, args.steps, total_ms)
+    report(rows, found, args.steps, total_ms)
+    if args.save:
+        shape = {"sequences": args.requests, "adapters": args.adapters, "rank": args.rank}
+        lines = [
+            Row(**asdict(origin), **shape, part=name, ms=ms, share=f"{ms / total_ms:.1%}", calls=calls)
+            for name, ms, calls in [("whole step", total_ms, 1), *found]
+        ]
+        append_csv(RESULTS / "profile.csv", lines)
 
 
-def report(profiler: profile, num_steps: int) -> None:
-    rows = profiler.key_averages()
-    total = next(row.cpu_time_total for row in rows if row.key == "step")
-    print(f"one step: {total / num_steps / 1000:.1f} ms (with the profiler's own cost)\n")
-    print(f"{'part':<28}{'ms':>8}{'share':>8}{'calls':>8}")
-    parts = sorted((row for row in rows if row.key.startswith("part: ")), key=lambda row: -row.cpu_time_total)
-    rest = total
-    for row in parts:
-        spent = row.cpu_time_total
-        rest -= spent
-        name = row.key.removeprefix("part: ")
-        print(f"{name:<28}{spent / num_steps / 1000:>8.2f}{spent / total:>8.1%}{row.count // num_steps:>8}")
-    print(f"{'the rest (norms, rotary, ...)':<28}{rest / num_steps / 1000:>7.2f}{rest / total:>8.1%}\n")
-    print(f"{'operator, itself':<40}{'ms':>8}{'share':>8}{'calls':>8}")
+def parts(rows: Any, num_steps: int, total_ms: float) -> list[tuple[str, float, int]]:
+    """Name, milliseconds and calls in one step of each part, the longest first, and of the rest."""
+    found = [
+        (row.key.removeprefix("part: "), row.cpu_time_total / num_steps / 1000, row.count // num_steps)
+        for row in rows
+        if row.key.startswith("part: ")
+    ]
+    found.sort(key=lambda part: -part[1])
+    return [*found, ("the rest (norms, rotary, ...)", total_ms - sum(ms for _, ms, _ in found), 1)]
+
+
+def report(rows: Any, found: list[tuple[str, float, int]], num_steps: int, total_ms: float) -> None:
+    print(f"one step: {total_ms:.1f} ms (with the profiler's own cost)\n")
+    print(f"{'part':<30}{'ms':>8}{'share':>8}{'calls':>8}")
+    for name, ms, calls in found:
+        print(f"{name:<30}{ms:>8.2f}{ms / total_ms:>8.1%}{calls:>8}")
+    print(f"\n{'operator, itself':<40}{'ms':>8}{'share':>8}{'calls':>8}")
     for row in sorted(rows, key=lambda row: -row.self_cpu_time_total)[:15]:
-        spent, calls = row.self_cpu_time_total, row.count // num_steps
-        print(f"{row.key[:39]:<40}{spent / num_steps / 1000:>8.2f}{spent / total:>8.1%}{calls:>8}")
+        ms, calls = row.self_cpu_time_total / num_steps / 1000, row.count // num_steps
+        print(f"{row.key[:39]:<40}{ms:>8.2f}{ms / total_ms:>8.1%}{calls:>8}")
 
 
 if __name__ == "__main__":

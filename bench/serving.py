@@ -9,21 +9,21 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import datetime
-import platform
 import signal
 import sys
 import tempfile
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 
-import torch
-from loadtest import environment, options, table
+from loadtest import options, table
 from loadtest.adapters import AdapterSet, find_adapters, make_adapters
+from loadtest.csv_file import append_csv
 from loadtest.driver import TargetError
 from loadtest.measure import WrongTokensError, check, measure, reference_answers, summarise
 from loadtest.open_targets import Opener, reference_for
-from loadtest.row import Row, Setting, append_csv
+from loadtest.origin import Origin
+from loadtest.row import Row, Setting
 from loadtest.target import Target
 from loadtest.workload import Case, make_requests
 from manylora.errors import ManyloraError
@@ -117,16 +117,9 @@ def _cases(arguments: argparse.Namespace, adapters: AdapterSet) -> list[Case]:
 def _setting(arguments: argparse.Namespace, adapters: AdapterSet, opener: Opener) -> Setting:
     base = AutoConfig.from_pretrained(arguments.base_model)
     dtype = str(base.dtype or "auto") if opener.config.dtype == "auto" else opener.config.dtype
+    origin = Origin.now(arguments.label, threads=opener.config.num_threads)
     return Setting(
-        run=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        label=arguments.label,
-        commit=environment.commit(),
-        device=environment.device_name(),
-        threads=opener.config.num_threads or torch.get_num_threads(),
-        python=platform.python_version(),
-        torch=torch.__version__,
-        transformers=environment.package_version("transformers"),
-        peft=environment.package_version("peft"),
+        **asdict(origin),
         model=arguments.model_name or arguments.base_model.resolve().name,
         dtype=dtype.removeprefix("torch."),
         rank=adapters.rank_label,

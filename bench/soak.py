@@ -23,8 +23,11 @@ import tempfile
 import time
 import warnings
 from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from loadtest.csv_file import append_csv
+from loadtest.origin import RESULTS, Origin
 from manylora.serve.background import running_server
 from tqdm import tqdm
 from transformers import AutoConfig
@@ -46,6 +49,34 @@ MAX_TIES = 0.01
 """Share of answers that may part from PEFT's at a tie, and of repeated sampled answers that may change, by a
 draw within rounding distance of the border between two tokens."""
 MAX_SHOWN = 20
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Row(Origin):
+    """A whole soak, as bench/results/soak.csv keeps it."""
+
+    requests: int
+    clients: int
+    adapters: int
+    duration_s: float
+    req_s: float
+    lost: int
+    """Requests that have not ended."""
+    wrong: int
+    """Requests that did not end as they should: another answer than PEFT's, another error."""
+    compared: int
+    """Greedy answers held against PEFT's."""
+    ties: int
+    """Of these, those that part from it where its two best logits are equal."""
+    repeats: int
+    """Sampled answers held against an earlier one to the same request."""
+    changed: int
+    """Of these, those that differ."""
+    check_errors: int
+    """What is wrong with the server afterwards: `check()`, counters, processes, tracebacks."""
+    memory: str
+    """Of each process over the last half: MiB that it grows by in 1,000 requests."""
+    verdict: str
 
 
 def main() -> None:
@@ -76,6 +107,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--csv", type=Path, help="save the memory of each process over time")
     parser.add_argument("--plot", type=Path, help="draw it as a PNG")
+    parser.add_argument("--save", action="store_true", help="append a row to bench/results/soak.csv")
     return parser.parse_args()
 
 
@@ -91,13 +123,15 @@ def soak(args: argparse.Namespace, adapter_root: Path) -> list[str]:
         arguments=[*settings, "--set=max_model_len=256"],
     ) as server:
         before = main_processes(server)
+        origin = Origin.now("soak")
         with tqdm(total=args.requests, unit=" requests", disable=None, smoothing=0.05) as bar:
             run = Soak(server, plan, answers, bar.update)
             start = time.monotonic()
             with MemoryWatch(before, lambda: run.num_done) as watch:
                 result = run.run(args.requests, args.clients)
             seconds = time.monotonic() - start
-        faults = [*result.faults, *judge(result, args.requests), *server_faults(server, before)]
+        check_errors = server_faults(server, before)
+    faults = [*result.faults, *judge(result, args.requests), *check_errors]
     found = trends(watch.samples)
     if args.requests >= MIN_JUDGED:
         faults += [f"the memory of {trend.process} grows" for trend in found if not trend.is_flat]
@@ -106,7 +140,44 @@ def soak(args: argparse.Namespace, adapter_root: Path) -> list[str]:
     if args.plot:
         save_plot(watch.samples, args.plot)
     report(result, found, seconds, faults)
+    if args.save:
+        row = summary(args, origin, result, found, seconds, check_errors, faults)
+        append_csv(RESULTS / "soak.csv", [row])
     return faults
+
+
+def summary(
+    args: argparse.Namespace,
+    origin: Origin,
+    result: Result,
+    found: Sequence[Trend],
+    seconds: float,
+    check_errors: Sequence[str],
+    faults: Sequence[str],
+) -> Row:
+    """One row.
+
+    Args:
+        check_errors: of the server.
+        faults: all, these among them.
+    """
+    return Row(
+        **asdict(origin),
+        requests=args.requests,
+        clients=args.clients,
+        adapters=args.adapters,
+        duration_s=seconds,
+        req_s=result.num_operations / seconds,
+        lost=args.requests - result.num_operations,
+        wrong=len(result.faults),
+        compared=result.num_compared,
+        ties=result.num_ties,
+        repeats=result.num_repeats,
+        changed=result.num_changed,
+        check_errors=len(check_errors),
+        memory=", ".join(f"{trend.process} {trend.slope_bytes / MIB:.2f}" for trend in found),
+        verdict=f"{len(faults)} faults" if faults else "nothing lost, nothing wrong",
+    )
 
 
 def make_adapters(args: argparse.Namespace, adapter_root: Path) -> list[str]:

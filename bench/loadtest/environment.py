@@ -24,9 +24,12 @@ def commit() -> str:
 
 
 def device_name() -> str:
-    """The GPU, or the processor and how many of its cores this process may use."""
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
+    """The GPU, or the processor where there is none."""
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else processor_name()
+
+
+def processor_name() -> str:
+    """The processor, and how many of its cores this process may use."""
     try:
         found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
     except OSError:

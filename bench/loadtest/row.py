@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import csv
 import statistics
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, fields
-from pathlib import Path
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 
 import numpy as np
 
+from loadtest.origin import Origin
 from loadtest.record import Round
 from loadtest.workload import Case
 
@@ -20,20 +19,9 @@ COUNTERS = ("steps", "host_loads", "device_copies", "preemptions", "prefix_hit_t
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Setting:
+class Setting(Origin):
     """What all rows of one run share."""
 
-    run: str
-    """When it began, UTC, ISO 8601."""
-    label: str
-    """Names runs that belong to one table or plot of RESULTS.md; empty: none."""
-    commit: str
-    device: str
-    threads: int
-    python: str
-    torch: str
-    transformers: str
-    peft: str
     model: str
     dtype: str
     rank: str
@@ -167,45 +155,3 @@ def make_row(
         error_codes=" ".join(f"{code}={count}" for code, count in sorted(errors.items())),
         **measured,  # type: ignore[arg-type]  # by name
     )
-
-
-def append_csv(path: Path, rows: Iterable[Row]) -> None:
-    """Write rows at the end of a CSV file, which is made if need be.
-
-    Raises:
-        ValueError: the file has other columns.
-    """
-    names = [field.name for field in fields(Row)]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    is_new = not path.exists()
-    if not is_new:
-        with path.open(newline="") as file:
-            found = next(csv.reader(file), [])
-        if found != names:
-            raise ValueError(f"{path} has the columns {','.join(found)}; expected {','.join(names)}")
-    with path.open("a", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        if is_new:
-            writer.writerow(names)
-        for row in rows:
-            values = [getattr(row, name) for name in names]
-            writer.writerow([f"{v:.5g}" if isinstance(v, float) else "" if v is None else v for v in values])
-
-
-def read_csv(path: Path) -> list[Row]:
-    """Read rows that `append_csv` wrote."""
-    with path.open(newline="") as file:
-        return [_read(line) for line in csv.DictReader(file)]
-
-
-def _read(line: dict[str, str]) -> Row:
-    values: dict[str, object] = {}
-    for field in fields(Row):
-        text = line[field.name]
-        if field.type == "str":
-            values[field.name] = text
-        elif text == "" and "None" in str(field.type):
-            values[field.name] = None
-        else:
-            values[field.name] = int(text) if str(field.type).startswith("int") else float(text)
-    return Row(**values)  # type: ignore[arg-type]  # by name

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 from loadtest.row import COUNTERS, PERCENTILES, Row
 
-_WORDS = {"target", "mix", "load", "ratio", "run", "part"}
+_WORDS = {"target", "mix", "load", "ratio", "part", "fault", "outcomes", "ends", "memory", "verdict", "step"}
+_WORDS |= {"dtype", "model", "protocol", "column", "value"}
 """Columns that are aligned on the left."""
 
 

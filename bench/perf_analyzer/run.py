@@ -17,7 +17,9 @@ import sys
 import tempfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from inputs import BASE_MODEL, MIN_WORDS, Entry, make_entries
 from install import COMMAND
@@ -28,11 +30,44 @@ from report import Figures, format_table, measure
 from ways import Load, PerfAnalyzerError, Way, check, one_adapter, parameter_mix, profile, tensor_mix
 
 ROOT = Path(__file__).resolve().parents[2]
+# Last, since modules of the same name in this folder come first.
+sys.path.append(str(ROOT / "bench"))
+from loadtest.csv_file import append_csv  # noqa: E402  # lies in bench/, which is no package
+from loadtest.origin import RESULTS, Origin  # noqa: E402
+
 WAYS = {
     "one-adapter": "gRPC streams; one adapter, named by a request parameter",
     "tensor-mix": "inference or gRPC streams; a mix of adapters, named in the tensor sampling_parameters",
     "parameter-mix": "HTTP streams (/generate_stream); a mix of adapters, named by request parameters",
 }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Row(Origin):
+    """One load, as bench/results/perf_analyzer.csv keeps it. None where it cannot be seen."""
+
+    model: str
+    protocol: str
+    mix: str
+    """The adapters, the most popular one first."""
+    skew: float
+    load: str
+    requests: int
+    errors: int
+    input_tokens: float
+    """Mean of the requests, as are the output's."""
+    output_tokens: float
+    req_s: float
+    tok_s: float
+    first_ms_p50: float | None
+    first_ms_p90: float | None
+    first_ms_p99: float | None
+    next_ms_p50: float | None
+    next_ms_p90: float | None
+    next_ms_p99: float | None
+    whole_ms_p50: float | None
+    whole_ms_p90: float | None
+    whole_ms_p99: float | None
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -44,6 +79,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     _complete(parser, arguments)
     parameters = {"max_tokens": arguments.max_tokens, "ignore_eos": True}
+    origin = Origin.now(arguments.way)
     try:
         way = _way(arguments, parameters)
         with _folder(arguments.keep) as folder, _server(arguments, way) as url:
@@ -52,7 +88,33 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"run: {error}", file=sys.stderr)
         return 1
     print(f"\n{format_table(rows)}")
+    if arguments.save:
+        append_csv(RESULTS / "perf_analyzer.csv", [_row(origin, arguments, way, *row) for row in rows])
     return 0
+
+
+def _row(origin: Origin, arguments: argparse.Namespace, way: Way, load: str, figures: Figures) -> Row:
+    spreads = {"first": figures.first_token, "next": figures.between_tokens, "whole": figures.latency}
+    times: dict[str, Any] = {
+        f"{name}_ms_p{percentile}": None if spread is None else getattr(spread, f"p{percentile}_ms")
+        for name, spread in spreads.items()
+        for percentile in (50, 90, 99)
+    }
+    return Row(
+        **asdict(origin),
+        model=way.model,
+        protocol=way.protocol,
+        mix=" ".join(arguments.adapters),
+        skew=arguments.skew,
+        load=load,
+        requests=figures.num_requests,
+        errors=figures.num_errors,
+        input_tokens=figures.mean_input_tokens,
+        output_tokens=figures.mean_output_tokens,
+        req_s=figures.requests_per_s,
+        tok_s=figures.tokens_per_s,
+        **times,
+    )
 
 
 def _measure_all(
@@ -180,6 +242,9 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
     load.add_argument("--prompt-words", type=int, default=64, help="one token each with most tokenizers")
     load.add_argument("--max-tokens", type=int, default=32, help="of every answer")
     load.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--save", action="store_true", help="append a row for each load to bench/results/perf_analyzer.csv"
+    )
     parser.add_argument("--keep", type=Path, metavar="DIR", help="keep inputs and exports there")
     parser.add_argument(
         "--perf-analyzer", type=Path, default=COMMAND, help="default: what install.py fetched"

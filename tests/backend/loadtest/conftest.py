@@ -55,6 +55,7 @@ def setting() -> Setting:
         torch="2.13.0",
         transformers="5.23.0",
         peft="0.21.2",
+        command="python bench/serving.py --preset w1",
         model="tiny",
         dtype="float32",
         rank="16",

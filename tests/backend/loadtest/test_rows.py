@@ -8,8 +8,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from loadtest.csv_file import append_csv, read_csv
 from loadtest.record import Record, Round
-from loadtest.row import Row, Setting, append_csv, make_row, percentiles_ms, ratio, read_csv
+from loadtest.row import Row, Setting, make_row, percentiles_ms, ratio
 from loadtest.workload import Case
 
 
@@ -104,7 +105,7 @@ def test_rows_come_back_from_the_csv_as_they_were(tmp_path: Path, make_rows: Cal
     first, second = make_rows(), make_rows(rate_per_s=0.5)
     append_csv(path, first)
     append_csv(path, second)
-    found = read_csv(path)
+    found = read_csv(path, Row)
     assert len(found) == len(first + second)
     for row, wanted in zip(found, first + second, strict=True):
         for field in dataclasses.fields(Row):

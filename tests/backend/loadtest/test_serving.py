@@ -8,7 +8,8 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from loadtest.row import read_csv
+from loadtest.csv_file import read_csv
+from loadtest.row import Row
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -38,7 +39,7 @@ def test_engine_and_peft_are_compared_measured_and_saved(tiny_model: Callable[..
     assert ended.returncode == 0, ended.stderr
     assert "engine: 18 of 18 answers the same as peft's" in ended.stdout
     assert "peft / engine: 3 adapters" in ended.stdout
-    rows = read_csv(saved)
+    rows = read_csv(saved, Row)
     assert [(row.target, row.adapters) for row in rows] == [
         (target, count) for count in (0, 1, 3) for target in ("engine", "peft")
     ]
