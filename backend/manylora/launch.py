@@ -31,13 +31,21 @@ STEADY_S = 60.0
 
 
 class EngineProcess:
-    """One engine process, from start to end."""
+    """One engine process, from start to end.
 
-    def __init__(self, config: EngineConfig, socket_path: Path) -> None:
+    Args:
+        strict_preload: whether an adapter that is to be preloaded and cannot be stops the start.
+    """
+
+    def __init__(self, config: EngineConfig, socket_path: Path, *, strict_preload: bool = True) -> None:
         # The server's working directory may hold packages for its own use (an older numpy), so it is not the
         # engine's, and paths relative to it must be made whole.
         paths = {name: _absolute(getattr(config, name)) for name in ("base_model", "adapter_root")}
-        order = {"socket": str(socket_path.absolute()), "config": {**dataclasses.asdict(config), **paths}}
+        order = {
+            "socket": str(socket_path.absolute()),
+            "config": {**dataclasses.asdict(config), **paths},
+            "strict_preload": strict_preload,
+        }
         self._order = json.dumps(order).encode() + b"\n"
         # Its own session: Ctrl-C in the server's terminal is for the server.
         self._process = subprocess.Popen(
@@ -142,7 +150,7 @@ class EngineKeeper:
         Raises:
             ManyloraError: it cannot start; it is not tried again.
         """
-        self._start_process().wait_ready()
+        self._start_process(strict_preload=True).wait_ready()
         self._thread.start()
 
     def stop(self) -> None:
@@ -155,11 +163,11 @@ class EngineKeeper:
         if self._thread.is_alive():
             self._thread.join()
 
-    def _start_process(self) -> EngineProcess:
+    def _start_process(self, *, strict_preload: bool) -> EngineProcess:
         with self._lock:
             if self._is_stopping.is_set():
                 raise UnavailableError("the engine is being stopped")
-            self._process = EngineProcess(self._config, self._socket_path)
+            self._process = EngineProcess(self._config, self._socket_path, strict_preload=strict_preload)
             return self._process
 
     def _watch(self) -> None:
@@ -196,7 +204,8 @@ class EngineKeeper:
 
     def _start_again(self) -> None:
         try:
-            self._start_process().wait_ready()
+            # All its adapters were sound once. One that has broken since must not keep the others down.
+            self._start_process(strict_preload=False).wait_ready()
             log.info("the engine is back")
         except (ManyloraError, OSError) as error:
             log.error("the engine could not be started again: %s", error)

@@ -42,8 +42,10 @@ class World:
     stopped: list[int] = field(default_factory=list)
     """Processes that were told to end."""
 
-    def process(self, config: EngineConfig, socket_path: Path) -> Process:
+    def process(self, config: EngineConfig, socket_path: Path, *, strict_preload: bool) -> Process:
         assert (config, socket_path) == (CONFIG, PATH)
+        # An adapter that has broken since the first start must not keep the engine down.
+        assert strict_preload == (self.num_started == 0)
         self.num_started += 1
         return Process(self, self.lives[self.num_started - 1], pid=self.num_started)
 

@@ -74,11 +74,11 @@ class HostCache(Generic[V]):
         self._slots[name].num_refs += count
         self._slots.move_to_end(name)
 
-    def release(self, name: str) -> None:
-        """Give one reference back and mark the slot as just used."""
+    def release(self, name: str, count: int = 1) -> None:
+        """Give references back and mark the slot as just used."""
         slot = self._slots[name]
-        assert slot.num_refs > 0, f"{name} was released once too often"
-        slot.num_refs -= 1
+        assert slot.num_refs >= count, f"{name} was released once too often"
+        slot.num_refs -= count
         self._slots.move_to_end(name)
 
     def pin(self, name: str) -> None:

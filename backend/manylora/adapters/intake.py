@@ -10,7 +10,7 @@ from manylora.adapters.lease import Entry, Order, Stage
 from manylora.adapters.loader import Loaded, Loader
 from manylora.adapters.residents import Residents
 from manylora.adapters.weights import AdapterWeights
-from manylora.errors import UnavailableError
+from manylora.errors import ManyloraError, UnavailableError
 
 
 class Intake:
@@ -48,6 +48,14 @@ class Intake:
         self._host.reserve(entry.name)
         self._fill(entry, weights)
 
+    def expel(self, entry: Entry) -> None:
+        """Drop a loaded adapter, not active, that no longer finds room beside the pinned ones."""
+        self._host.release(entry.name, len(entry.leases))
+        self._host.evict(entry.name)
+        self._leave_device(entry.name)
+        del self.entries[entry.name]
+        _fail_leases(entry, _no_room(entry.name))
+
     def poll(self) -> None:
         """Take finished loads and start those that have a host slot."""
         for loaded in self._loader.take():
@@ -74,16 +82,13 @@ class Intake:
         assert entry.stage is Stage.LOADING, f"{entry.name} was loaded while {entry.stage}"
         weights, error = loaded.weights, loaded.error
         if weights is not None and not self._residents.fits_beside_pinned(weights):
-            error = UnavailableError(
-                f"adapter {entry.name!r} has no room in the device pool beside pinned ones"
-            )
+            error = _no_room(entry.name)
         if weights is None or error is not None:
             assert error is not None, "a load without a result"
             self._failures.remember(entry.name, error)
             self._host.abandon(entry.name)
             del self.entries[entry.name]
-            for lease in entry.leases.values():
-                lease.error, lease.entry = error, None
+            _fail_leases(entry, error)
             return
         self._failures.forget(entry.name)
         self._fill(entry, weights)
@@ -134,3 +139,12 @@ class Intake:
     def _leave_device(self, name: str) -> None:
         if name in self._residents:
             self._residents.drop(name)
+
+
+def _no_room(name: str) -> UnavailableError:
+    return UnavailableError(f"adapter {name!r} has no room in the device pool beside pinned ones")
+
+
+def _fail_leases(entry: Entry, error: ManyloraError) -> None:
+    for lease in entry.leases.values():
+        lease.error, lease.entry = error, None

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from manylora.adapters.device_pool import DevicePool
 from manylora.adapters.lease import Stage
 from manylora.adapters.registry import Lease, Registry
@@ -75,12 +75,25 @@ class Machine(RuleBasedStateMachine):
         self.folder = tempfile.TemporaryDirectory()
         for name in RANKS:
             (Path(self.folder.name) / name).mkdir()
+        self.leases: list[Lease] = []
+        self.reading: list[str] = []
+        """Loads in the order in which they were begun; the loader's threads work on the first ones."""
+
+    @initialize(
+        pinned=st.lists(st.sampled_from(sorted(RANKS)), max_size=2),
+        preloaded=st.lists(st.sampled_from(sorted(RANKS)), max_size=1),
+        broken=st.sets(st.sampled_from(sorted(RANKS))),
+    )
+    def start_again(self, pinned: list[str], preloaded: list[str], broken: set[str]) -> None:
+        """As after the end of an engine: what is to be preloaded may be broken by now."""
         config = EngineConfig(
             base_model="base",
             adapter_root=self.folder.name,
             max_loras=2,
             max_lora_rank=32,
             max_cpu_loras=3,
+            pinned_adapters=tuple(pinned),
+            preload_adapters=tuple(preloaded),
         )
         pool = DevicePool(SPEC, 2, 32, torch.float32, torch.device("cpu"))
         self.registry = Registry(
@@ -92,9 +105,10 @@ class Machine(RuleBasedStateMachine):
             clock=lambda: self.now_s,
             read=self.disk.read,
         )
-        self.leases: list[Lease] = []
-        self.reading: list[str] = []
-        """Loads in the order in which they were begun; the loader's threads work on the first ones."""
+        for name in {*pinned, *preloaded}:
+            self.disk.gates[name].put(Content(9, name not in broken))
+        self.registry.preload(strict=False)
+        assert all(self.is_pinned(name) or self.state_of(name) == "failed" for name in pinned)
 
     @rule(name=st.sampled_from(sorted(RANKS)), priority=st.sampled_from([0, 0, 1, -1]))
     def acquire(self, name: str, priority: int) -> None:
