@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 from pathlib import Path
 
 from manylora.adapters.failures import Failures
@@ -14,7 +15,10 @@ from manylora.errors import ManyloraError, UnavailableError
 
 
 class Intake:
-    """Every adapter that is neither absent nor failed, and the queue of those without a host slot.
+    """Every adapter that is neither absent nor failed, and the queue of those whose load has not begun.
+
+    A load begins when a thread of the loader is free for it, and takes its slot only then: until it begins it
+    can be withdrawn, and whatever comes before it in the order overtakes it.
 
     A slot goes to the adapter whose first lease comes first (`Lease.order`: by priority, then by age).
     Adapters without leases make room first, least recently used first; then those that have only waiting
@@ -57,10 +61,13 @@ class Intake:
         _fail_leases(entry, _no_room(entry.name))
 
     def poll(self) -> None:
-        """Take finished loads and start those that have a host slot."""
+        """Take finished loads and start the next ones: as many as the loader has idle threads."""
         for loaded in self._loader.take():
             self._finish(loaded)
-        for entry in sorted(self._queued.values(), key=lambda entry: entry.first):
+        if not self._queued:
+            return
+        num_idle = self._loader.num_threads - self._num_loading
+        for entry in self._in_order()[:num_idle]:
             if not self._make_slot(entry.first):
                 break
             self._host.reserve(entry.name)
@@ -68,6 +75,7 @@ class Intake:
             entry.stage = Stage.LOADING
             del self._queued[entry.name]
             self._loader.submit(entry.name, entry.directory)
+        self._mark_queued()
 
     def check(self) -> list[str]:
         """Broken invariants of the queue."""
@@ -75,6 +83,8 @@ class Intake:
         wrong = [f"host cache: {name} is not known" for name in self._host if name not in self.entries]
         if queued != sorted(self._queued):
             wrong.append(f"{queued} are queued, but {sorted(self._queued)} are in the queue")
+        if self._num_loading > self._loader.num_threads:
+            wrong.append(f"{self._num_loading} loads have begun, for {self._loader.num_threads} threads")
         return wrong
 
     def _finish(self, loaded: Loaded) -> None:
@@ -109,6 +119,32 @@ class Intake:
                 entry.drop(lease)
                 self._host.release(entry.name)
 
+    @property
+    def _num_loading(self) -> int:
+        return sum(entry.stage is Stage.LOADING for entry in self.entries.values())
+
+    def _in_order(self) -> list[Entry]:
+        return sorted(self._queued.values(), key=lambda entry: entry.first)
+
+    def _mark_queued(self) -> None:
+        """Find out which of the queue only wait for a thread: as many as `_make_slot` could serve now."""
+        behind = sorted(entry.first for entry in self._replaceable())
+        num_free = self._host.max_entries - len(self._host) + self._host.num_idle
+        for num_before, entry in enumerate(self._in_order()):
+            num_slots = num_free + len(behind) - bisect.bisect_right(behind, entry.first)
+            entry.lacks_slot = num_before >= num_slots
+
+    def _replaceable(self) -> list[Entry]:
+        """Loaded adapters with waiting leases only, which may have to give way to those before them."""
+        return [
+            entry
+            for entry in self.entries.values()
+            if entry.stage is Stage.READY
+            and entry.leases
+            and not entry.num_active
+            and not self._host[entry.name].is_pinned
+        ]
+
     def _make_slot(self, order: Order) -> bool:
         """Free a host slot for an adapter whose first lease has this order."""
         if not self._host.is_full:
@@ -118,14 +154,7 @@ class Intake:
             self._leave_device(evicted)
             del self.entries[evicted]
             return True
-        behind = [
-            entry
-            for entry in self.entries.values()
-            if entry.stage is Stage.READY
-            and not self._host[entry.name].is_pinned
-            and not entry.num_active
-            and entry.first > order
-        ]
+        behind = [entry for entry in self._replaceable() if entry.first > order]
         if not behind:
             return False
         victim = max(behind, key=lambda entry: entry.first)
@@ -133,6 +162,7 @@ class Intake:
         self._leave_device(victim.name)
         victim.stage = Stage.QUEUED
         victim.weights = None
+        victim.lacks_slot = True
         self._queued[victim.name] = victim
         return True
 

@@ -110,7 +110,7 @@ class Registry:
             self._intake.withdraw(entry)
 
     def poll(self) -> None:
-        """Take finished loads and start those that have a host slot. At each turn of the engine's loop."""
+        """Take finished loads and start the next ones. At each turn of the engine's loop."""
         self._intake.poll()
         for name in sorted(self._pins_due):
             self._try_due_pin(name)

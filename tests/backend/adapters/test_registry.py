@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import queue
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -454,6 +455,79 @@ def test_leases_end_at_any_stage(bench: Bench) -> None:
         registry.release(loading)
 
 
+class Gate:
+    """Reads that begin at once and end one by one, as the test says."""
+
+    def __init__(self, spec: ModelSpec) -> None:
+        self.spec = spec
+        self.begun: queue.SimpleQueue[str] = queue.SimpleQueue()
+        self.may_end = threading.Semaphore(0)
+
+    def read(self, directory: Path) -> AdapterWeights:
+        self.begun.put(directory.name)
+        assert self.may_end.acquire(timeout=PATIENCE_S)
+        return read_adapter(directory, self.spec, max_lora_rank=16, dtype=torch.float32, pin=False)[0]
+
+    def next(self) -> str:
+        return self.begun.get(timeout=PATIENCE_S)
+
+    def end_one(self, bench: Bench, registry: Registry) -> None:
+        self.may_end.release()
+        assert bench.wakes.acquire(timeout=PATIENCE_S)
+        registry.poll()
+
+
+def test_a_load_of_higher_priority_waits_for_those_that_have_begun_only(bench: Bench) -> None:
+    names = [f"cold-{number}" for number in range(6)]
+    bench.write(*names, "urgent")
+    gate = Gate(bench.spec)
+    registry = bench.registry(gate.read, max_cpu_loras=8)
+    leases = [registry.acquire(name) for name in names]
+    registry.poll()
+    assert {gate.next(), gate.next()} == {"cold-0", "cold-1"}
+    urgent = registry.acquire("urgent", 1000)
+    registry.poll()
+    # None lacks a slot: all wait for threads.
+    assert [lease.state for lease in (*leases, urgent)] == ["loading"] * 7
+    for expected in ("urgent", "cold-2", "cold-3", "cold-4", "cold-5"):
+        gate.end_one(bench, registry)
+        assert gate.next() == expected
+        assert registry.check() == []
+    for _ in range(2):
+        gate.end_one(bench, registry)
+    for lease in (*leases, urgent):
+        assert lease.state == "ready"
+        registry.release(lease)
+
+
+def test_a_load_that_nobody_waits_for_any_more_is_not_begun_and_costs_no_slot(bench: Bench) -> None:
+    names = [f"cold-{number}" for number in range(6)]
+    bench.write(*names, "warm", "other")
+    gate = Gate(bench.spec)
+    registry = bench.registry(gate.read, max_cpu_loras=4)
+    warm = registry.acquire("warm")
+    registry.poll()
+    assert gate.next() == "warm"
+    gate.end_one(bench, registry)
+    registry.release(warm)
+    leases = [registry.acquire(name) for name in names]
+    registry.poll()
+    assert {gate.next(), gate.next()} == {"cold-0", "cold-1"}
+    assert [lease.state for lease in leases] == ["loading"] * 4 + ["queued"] * 2
+    assert states(registry)["warm"] == "host"
+    for lease in leases:
+        registry.release(lease)
+    assert states(registry) == {"cold-0": "loading", "cold-1": "loading", "warm": "host"}
+    other = registry.acquire("other")
+    gate.end_one(bench, registry)
+    assert gate.next() == "other"
+    for _ in range(2):
+        gate.end_one(bench, registry)
+    assert other.state == "ready"
+    assert registry.counters["host_evictions"] == 0
+    registry.release(other)
+
+
 def test_a_request_does_not_go_on_under_another_version(bench: Bench) -> None:
     bench.write("a", "b", seed=1)
     registry = bench.registry(max_loras=1, max_cpu_loras=1)
@@ -704,6 +778,7 @@ def test_closing_waits_for_loads_and_drops_the_rest(bench: Bench) -> None:
     assert not closer.is_alive()
     assert sorted(reads) == ["a", "b"]
     assert [lease.state for lease in leases] == ["loading"] * 3
+    assert states(registry) == dict.fromkeys("abc", "loading")
 
 
 def test_config_of_an_adapter_is_not_leaked_by_its_error(bench: Bench) -> None:

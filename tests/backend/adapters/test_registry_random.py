@@ -77,7 +77,7 @@ class Machine(RuleBasedStateMachine):
             (Path(self.folder.name) / name).mkdir()
         self.leases: list[Lease] = []
         self.reading: list[str] = []
-        """Loads in the order in which they were begun; the loader's threads work on the first ones."""
+        """Loads that have begun."""
 
     @initialize(
         pinned=st.lists(st.sampled_from(sorted(RANKS)), max_size=2),
@@ -136,15 +136,25 @@ class Machine(RuleBasedStateMachine):
 
     @rule()
     def poll(self) -> None:
+        before = list(self.registry._intake._queued.values())
         self.registry.poll()
-        begun = [entry for entry in self.registry._intake.entries.values() if entry.stage is Stage.LOADING]
-        begun = [entry for entry in begun if entry.name not in self.reading]
-        self.reading += [entry.name for entry in sorted(begun, key=lambda entry: entry.first)]
+        entries = list(self.registry._intake.entries.values())
+        loading = [entry for entry in entries if entry.stage is Stage.LOADING]
+        begun = [entry for entry in loading if entry.name not in self.reading]
+        self.reading += [entry.name for entry in begun]
+        # Nobody is overtaken, and whoever could have a slot is read unless all threads are at work.
+        queued = sorted((entry for entry in entries if entry.stage is Stage.QUEUED), key=lambda e: e.first)
+        evicted = [entry for entry in queued if entry not in before]
+        for entry in queued:
+            if entry not in evicted:
+                assert all(other.first < entry.first for other in begun)
+        assert len(loading) == NUM_THREADS or all(entry.lacks_slot for entry in queued)
+        assert queued == sorted(queued, key=lambda entry: entry.lacks_slot)
 
     @precondition(lambda self: self.reading)
     @rule(data=st.data(), value=st.integers(1, 3), is_sound=st.booleans())
     def finish(self, data: st.DataObject, value: int, is_sound: bool) -> None:
-        name = data.draw(st.sampled_from(self.reading[:NUM_THREADS]))
+        name = data.draw(st.sampled_from(self.reading))
         self.finish_one(name, Content(value, is_sound))
 
     def finish_one(self, name: str, content: Content) -> None:
