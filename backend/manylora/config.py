@@ -42,9 +42,11 @@ class EngineConfig:
     fully_sharded_loras: bool = False
     """With tensor parallelism, shard both A and B."""
     preload_adapters: tuple[str, ...] = ()
-    """Adapters loaded to the host cache at start. One that fails stops the start."""
+    """Adapters loaded to the host cache at start. One that fails stops the first start; when a server starts
+    its engine again, it fails alone."""
     pinned_adapters: tuple[str, ...] = ()
-    """Adapters loaded at start and never evicted from the host cache or the device pool."""
+    """Adapters loaded at start and never evicted from the host cache or the device pool. What fails
+    when the engine is started again is pinned as soon as it loads."""
 
     dtype: str = "auto"
     """auto (the checkpoint's), float32, float16 or bfloat16."""

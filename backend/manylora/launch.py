@@ -24,19 +24,28 @@ log = logging.getLogger(__name__)
 
 STOP_S = 25.0
 """Time for the engine to close, a little more than it gives itself."""
+FIRST_PAUSE_S = 1.0
 MAX_PAUSE_S = 30.0
 STEADY_S = 60.0
-"""An engine that ran so long starts a new series of pauses when it dies."""
+"""An engine that served so long starts a new series of pauses when it dies."""
 
 
 class EngineProcess:
-    """One engine process, from start to end."""
+    """One engine process, from start to end.
 
-    def __init__(self, config: EngineConfig, socket_path: Path) -> None:
+    Args:
+        strict_preload: whether an adapter that is to be preloaded and cannot be stops the start.
+    """
+
+    def __init__(self, config: EngineConfig, socket_path: Path, *, strict_preload: bool = True) -> None:
         # The server's working directory may hold packages for its own use (an older numpy), so it is not the
         # engine's, and paths relative to it must be made whole.
         paths = {name: _absolute(getattr(config, name)) for name in ("base_model", "adapter_root")}
-        order = {"socket": str(socket_path.absolute()), "config": {**dataclasses.asdict(config), **paths}}
+        order = {
+            "socket": str(socket_path.absolute()),
+            "config": {**dataclasses.asdict(config), **paths},
+            "strict_preload": strict_preload,
+        }
         self._order = json.dumps(order).encode() + b"\n"
         # Its own session: Ctrl-C in the server's terminal is for the server.
         self._process = subprocess.Popen(
@@ -141,7 +150,7 @@ class EngineKeeper:
         Raises:
             ManyloraError: it cannot start; it is not tried again.
         """
-        self._start_process().wait_ready()
+        self._start_process(strict_preload=True).wait_ready()
         self._thread.start()
 
     def stop(self) -> None:
@@ -154,33 +163,62 @@ class EngineKeeper:
         if self._thread.is_alive():
             self._thread.join()
 
-    def _start_process(self) -> EngineProcess:
+    def _start_process(self, *, strict_preload: bool) -> EngineProcess:
         with self._lock:
             if self._is_stopping.is_set():
                 raise UnavailableError("the engine is being stopped")
-            self._process = EngineProcess(self._config, self._socket_path)
+            self._process = EngineProcess(self._config, self._socket_path, strict_preload=strict_preload)
             return self._process
 
     def _watch(self) -> None:
-        pause_s = 1.0
-        started_at = time.monotonic()
-        while self._process:
-            status = self._process.wait()
+        pause_s = FIRST_PAUSE_S
+        ready_at = time.monotonic()
+        while True:
+            self._wait_for_end()
             if self._is_stopping.is_set():
                 return
-            if time.monotonic() - started_at > STEADY_S:
-                pause_s = 1.0
-            log.error("the engine process ended with status %d; it is started again in %g s", status, pause_s)
-            self._process.stop()
+            if time.monotonic() - ready_at > STEADY_S:
+                pause_s = FIRST_PAUSE_S
+            log.error("the engine is started again in %g s", pause_s)
             if self._is_stopping.wait(pause_s):
                 return
             pause_s = min(2 * pause_s, MAX_PAUSE_S)
-            started_at = time.monotonic()
-            try:
-                self._start_process().wait_ready()
-                log.info("the engine is back")
-            except (ManyloraError, OSError) as error:
-                log.error("the engine could not be started again: %s", error)
+            self._start_again()
+            # A start may take minutes: one that dies as soon as it serves must not pass for steady.
+            ready_at = time.monotonic()
+
+    # A fault of any kind, foreseen or not, ends one turn of the watch and not its thread: without that, no
+    # engine would ever be started again.
+
+    def _wait_for_end(self) -> None:
+        process = self._process
+        assert process, "a watch without an engine process"
+        try:
+            status = process.wait()
+            if not self._is_stopping.is_set():
+                log.error("the engine process ended with status %d", status)
+            process.stop()
+        except Exception:
+            log.exception("the engine process %d cannot be watched any more and is ended", process.pid)
+            self._end(process)
+
+    def _start_again(self) -> None:
+        try:
+            # All its adapters were sound once. One that has broken since must not keep the others down.
+            self._start_process(strict_preload=False).wait_ready()
+            log.info("the engine is back")
+        except (ManyloraError, OSError) as error:
+            log.error("the engine could not be started again: %s", error)
+        except Exception:
+            log.exception("the engine could not be started again")
+            if self._process:
+                self._end(self._process)
+
+    def _end(self, process: EngineProcess) -> None:
+        try:
+            process.stop()
+        except Exception:
+            log.exception("the engine process %d could not be ended in order", process.pid)
 
 
 def python_executable() -> str:

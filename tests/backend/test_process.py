@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import queue
@@ -18,7 +19,7 @@ from manylora.config import EngineConfig
 from manylora.errors import InternalError, InvalidArgumentError, UnavailableError
 from manylora.ipc import EngineConnection, Event, query_status
 from manylora.launch import EngineKeeper, EngineProcess
-from manylora.messages import Generate, SamplingParams
+from manylora.messages import Failed, Generate, SamplingParams
 
 WAIT_S = 120
 
@@ -164,6 +165,65 @@ def test_a_killed_engine_is_started_again_and_found_again(
         keeper.stop()
     assert losses.empty()
     assert not path.exists()
+
+
+def test_a_pinned_adapter_that_broke_on_disk_fails_alone_when_the_engine_is_started_again(
+    config: EngineConfig,
+    path: Path,
+    tmp_path: Path,
+    make_adapter: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    root = tmp_path / "adapters"
+    for seed, name in enumerate(("pinned", "other")):
+        make_adapter(Path(config.base_model), root / name, seed, r=4, target_modules=["q_proj"])
+    config = dataclasses.replace(
+        config,
+        adapter_root=str(root),
+        max_loras=2,
+        pinned_adapters=("pinned",),
+        preload_adapters=("other", "pinned"),
+    )
+    tensors = root / "pinned" / "adapter_model.safetensors"
+    sound = tensors.read_bytes()
+    keeper = EngineKeeper(config, path)
+    seen: queue.SimpleQueue[list[Event] | None] = queue.SimpleQueue()
+
+    def ask(number: int, adapter: str) -> Event:
+        params = SamplingParams(max_tokens=1)
+        connection.send(Generate(id=number, input_ids=[5], adapter_id=adapter, params=params))
+        events = seen.get(timeout=WAIT_S)
+        assert events
+        return events[-1]
+
+    tensors.write_bytes(b"no tensors")
+    with pytest.raises(InvalidArgumentError, match="adapter 'pinned'"):
+        keeper.start()
+    keeper.stop()
+    tensors.write_bytes(sound)
+    keeper = EngineKeeper(config, path)
+    keeper.start()
+    connection = EngineConnection(path, on_events=seen.put, on_lost=lambda: seen.put(None))
+    try:
+        assert connection.wait_ready(WAIT_S)
+        assert keeper.pid
+        tensors.write_bytes(b"no tensors")
+        os.kill(keeper.pid, signal.SIGKILL)
+        assert seen.get(timeout=WAIT_S) is None
+        assert connection.wait_ready(WAIT_S)
+        status = query_status(path, WAIT_S)
+        assert {s.name: s.state for s in status.adapters} == {"other": "host", "pinned": "failed"}
+        failed = ask(1, "pinned")
+        assert isinstance(failed, Failed)
+        assert failed.code == "INVALID_ARG"
+        assert failed.message.startswith("adapter 'pinned': ")
+        for number, adapter in ((2, "other"), (3, "")):
+            assert not isinstance(ask(number, adapter), Failed)
+        assert query_status(path, WAIT_S).check_errors == []
+    finally:
+        connection.close()
+        keeper.stop()
 
 
 def test_a_stopped_engine_is_killed_and_started_again(

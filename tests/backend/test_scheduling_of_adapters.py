@@ -15,6 +15,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from manylora.adapters.device_pool import DevicePool
+from manylora.adapters.lease import Stage
 from manylora.adapters.registry import Registry
 from manylora.adapters.weights import AdapterWeights, KindWeights
 from manylora.config import EngineConfig
@@ -136,8 +137,8 @@ class World:
                     self.end(result.sequence)
         assert self.scheduler.check() + self.registry.check() == []
         self.may_read.set()
-        leases = [s.lease for s in self.live if s.lease is not None]
-        for _ in {lease.adapter_id for lease in leases if lease.state == "loading"}:
+        entries = self.registry._intake.entries.values()
+        for _ in range(sum(entry.stage is Stage.LOADING for entry in entries)):
             self.num_read.acquire()
         return batch is not None or num_missed > 0
 
@@ -165,6 +166,20 @@ def test_a_preempted_sequence_and_an_older_one_do_not_wait_for_each_other(root: 
     world.run()
     world.registry.close()
     assert world.scheduler.num_preemptions > 0
+
+
+def test_a_step_does_not_wait_for_the_loaders_threads(root: Path) -> None:
+    """A sequence whose adapter could have a slot, but no thread, holds up nobody of lower priority."""
+    world = World(root, max_loras=2, max_cpu_loras=5, max_num_seqs=4, num_blocks=8)
+    world.add(Wanted("a", 1, 1))
+    world.run()
+    for name in "bcd":
+        world.add(Wanted(name, 1, 1, priority=5))
+    last = world.add(Wanted("a", 1, 1))
+    assert world.turn()
+    assert last.state is State.ENDED
+    world.run()
+    world.registry.close()
 
 
 @settings(max_examples=120, deadline=None)

@@ -18,6 +18,11 @@ class Slot(Generic[V]):
     num_refs: int = 0
     is_pinned: bool = False
 
+    @property
+    def is_idle(self) -> bool:
+        """Whether nobody would miss it."""
+        return self.value is not None and not self.num_refs and not self.is_pinned
+
 
 class HostCache(Generic[V]):
     """`max_entries` slots by name, ordered from the least to the most recently used.
@@ -56,6 +61,11 @@ class HostCache(Generic[V]):
     def num_pinned(self) -> int:
         return sum(slot.is_pinned for slot in self._slots.values())
 
+    @property
+    def num_idle(self) -> int:
+        """Adapters that `try_evict` could drop."""
+        return sum(slot.is_idle for slot in self._slots.values())
+
     def reserve(self, name: str) -> None:
         """Take a free slot for an adapter that is about to be read."""
         assert not self.is_full, "no free slot in the host cache"
@@ -74,11 +84,11 @@ class HostCache(Generic[V]):
         self._slots[name].num_refs += count
         self._slots.move_to_end(name)
 
-    def release(self, name: str) -> None:
-        """Give one reference back and mark the slot as just used."""
+    def release(self, name: str, count: int = 1) -> None:
+        """Give references back and mark the slot as just used."""
         slot = self._slots[name]
-        assert slot.num_refs > 0, f"{name} was released once too often"
-        slot.num_refs -= 1
+        assert slot.num_refs >= count, f"{name} was released once too often"
+        slot.num_refs -= count
         self._slots.move_to_end(name)
 
     def pin(self, name: str) -> None:
@@ -92,7 +102,7 @@ class HostCache(Generic[V]):
     def try_evict(self) -> str | None:
         """Drop the least recently used adapter that nobody refers to; its name, or None if there is none."""
         for name, slot in self._slots.items():
-            if slot.value is not None and not slot.num_refs and not slot.is_pinned:
+            if slot.is_idle:
                 del self._slots[name]
                 self.num_evictions += 1
                 return name

@@ -19,7 +19,7 @@ class Stage(enum.Enum):
     """How far an adapter is on its way from disk to host memory."""
 
     QUEUED = "queued"
-    """Waits for a slot in the host cache."""
+    """Waits for a slot in the host cache, or for a thread of the loader."""
     LOADING = "loading"
     """Is being read into its slot."""
     READY = "ready"
@@ -37,6 +37,8 @@ class Entry:
     """By number."""
     orders: list[Order] = field(default_factory=list)
     """Of the leases, sorted."""
+    lacks_slot: bool = True
+    """While queued: a thread of the loader would not do, the host cache has no slot for it now."""
     num_active: int = 0
     """Leases in active use."""
     weights: AdapterWeights | None = None
@@ -90,10 +92,13 @@ class Lease:
 
     @property
     def state(self) -> str:
-        """`queued`, `loading`, `ready` or `failed`."""
+        """`queued` (without a host slot), `loading` (being read or next to be), `ready` or `failed`."""
         if self.error is not None:
             return "failed"
         assert self.entry is not None, "the lease has ended"
+        if self.entry.stage is Stage.QUEUED and not self.entry.lacks_slot:
+            # The scheduler lets others pass it as it does during the load: it wants no place of theirs.
+            return Stage.LOADING.value
         return self.entry.stage.value
 
     @property

@@ -37,6 +37,7 @@ class Loader:
     """
 
     def __init__(self, read: Read, wake: Callable[[], None], num_threads: int = 2) -> None:
+        self.num_threads = num_threads
         self._read = read
         self._wake = wake
         self._jobs: queue.SimpleQueue[tuple[str, Path] | None] = queue.SimpleQueue()

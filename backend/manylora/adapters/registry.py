@@ -70,6 +70,8 @@ class Registry:
         self._loader = Loader(self._read, wake)
         self._intake = Intake(self._host, self._residents, self._failures, self._loader)
         self._numbers = itertools.count()
+        self._pins_due: set[str] = set()
+        """Adapters to be pinned as soon as they are loaded and the device has room."""
 
     def acquire(self, adapter_id: str, priority: int = 0) -> Lease:
         """Begin a hold on an adapter. The first one for an absent adapter queues its load.
@@ -108,8 +110,10 @@ class Registry:
             self._intake.withdraw(entry)
 
     def poll(self) -> None:
-        """Take finished loads and start those that have a host slot. At each turn of the engine's loop."""
+        """Take finished loads and start the next ones. At each turn of the engine's loop."""
         self._intake.poll()
+        for name in sorted(self._pins_due):
+            self._try_due_pin(name)
 
     def try_activate(self, lease: Lease) -> bool:
         """Make the adapter resident in the device pool and count a use; False if pages lack now."""
@@ -137,11 +141,16 @@ class Registry:
         if not entry.num_active:
             entry.placement = None
 
-    def preload(self) -> None:
+    def preload(self, *, strict: bool) -> None:
         """Read preload_adapters and pinned_adapters, and pin the latter on both levels. Before serving only.
 
+        Args:
+            strict: whether one that cannot be loaded is an error. Otherwise it is logged and has failed, as
+                if a request had asked for it; its pin comes into force when it loads.
+
         Raises:
-            ManyloraError: one of them cannot be loaded, or they do not fit.
+            InvalidArgumentError: they are too many.
+            ManyloraError: one of them cannot be loaded, or has no room. With `strict` only.
         """
         pinned = tuple(dict.fromkeys(self.config.pinned_adapters))
         names = tuple(dict.fromkeys((*pinned, *self.config.preload_adapters)))
@@ -149,18 +158,27 @@ class Registry:
             raise InvalidArgumentError(
                 f"{len(names)} adapters are to be preloaded, max_cpu_loras={self._host.max_entries}"
             )
+        self._pins_due.update(pinned)
         for name in names:
-            entry = Entry(name, self.root.find(name))
-            loaded = load(self._read, name, entry.directory)
-            if loaded.weights is None:
-                assert loaded.error is not None, "a load without a result"
-                raise loaded.error
-            self._intake.admit(entry, loaded.weights)
-        for name in names:
-            if not self._residents.fits_beside_pinned(self._host_weights(name)):
-                raise InvalidArgumentError(f"adapter {name!r} has no room beside the pinned ones before it")
-            if name in pinned:
-                self._pin(name)
+            try:
+                self._preload(name)
+            except ManyloraError as error:
+                if strict:
+                    raise
+                log.error("adapter %r cannot be preloaded and has failed: %s", name, error.message)
+                self._failures.remember(name, error)
+
+    def _preload(self, name: str) -> None:
+        entry = Entry(name, self.root.find(name))
+        loaded = load(self._read, name, entry.directory)
+        if loaded.weights is None:
+            assert loaded.error is not None, "a load without a result"
+            raise loaded.error
+        if not self._residents.fits_beside_pinned(loaded.weights):
+            raise InvalidArgumentError(f"adapter {name!r} has no room beside the pinned ones before it")
+        self._intake.admit(entry, loaded.weights)
+        if name in self._pins_due:
+            self._try_due_pin(name)
 
     def pin(self, adapter_id: str) -> None:
         """Keep a loaded adapter on host and device until `unpin`.
@@ -176,7 +194,7 @@ class Registry:
             return
         largest = num_pages_of(self.config.max_lora_rank)
         if (
-            self._host.num_pinned + 1 >= self._host.max_entries
+            self._num_pins + 1 >= self._host.max_entries
             or min(self._residents.pages_beside_pinned(entry.weights)) < largest
         ):
             raise UnavailableError(
@@ -191,6 +209,9 @@ class Registry:
         Raises:
             InvalidArgumentError: it is not pinned.
         """
+        if adapter_id in self._pins_due:
+            self._pins_due.remove(adapter_id)
+            return
         if adapter_id not in self._host or not self._host[adapter_id].is_pinned:
             raise InvalidArgumentError(f"adapter {quote(adapter_id)} is not pinned")
         self._host.unpin(adapter_id)
@@ -247,7 +268,8 @@ class Registry:
         failure = self._failures.recall(name)
         if failure is not None:
             raise failure
-        if self._host.num_pinned >= self._host.max_entries:
+        # Those that are due come too: whoever else waited for a slot would then wait for ever.
+        if name not in self._pins_due and self._num_pins >= self._host.max_entries:
             raise UnavailableError(f"adapter {name!r} cannot be loaded: every host slot is pinned")
         return self._intake.enter(name, directory)
 
@@ -256,6 +278,26 @@ class Registry:
             raise UnavailableError(f"adapter {name!r} cannot be pinned now: the device pool is in use")
         self._host.pin(name)
         self._residents[name].is_pinned = True
+
+    @property
+    def _num_pins(self) -> int:
+        """In force or due."""
+        return self._host.num_pinned + len(self._pins_due)
+
+    def _try_due_pin(self, name: str) -> None:
+        entry = self._intake.entries.get(name)
+        if entry is None or entry.weights is None or not self._residents.try_place(name, entry.weights):
+            return
+        self._pin(name)
+        self._pins_due.remove(name)
+        # None of those is active, since the pinned one has found its room. They would wait for ever.
+        for other in list(self._intake.entries.values()):
+            if (
+                other.weights is not None
+                and not self._host[other.name].is_pinned
+                and not self._residents.fits_beside_pinned(other.weights)
+            ):
+                self._intake.expel(other)
 
     def _host_weights(self, name: str) -> AdapterWeights:
         weights = self._intake.entries[name].weights

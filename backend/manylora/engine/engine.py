@@ -43,11 +43,15 @@ class Engine:
     >>> with Engine(EngineConfig(base_model="model", adapter_root="adapters")) as engine:  # doctest: +SKIP
     ...     engine.generate(["Hello"], adapter_ids=["pirate"], max_tokens=20)
 
+    Args:
+        strict_preload: whether an adapter that is to be preloaded and cannot be is an error. Otherwise it is
+            logged and stands as failed; a pin that was asked for comes into force when the adapter loads.
+
     Raises:
         ManyloraError: the configuration or the base model cannot be served.
     """
 
-    def __init__(self, config: EngineConfig) -> None:
+    def __init__(self, config: EngineConfig, *, strict_preload: bool = True) -> None:
         self.config = config
         self._inbox = Notes()
         self._sessions: set[Session] = set()
@@ -60,7 +64,9 @@ class Engine:
         # Before the thread's first allocation, which would give it an arena of its own.
         keep_freed_memory()
         built: Future[None] = Future()
-        self._thread = threading.Thread(target=self._run, args=(built,), name="manylora-engine", daemon=True)
+        self._thread = threading.Thread(
+            target=self._run, args=(built, strict_preload), name="manylora-engine", daemon=True
+        )
         self._thread.start()
         built.result()
 
@@ -120,16 +126,16 @@ class Engine:
 
     # ---- the engine thread ----
 
-    def _run(self, built: Future[None]) -> None:
+    def _run(self, built: Future[None], strict_preload: bool) -> None:
         try:
-            self._build(self.config)
+            self._build(self.config, strict_preload)
         except BaseException as error:
             built.set_exception(error)
             return
         built.set_result(None)
         self._loop()
 
-    def _build(self, config: EngineConfig) -> None:
+    def _build(self, config: EngineConfig, strict_preload: bool) -> None:
         """Load the model and make all parts.
 
         On this thread, since each thread that runs torch's operators keeps OpenMP threads of its own. While
@@ -155,7 +161,7 @@ class Engine:
             wake=lambda: self.post(Wake()),
         )
         try:
-            self.registry.preload()
+            self.registry.preload(strict=strict_preload)
         except ManyloraError:
             self.registry.close()
             raise

@@ -1,6 +1,7 @@
 """The engine process: `python -m manylora.engine.process`, started by `manylora.launch`.
 
-It reads one JSON line from standard input, `{"socket": path, "config": {...}}`, and answers with one on
+It reads one JSON line from standard input, `{"socket": path, "config": {...}, "strict_preload": true}` (the
+last may be left out; false: an adapter that cannot be preloaded fails alone), and answers with one on
 standard output: `{"ready": true}` or `{"error": {"code": ..., "message": ...}}`, among the empty lines of its
 pulse. It ends when its standard input does, so it never outlives its owner, however that one ended.
 """
@@ -107,7 +108,7 @@ def serve(owner: _Owner) -> None:
     from manylora.engine.engine import Engine
     from manylora.engine.server import EngineServer
 
-    engine = Engine(config)
+    engine = Engine(config, strict_preload=owner.order.get("strict_preload", True))
     server = None
     try:
         server = EngineServer(engine, socket_path)

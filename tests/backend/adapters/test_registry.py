@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import queue
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -188,7 +189,7 @@ def test_without_a_root_there_are_no_adapters(llama_spec: ModelSpec) -> None:
     config = EngineConfig(base_model="base")
     pool = DevicePool(llama_spec, 1, 16, torch.float32, torch.device("cpu"))
     registry = Registry(llama_spec, config, pool, torch.float32, wake=lambda: None)
-    registry.preload()
+    registry.preload(strict=True)
     with pytest.raises(NotFoundError, match="has no adapter_root"):
         registry.acquire("a")
     registry.close()
@@ -454,6 +455,79 @@ def test_leases_end_at_any_stage(bench: Bench) -> None:
         registry.release(loading)
 
 
+class Gate:
+    """Reads that begin at once and end one by one, as the test says."""
+
+    def __init__(self, spec: ModelSpec) -> None:
+        self.spec = spec
+        self.begun: queue.SimpleQueue[str] = queue.SimpleQueue()
+        self.may_end = threading.Semaphore(0)
+
+    def read(self, directory: Path) -> AdapterWeights:
+        self.begun.put(directory.name)
+        assert self.may_end.acquire(timeout=PATIENCE_S)
+        return read_adapter(directory, self.spec, max_lora_rank=16, dtype=torch.float32, pin=False)[0]
+
+    def next(self) -> str:
+        return self.begun.get(timeout=PATIENCE_S)
+
+    def end_one(self, bench: Bench, registry: Registry) -> None:
+        self.may_end.release()
+        assert bench.wakes.acquire(timeout=PATIENCE_S)
+        registry.poll()
+
+
+def test_a_load_of_higher_priority_waits_for_those_that_have_begun_only(bench: Bench) -> None:
+    names = [f"cold-{number}" for number in range(6)]
+    bench.write(*names, "urgent")
+    gate = Gate(bench.spec)
+    registry = bench.registry(gate.read, max_cpu_loras=8)
+    leases = [registry.acquire(name) for name in names]
+    registry.poll()
+    assert {gate.next(), gate.next()} == {"cold-0", "cold-1"}
+    urgent = registry.acquire("urgent", 1000)
+    registry.poll()
+    # None lacks a slot: all wait for threads.
+    assert [lease.state for lease in (*leases, urgent)] == ["loading"] * 7
+    for expected in ("urgent", "cold-2", "cold-3", "cold-4", "cold-5"):
+        gate.end_one(bench, registry)
+        assert gate.next() == expected
+        assert registry.check() == []
+    for _ in range(2):
+        gate.end_one(bench, registry)
+    for lease in (*leases, urgent):
+        assert lease.state == "ready"
+        registry.release(lease)
+
+
+def test_a_load_that_nobody_waits_for_any_more_is_not_begun_and_costs_no_slot(bench: Bench) -> None:
+    names = [f"cold-{number}" for number in range(6)]
+    bench.write(*names, "warm", "other")
+    gate = Gate(bench.spec)
+    registry = bench.registry(gate.read, max_cpu_loras=4)
+    warm = registry.acquire("warm")
+    registry.poll()
+    assert gate.next() == "warm"
+    gate.end_one(bench, registry)
+    registry.release(warm)
+    leases = [registry.acquire(name) for name in names]
+    registry.poll()
+    assert {gate.next(), gate.next()} == {"cold-0", "cold-1"}
+    assert [lease.state for lease in leases] == ["loading"] * 4 + ["queued"] * 2
+    assert states(registry)["warm"] == "host"
+    for lease in leases:
+        registry.release(lease)
+    assert states(registry) == {"cold-0": "loading", "cold-1": "loading", "warm": "host"}
+    other = registry.acquire("other")
+    gate.end_one(bench, registry)
+    assert gate.next() == "other"
+    for _ in range(2):
+        gate.end_one(bench, registry)
+    assert other.state == "ready"
+    assert registry.counters["host_evictions"] == 0
+    registry.release(other)
+
+
 def test_a_request_does_not_go_on_under_another_version(bench: Bench) -> None:
     bench.write("a", "b", seed=1)
     registry = bench.registry(max_loras=1, max_cpu_loras=1)
@@ -482,7 +556,7 @@ def test_preload_reads_before_serving_and_pins(bench: Bench) -> None:
     registry = bench.registry(
         max_cpu_loras=3, preload_adapters=("a", "b"), pinned_adapters=("b",), max_lora_rank=32
     )
-    registry.preload()
+    registry.preload(strict=True)
     assert states(registry) == {"a": "host", "b": "device"}
     assert [state.pinned for state in registry.states()] == [False, True]
     for name in ("c", "d", "e"):
@@ -526,14 +600,104 @@ def test_what_cannot_be_preloaded_stops_the_start(
     bench.write("a", "b", "c")
     bench.write("dora", use_dora=True)
     with pytest.raises(error) as refused:
-        bench.registry(**settings).preload()
+        bench.registry(**settings).preload(strict=True)
     assert refused.value.message == message
+
+
+def break_files(bench: Bench, name: str) -> None:
+    (bench.root / name / "adapter_model.safetensors").write_bytes(b"no tensors")
+
+
+def test_an_engine_that_is_started_again_does_without_what_cannot_be_preloaded(
+    bench: Bench, caplog: pytest.LogCaptureFixture
+) -> None:
+    bench.write("a", "b", "dora")
+    bench.write("dora", use_dora=True)
+    registry = bench.registry(pinned_adapters=("absent", "b"), preload_adapters=("dora", "a"))
+    with caplog.at_level(logging.ERROR):
+        registry.preload(strict=False)
+    assert states(registry) == {"a": "host", "absent": "failed", "b": "device", "dora": "failed"}
+    assert "adapter 'dora' cannot be preloaded and has failed: adapter 'dora': use_dora=True" in caplog.text
+    with pytest.raises(UnsupportedError, match=r"^adapter 'dora': use_dora=True: DoRA is not served$"):
+        registry.acquire("dora")
+    with pytest.raises(NotFoundError, match=r"^adapter 'absent' is not found$"):
+        registry.acquire("absent")
+    registry.release(bench.ready(registry, "a"))
+
+
+def test_a_pin_that_was_asked_for_comes_into_force_when_the_adapter_loads(bench: Bench) -> None:
+    bench.write("a", "b", "c", "d", "e")
+    break_files(bench, "a")
+    registry = bench.registry(pinned_adapters=("a",), max_cpu_loras=3)
+    registry.preload(strict=False)
+    assert states(registry) == {"a": "failed"}
+    bench.write("a")
+    bench.now_s += 1.0
+    lease = bench.ready(registry, "a")
+    assert [(s.name, s.state, s.pinned) for s in registry.states()] == [("a", "device", True)]
+    registry.release(lease)
+    for name in ("b", "c", "d", "e"):
+        registry.release(bench.ready(registry, name))
+    assert states(registry)["a"] == "device"
+    registry.unpin("a")
+    with pytest.raises(InvalidArgumentError, match="is not pinned"):
+        registry.unpin("a")
+
+
+def test_a_pin_that_is_due_can_be_called_off(bench: Bench) -> None:
+    bench.write("a")
+    break_files(bench, "a")
+    registry = bench.registry(pinned_adapters=("a",))
+    registry.preload(strict=False)
+    registry.unpin("a")
+    bench.write("a")
+    bench.now_s += 1.0
+    registry.release(bench.ready(registry, "a"))
+    assert [state.pinned for state in registry.states()] == [False]
+
+
+def test_a_pin_that_is_due_waits_for_pages_and_fails_those_it_leaves_none(bench: Bench) -> None:
+    bench.write("a", "b")
+    break_files(bench, "a")
+    registry = bench.registry(max_loras=1, pinned_adapters=("a",))
+    registry.preload(strict=False)
+    running, waiting = bench.ready(registry, "b"), bench.ready(registry, "b")
+    assert registry.try_activate(running)
+    bench.write("a")
+    bench.now_s += 1.0
+    a = bench.ready(registry, "a")
+    assert states(registry) == {"a": "host", "b": "device"}
+    registry.release(running)
+    registry.poll()
+    assert states(registry) == {"a": "device"}
+    assert type(waiting.error) is UnavailableError
+    assert waiting.error.message == "adapter 'b' has no room in the device pool beside pinned ones"
+    registry.release(waiting)
+    registry.release(a)
+
+
+def test_a_slot_that_is_kept_for_a_pin_goes_to_nobody_else(bench: Bench) -> None:
+    bench.write("a", "b")
+    break_files(bench, "a")
+    registry = bench.registry(max_loras=1, max_cpu_loras=1, pinned_adapters=("a",))
+    registry.preload(strict=False)
+    with pytest.raises(UnavailableError, match=r"^adapter 'b' cannot be loaded: every host slot is pinned$"):
+        registry.acquire("b")
+
+
+def test_an_adapter_that_no_longer_fits_beside_the_pinned_ones_fails_alone(bench: Bench) -> None:
+    bench.write("a", "b")
+    registry = bench.registry(max_loras=1, pinned_adapters=("a",), preload_adapters=("b",))
+    registry.preload(strict=False)
+    assert states(registry) == {"a": "device", "b": "failed"}
+    with pytest.raises(InvalidArgumentError, match="'b' has no room beside the pinned ones before it"):
+        registry.acquire("b")
 
 
 def test_what_finds_no_room_beside_pinned_adapters_fails(bench: Bench) -> None:
     bench.write("a", "b")
     registry = bench.registry(max_loras=1, pinned_adapters=("a",))
-    registry.preload()
+    registry.preload(strict=True)
     lease = registry.acquire("b")
     bench.settle(registry, lease)
     assert type(lease.error) is UnavailableError
@@ -544,7 +708,7 @@ def test_what_finds_no_room_beside_pinned_adapters_fails(bench: Bench) -> None:
 def test_when_every_slot_is_pinned_others_are_refused(bench: Bench) -> None:
     bench.write("a", "b")
     registry = bench.registry(max_loras=1, max_cpu_loras=1, pinned_adapters=("a",))
-    registry.preload()
+    registry.preload(strict=True)
     with pytest.raises(UnavailableError, match=r"^adapter 'b' cannot be loaded: every host slot is pinned$"):
         registry.acquire("b")
     registry.release(bench.ready(registry, "a"))
@@ -614,6 +778,7 @@ def test_closing_waits_for_loads_and_drops_the_rest(bench: Bench) -> None:
     assert not closer.is_alive()
     assert sorted(reads) == ["a", "b"]
     assert [lease.state for lease in leases] == ["loading"] * 3
+    assert states(registry) == dict.fromkeys("abc", "loading")
 
 
 def test_config_of_an_adapter_is_not_leaked_by_its_error(bench: Bench) -> None:

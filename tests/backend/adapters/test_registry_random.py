@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from manylora.adapters.device_pool import DevicePool
 from manylora.adapters.lease import Stage
 from manylora.adapters.registry import Lease, Registry
@@ -75,12 +75,25 @@ class Machine(RuleBasedStateMachine):
         self.folder = tempfile.TemporaryDirectory()
         for name in RANKS:
             (Path(self.folder.name) / name).mkdir()
+        self.leases: list[Lease] = []
+        self.reading: list[str] = []
+        """Loads that have begun."""
+
+    @initialize(
+        pinned=st.lists(st.sampled_from(sorted(RANKS)), max_size=2),
+        preloaded=st.lists(st.sampled_from(sorted(RANKS)), max_size=1),
+        broken=st.sets(st.sampled_from(sorted(RANKS))),
+    )
+    def start_again(self, pinned: list[str], preloaded: list[str], broken: set[str]) -> None:
+        """As after the end of an engine: what is to be preloaded may be broken by now."""
         config = EngineConfig(
             base_model="base",
             adapter_root=self.folder.name,
             max_loras=2,
             max_lora_rank=32,
             max_cpu_loras=3,
+            pinned_adapters=tuple(pinned),
+            preload_adapters=tuple(preloaded),
         )
         pool = DevicePool(SPEC, 2, 32, torch.float32, torch.device("cpu"))
         self.registry = Registry(
@@ -92,9 +105,10 @@ class Machine(RuleBasedStateMachine):
             clock=lambda: self.now_s,
             read=self.disk.read,
         )
-        self.leases: list[Lease] = []
-        self.reading: list[str] = []
-        """Loads in the order in which they were begun; the loader's threads work on the first ones."""
+        for name in {*pinned, *preloaded}:
+            self.disk.gates[name].put(Content(9, name not in broken))
+        self.registry.preload(strict=False)
+        assert all(self.is_pinned(name) or self.state_of(name) == "failed" for name in pinned)
 
     @rule(name=st.sampled_from(sorted(RANKS)), priority=st.sampled_from([0, 0, 1, -1]))
     def acquire(self, name: str, priority: int) -> None:
@@ -122,15 +136,25 @@ class Machine(RuleBasedStateMachine):
 
     @rule()
     def poll(self) -> None:
+        before = list(self.registry._intake._queued.values())
         self.registry.poll()
-        begun = [entry for entry in self.registry._intake.entries.values() if entry.stage is Stage.LOADING]
-        begun = [entry for entry in begun if entry.name not in self.reading]
-        self.reading += [entry.name for entry in sorted(begun, key=lambda entry: entry.first)]
+        entries = list(self.registry._intake.entries.values())
+        loading = [entry for entry in entries if entry.stage is Stage.LOADING]
+        begun = [entry for entry in loading if entry.name not in self.reading]
+        self.reading += [entry.name for entry in begun]
+        # Nobody is overtaken, and whoever could have a slot is read unless all threads are at work.
+        queued = sorted((entry for entry in entries if entry.stage is Stage.QUEUED), key=lambda e: e.first)
+        evicted = [entry for entry in queued if entry not in before]
+        for entry in queued:
+            if entry not in evicted:
+                assert all(other.first < entry.first for other in begun)
+        assert len(loading) == NUM_THREADS or all(entry.lacks_slot for entry in queued)
+        assert queued == sorted(queued, key=lambda entry: entry.lacks_slot)
 
     @precondition(lambda self: self.reading)
     @rule(data=st.data(), value=st.integers(1, 3), is_sound=st.booleans())
     def finish(self, data: st.DataObject, value: int, is_sound: bool) -> None:
-        name = data.draw(st.sampled_from(self.reading[:NUM_THREADS]))
+        name = data.draw(st.sampled_from(self.reading))
         self.finish_one(name, Content(value, is_sound))
 
     def finish_one(self, name: str, content: Content) -> None:

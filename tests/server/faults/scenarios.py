@@ -207,8 +207,8 @@ def adapter_files_change_while_loading(bed: Bed, adapter_root: Path, source: str
 
 
 def slow_reader(bed: Bed, num_turns: int = 3) -> Report:
-    """A client whose answer waits for it, while those of others come and go. Log probabilities make the answer
-    longer than what lies between client and server, so that it waits in the server."""
+    """A client whose answer waits for it, while those of others come and go. Log probabilities make the
+    answer longer than what lies between client and server, so that it waits in the server."""
 
     def inject() -> None:
         with bed.connect() as client:
