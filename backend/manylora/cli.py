@@ -126,22 +126,18 @@ def _add_asking(add: Callable[..., argparse.ArgumentParser]) -> None:
 
     text = "send prompts to a running server and print the answers"
     generate.add_arguments(
-        add("generate", text, generate.main, epilog=generate.EXAMPLES, needs_server_packages=False)
+        add("generate", text, generate.main, epilog=generate.epilog(), needs_server_packages=False)
     )
     text = "talk with a running server; the adapter may change inside a chat"
-    chat.add_arguments(
-        add("chat", text, chat.main, epilog=f"{chat.EXAMPLES}\n{chat.HELP}\n", needs_server_packages=False)
-    )
+    chat.add_arguments(add("chat", text, chat.main, epilog=chat.epilog(), needs_server_packages=False))
 
 
 def _add_planning(add: Callable[..., argparse.ArgumentParser]) -> None:
     """The commands that look at models and adapters without a server."""
-    if _missing_packages():
-        return
     from manylora.commands import plan, validate
 
     text = "say whether adapters bind to a base model, and how; no server"
-    validate.add_arguments(add("validate", text, validate.main, epilog=validate.EXAMPLES))
+    validate.add_arguments(add("validate", text, validate.main, epilog=f"{validate.epilog()}\n"))
     text = "say what a configuration takes in memory and how many adapters fit; no server"
     plan.add_arguments(add("plan", text, plan.main, epilog=f"{plan.epilog()}\n"))
 

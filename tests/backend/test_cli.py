@@ -14,13 +14,41 @@ from pathlib import Path
 
 import pytest
 from manylora import Engine, EngineConfig, cli
-from manylora.commands.table import render, size
+from manylora.commands import asking
+from manylora.commands.generate import describe_logprobs
+from manylora.commands.table import columns, cut, fill, render, size
 from manylora.model.outline import outline_model
+from manylora.parameters import PARAMETERS
+from manylora_client import TokenLogprob
+from safetensors.torch import load_file, save_file
 
 ROOT = Path(__file__).resolve().parents[2]
 BASE_MODEL = ROOT / ".build" / "base_model"
 ADAPTERS = ROOT / "examples" / "adapters"
 COMMANDS = ("serve", "status", "generate", "chat", "validate", "plan")
+
+# Runs a command where what only the server needs is not installed.
+CLIENT_ONLY = """
+import sys
+from importlib.machinery import PathFinder
+
+HIDDEN = {"torch", "transformers", "triton", "safetensors", "tokenizers", "zmq", "msgspec", "jinja2"}
+
+class ClientOnly(PathFinder):
+    @classmethod
+    def find_spec(cls, name, path=None, target=None):
+        return None if name.partition(".")[0] in HIDDEN else PathFinder.find_spec(name, path, target)
+
+sys.meta_path = [ClientOnly if finder is PathFinder else finder for finder in sys.meta_path]
+from manylora import cli
+sys.exit(cli.main())
+"""
+
+# What the commands say that they know, in this order.
+SETTABLE = (
+    "adapter_scale, max_tokens, min_tokens, stop, ignore_eos, temperature, top_p, top_k, min_p, seed, "
+    "repetition_penalty, presence_penalty, frequency_penalty, logprobs, echo, deadline_ms, request_priority"
+)
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -110,6 +138,100 @@ def test_every_reason_of_a_refusal_is_listed(run: Run, tmp_path: Path) -> None:
     assert (status, json.loads(out)["ok"], json.loads(out)["code"]) == (1, False, "UNSUPPORTED")
 
 
+@pytest.fixture
+def elsewhere(tmp_path: Path) -> Path:
+    """A directory of adapters with a good one, and three whose name or links no server takes."""
+    root = tmp_path / "adapters"
+    shutil.copytree(ADAPTERS / "haiku", root / "haiku")
+    shutil.copytree(ADAPTERS / "haiku", root / "my adapter")
+    shutil.copytree(ADAPTERS / "haiku", tmp_path / "outside")
+    (root / "link").symlink_to(tmp_path / "outside")
+    (root / "within").symlink_to(root / "haiku")
+    (root / "weights").mkdir()
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        (root / "weights" / name).symlink_to(tmp_path / "outside" / name)
+    return root
+
+
+REFUSED = {
+    "my adapter": "adapter name 'my adapter': must match",
+    "link": "adapter 'link' is a link that leaves adapter_root",
+    "weights": "adapter_config.json is a link that leaves adapter_root",
+}
+
+
+def test_names_and_links_that_a_server_refuses_are_refused(run: Run, elsewhere: Path) -> None:
+    status, out, _ = run("validate", elsewhere, f"--base-model={BASE_MODEL}", "--json")
+    assert status == 1
+    found = {line["name"]: line for line in map(json.loads, out.splitlines())}
+    assert {name for name, line in found.items() if line["ok"]} == {"haiku", "within"}
+    assert {name for name, line in found.items() if not line["ok"]} == set(REFUSED)
+    for name, told in REFUSED.items():
+        assert found[name]["code"] == "INVALID_ARG"
+        assert told in found[name]["message"]
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_one_adapter_is_judged_by_the_name_and_place_it_is_given_by(
+    run: Run, elsewhere: Path, name: str
+) -> None:
+    status, out, _ = run("validate", elsewhere / name, f"--base-model={BASE_MODEL}")
+    assert status == 1
+    assert out.startswith(f"{name}: refused, INVALID_ARG\n  - {REFUSED[name]}")
+
+
+def test_an_adapter_may_be_the_directory_at_hand(
+    run: Run, elsewhere: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(elsewhere / "haiku")
+    status, out, _ = run("validate", ".", f"--base-model={BASE_MODEL}")
+    assert (status, out.splitlines()[0]) == (0, "haiku: binds to base_model")
+
+
+@pytest.mark.parametrize("setting", ["lora_dtype=float16", "dtype=float16"])
+def test_an_adapter_is_checked_against_the_servers_dtype(run: Run, tmp_path: Path, setting: str) -> None:
+    adapter = tmp_path / "large"
+    shutil.copytree(ADAPTERS / "haiku", adapter)
+    tensors = {name: t.float() for name, t in load_file(adapter / "adapter_model.safetensors").items()}
+    # Beyond float16's 65504.
+    next(iter(tensors.values())).fill_(1e5)
+    save_file(tensors, adapter / "adapter_model.safetensors", metadata={"format": "pt"})
+    words = ["validate", adapter, f"--base-model={BASE_MODEL}"]
+    status, _, _ = run(*words, "--set=lora_dtype=bfloat16")
+    assert status == 0
+    status, out, _ = run(*words, f"--set={setting}")
+    assert status == 1
+    assert "values too large for lora_dtype=float16" in out
+
+
+def test_what_an_adapter_takes_follows_the_servers_dtype(run: Run) -> None:
+    words = ["validate", ADAPTERS / "haiku", f"--base-model={BASE_MODEL}"]
+    taken = {
+        name: json.loads(run(*words, "--json", f"--set=lora_dtype={name}")[1])["num_bytes"]
+        for name in ("float16", "float32")
+    }
+    assert taken["float32"] == 2 * taken["float16"]
+    assert "served as  float32" in run(*words, "--set=lora_dtype=float32")[1]
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["--set=lora_dtyp=float16"], "unknown configuration key lora_dtyp"),
+        (["--set=lora_dtype=float8"], "lora_dtype='float8': expected auto"),
+        (["--max-lora-rank=4", "--set=max_lora_rank=8"], "max_lora_rank is given already, as '4'"),
+        (["--set=adapter_root=."], "adapter_root is given already"),
+        (["--max-lora-rank=0"], "max_lora_rank=0: must be at least 1"),
+    ],
+    ids=lambda value: "_".join(value)[:40] if isinstance(value, list) else "",
+)
+def test_a_setting_that_no_server_takes_is_told(run: Run, words: list[str], told: str) -> None:
+    status, out, err = run("validate", ADAPTERS, f"--base-model={BASE_MODEL}", *words)
+    assert (status, out) == (2, "")
+    assert told in err
+    assert len(err.splitlines()) == 1
+
+
 @pytest.mark.parametrize(
     ("words", "told"),
     [
@@ -119,6 +241,12 @@ def test_every_reason_of_a_refusal_is_listed(run: Run, tmp_path: Path) -> None:
         (["plan", "--base-model", "."], "no usable config.json"),
         (["plan", "--base-model", ".", "--set", "max_lora=3"], "unknown configuration key max_lora"),
         (["generate", "--set", "nonsense", "hi"], "expected NAME=VALUE"),
+        (["generate", "--set", "prompt=x", "hi"], f"no such parameter; known are {SETTABLE}"),
+        (["generate", "--set", "timeout=abc", "hi"], f"no such parameter; known are {SETTABLE}"),
+        (["generate", "--set", "input_ids=[1]", "hi"], f"no such parameter; known are {SETTABLE}"),
+        (["generate", "--set", "max_token=3", "hi"], f"no such parameter; known are {SETTABLE}"),
+        (["generate", "--set", "adapter_id=pirate", "hi"], "--adapter or /adapter names the adapter"),
+        (["chat", "--set", "stream=false"], f"no such parameter; known are {SETTABLE}"),
         (["generate", "--url", "ftp://x", "hi"], "the scheme is 'ftp'"),
         (["generate"], "no prompt"),
     ],
@@ -140,6 +268,127 @@ def test_a_server_that_is_not_there_is_told(run: Run) -> None:
     status, out, err = run("generate", "--url=localhost:1", "hi")
     assert (status, out) == (1, "")
     assert "connection to localhost:1 failed" in err
+
+
+def test_what_can_be_set_is_what_the_wire_contract_names() -> None:
+    others = {"adapter_id", "lora_name", "chat"}
+    assert {*asking.SETTABLE, *others} == set(PARAMETERS)
+    assert not others & set(asking.SETTABLE)
+
+
+@pytest.mark.parametrize(
+    ("text", "read"),
+    [
+        ("top-k=3", ("top_k", 3)),
+        ("ignore_eos=true", ("ignore_eos", True)),
+        ('stop=["a", "b"]', ("stop", ["a", "b"])),
+        ("stop=the end", ("stop", "the end")),
+        ("stop=a=b", ("stop", "a=b")),
+        ("stop=" + "[" * 100_000, ("stop", "[" * 100_000)),
+        ("seed=", ("seed", "")),
+    ],
+    ids=lambda value: value[:20] if isinstance(value, str) else "",
+)
+def test_a_setting_is_json_or_text(text: str, read: tuple[str, object]) -> None:
+    assert asking.read_setting(text) == read
+
+
+class Typed(io.StringIO):
+    """What a user types, on a terminal or into a pipe; with ^C in a line's place, an interrupt."""
+
+    def __init__(self, *lines: str, is_terminal: bool) -> None:
+        super().__init__("".join(f"{line}\n" for line in lines))
+        self._is_terminal = is_terminal
+
+    def isatty(self) -> bool:
+        return self._is_terminal
+
+    def readline(self, *size: int) -> str:  # type: ignore[override]
+        line = super().readline(*size)
+        if line == "^C\n":
+            raise KeyboardInterrupt
+        return line
+
+
+@pytest.fixture
+def chat(run: Run, monkeypatch: pytest.MonkeyPatch) -> Run:
+    """`manylora chat` where no server is, with lines of input."""
+
+    def chat(*lines: str, is_terminal: bool = False) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "stdin", Typed(*lines, is_terminal=is_terminal))
+        return run("chat", "--url=localhost:1")
+
+    return chat
+
+
+@pytest.mark.parametrize("text", ["stream=false", "timeout=abc", "messages=x", "prompt=x", "chat=true"])
+def test_a_chat_goes_on_after_a_setting_that_is_none(chat: Run, text: str) -> None:
+    status, out, err = chat(f"/set {text}", "hi", "/set seed=1", "/set")
+    assert status == 1
+    assert out.splitlines() == [
+        f"base> /set {text}",
+        "base> hi",
+        "base> /set seed=1",
+        "(seed=1)",
+        "base> /set",
+    ]
+    wrong, failed, last = err.splitlines()
+    assert wrong == f"manylora chat: {text!r}: no such parameter; known are {SETTABLE}"
+    assert failed.startswith("manylora chat: connection to localhost:1 failed")
+    assert last == "manylora chat: '': expected NAME=VALUE"
+
+
+def test_a_piped_chat_fails_where_an_answer_did(chat: Run) -> None:
+    status, out, err = chat("hi", "/adapter pirate")
+    assert (status, out) == (1, "base> hi\nbase> /adapter pirate\n(adapter: pirate)\n")
+    assert err.startswith("manylora chat: connection to localhost:1 failed")
+    assert len(err.splitlines()) == 1
+
+
+@pytest.mark.parametrize(("line", "status"), [("/bogus", 1), ("/reset", 0), ("", 0), ("/quit", 0)])
+def test_a_piped_chat_fails_where_a_command_did(chat: Run, line: str, status: int) -> None:
+    found, out, err = chat(line)
+    assert found == status
+    assert err == ("manylora chat: no command /bogus; /help names them\n" if status else "")
+    assert "no command" not in out
+
+
+def test_a_chat_on_a_terminal_shows_errors_and_goes_on(chat: Run) -> None:
+    status, out, err = chat("hi", "/bogus", "^C", "/set stream=false", is_terminal=True)
+    assert (status, err) == (0, "")
+    assert "base> error: connection to localhost:1 failed" in out
+    assert "base> no command /bogus; /help names them\n" in out
+    assert "base> \n(/quit or Ctrl-D ends)\n" in out
+    assert "base> error: 'stream=false': no such parameter" in out
+
+
+def test_an_interrupt_ends_a_piped_chat(chat: Run) -> None:
+    status, out, _ = chat("/reset", "^C", "/reset")
+    assert (status, out) == (130, "base> /reset\n(begun anew)\n")
+
+
+def test_help_says_how_a_piped_chat_ends(run: Run) -> None:
+    assert "the exit status is 1 if any line failed" in run("chat", "--help")[1]
+
+
+@pytest.mark.parametrize("command", ["generate", "chat"])
+def test_help_names_what_can_be_set(run: Run, command: str) -> None:
+    words = run(command, "--help")[1].replace(",", "").split()
+    assert set(asking.SETTABLE) <= set(words)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [["plan", "--base-model=x"], ["validate", "x"], ["serve", "--base-model=x"], ["status"]],
+    ids=lambda words: words[0],
+)
+def test_a_client_only_install_names_what_a_command_needs(words: list[str]) -> None:
+    found = subprocess.run(
+        [sys.executable, "-c", CLIENT_ONLY, *words], capture_output=True, text=True, check=False
+    )
+    assert (found.returncode, found.stdout) == (2, "")
+    needed = "msgspec, torch, transformers, zmq"
+    assert found.stderr == f"manylora {words[0]}: needs {needed}: pip install 'manylora[server]'\n"
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -175,6 +424,53 @@ def test_a_reader_that_leaves_early_is_no_error() -> None:
 def test_a_table_sets_columns_to_their_widest_cell() -> None:
     found = render(("name", "n"), [("a", 1), ("longer", 100)], right=(1,))
     assert found.splitlines() == ["name      n", "a         1", "longer  100"]
+
+
+def likeliest(texts: list[str], logprob: float) -> TokenLogprob:
+    """A token, with itself and the other texts as its alternatives."""
+    top = [TokenLogprob(id=i, text=text, logprob=logprob) for i, text in enumerate(texts)]
+    return TokenLogprob(id=0, text=texts[0], logprob=logprob, top=top)
+
+
+@pytest.mark.parametrize(
+    "tokens",
+    [
+        [likeliest([f" word{i}" for i in range(20)], -12.5)],
+        [likeliest([" " * i for i in range(40, 20, -1)], -1e9), likeliest(["a"], -0.001)],
+        [likeliest(["\u5929\u7a7a" * 9, *"\u4e3a\u4ec0\u4e48"], -3.0)],
+        [likeliest(["x"], 0.0)],
+    ],
+    ids=["twenty", "widest", "chinese", "one"],
+)
+def test_log_probabilities_stay_within_80_columns(tokens: list[TokenLogprob]) -> None:
+    lines = describe_logprobs(tokens).splitlines()
+    assert max(map(columns, lines)) <= 80
+    assert lines[0].split() == ["token", "logprob", "likeliest"]
+    start = lines[0].index("likeliest")
+    # No cell but the likeliest ones on a line that goes on.
+    assert len([line for line in lines[1:] if line[:1] == "'"]) == len(tokens)
+    assert all(line[:start].isspace() for line in lines[1:] if line[:1] != "'")
+    numbers = [f"{other.logprob:.3f}" for token in tokens for other in (token, *token.top)]
+    assert sorted(w for line in lines[1:] for w in line.split() if w in numbers) == sorted(numbers)
+
+
+def test_alternatives_keep_their_order() -> None:
+    texts = [f"w{i}" for i in range(20)]
+    shown = describe_logprobs([likeliest(texts, -1.5)]).splitlines()[1:]
+    assert len(shown) > 2
+    assert " ".join(shown).split()[2::2] == [repr(text) for text in texts]
+
+
+def test_texts_are_cut_to_columns() -> None:
+    assert [cut("abcdef", 6), cut("abcdefg", 6)] == ["abcdef", "abc..."]
+    assert cut("\u5929\u7a7a\u5929\u7a7a", 7) == "\u5929\u7a7a..."
+    assert [columns("e\u0301"), columns("\u5929")] == [1, 2]
+
+
+def test_parts_fill_lines() -> None:
+    assert fill(["aa", "bb", "cc"], 6) == ["aa  bb", "cc"]
+    assert fill(["too long", "a"], 3) == ["too long", "a"]
+    assert fill([], 3) == [""]
 
 
 def test_sizes_have_the_unit_that_fits() -> None:

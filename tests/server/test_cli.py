@@ -48,6 +48,19 @@ def test_generate_reads_standard_input_and_writes_json(server: RunningServer) ->
     assert [len(token["top"]) for token in answer["logprobs"]] == [2, 2, 2]
 
 
+def test_many_alternatives_stay_within_80_columns(server: RunningServer) -> None:
+    found = run(server, "generate", "--max-tokens=3", "--logprobs=20", "The sea is")
+    assert found.returncode == 0, found.stderr
+    table = found.stdout[found.stdout.index("token ") :].splitlines()
+    assert max(map(len, table)) <= 80
+    with Client(server.http) as client:
+        tokens = client.generate("The sea is", max_tokens=3, logprobs=20).logprobs
+    assert tokens is not None
+    numbers = [f"{other.logprob:.3f}" for token in tokens for other in (token, *token.top)]
+    assert len(numbers) == 63
+    assert [word for line in table for word in line.split() if word in numbers] == numbers
+
+
 def test_what_the_server_refuses_is_told_in_one_line(server: RunningServer) -> None:
     found = run(server, "generate", "--adapter=nobody", "hi")
     assert (found.returncode, found.stdout) == (2, "")
@@ -57,7 +70,11 @@ def test_what_the_server_refuses_is_told_in_one_line(server: RunningServer) -> N
 def test_a_chat_changes_its_adapter_and_outlives_errors(server: RunningServer) -> None:
     lines = [QUESTION, "/adapter pirate", "/reset", QUESTION, "/adapter nobody", "hello", "/bogus", "/quit"]
     found = run(server, "chat", "--max-tokens=24", stdin="\n".join(lines) + "\n")
-    assert found.returncode == 0, found.stderr
+    assert found.returncode == 1
+    assert found.stderr.splitlines() == [
+        "manylora chat: adapter 'nobody' is not found",
+        "manylora chat: no command /bogus; /help names them",
+    ]
     assert found.stdout.splitlines() == [
         f"base> {QUESTION}",
         *expected(server, "", max_tokens=24).splitlines(),
@@ -70,11 +87,27 @@ def test_a_chat_changes_its_adapter_and_outlives_errors(server: RunningServer) -
         "pirate> /adapter nobody",
         "(adapter: nobody)",
         "nobody> hello",
-        "error: adapter 'nobody' is not found",
         "nobody> /bogus",
-        "no command /bogus; /help names them",
         "nobody> /quit",
     ]
+
+
+def test_a_chat_answers_after_a_setting_that_is_none(server: RunningServer) -> None:
+    lines = ["/set stream=false", "/set timeout=abc", "/set max-tokens=5", QUESTION]
+    found = run(server, "chat", stdin="\n".join(lines) + "\n")
+    assert found.returncode == 1
+    wrong = found.stderr.splitlines()
+    assert [line.partition("; ")[0] for line in wrong] == [
+        "manylora chat: 'stream=false': no such parameter",
+        "manylora chat: 'timeout=abc': no such parameter",
+    ]
+    answer = expected(server, "", max_tokens=5)
+    assert found.stdout.endswith(f"(max_tokens=5)\nbase> {QUESTION}\n{answer}\n")
+
+
+def test_a_chat_without_failure_ends_with_0(server: RunningServer) -> None:
+    found = run(server, "chat", "--max-tokens=3", stdin=f"{QUESTION}\n")
+    assert (found.returncode, found.stderr) == (0, "")
 
 
 def test_a_chat_keeps_its_history(server: RunningServer) -> None:

@@ -15,6 +15,7 @@ import torch
 
 from manylora.adapters.pages import PageAllocator
 from manylora.adapters.weights import PAGE_ROWS, AdapterWeights
+from manylora.config import EngineConfig
 from manylora.memory import zeros
 from manylora.model.spec import ModelSpec
 
@@ -151,6 +152,12 @@ class DevicePool:
 
     def _zeros(self, *shape: int) -> torch.Tensor:
         return zeros(shape, self.dtype, self.device)
+
+
+def pool_dtype(config: EngineConfig, base_dtype: torch.dtype) -> torch.dtype:
+    """The pool's element type: `lora_dtype`, of which `auto` is the base model's."""
+    dtype: torch.dtype = base_dtype if config.lora_dtype == "auto" else getattr(torch, config.lora_dtype)
+    return dtype
 
 
 def num_pages_of(rank: int) -> int:

@@ -5,13 +5,17 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import textwrap
 from typing import Any
 
-from manylora_client import Client
+from manylora_client import Client, Options
 
 from manylora.errors import InvalidArgumentError
 
 DEFAULT_URL = "localhost:8000"
+
+SETTABLE = tuple(name for name in Options.__annotations__ if name != "adapter_id")
+"""What `--set` and `/set` take: the client's request parameters. The adapter is named in other ways."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -37,7 +41,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     ):
         add(f"--{name}", type=kind, metavar="X", help=text)
     add("--stop", action="append", metavar="TEXT", help="ends an answer; may be given several times")
-    add("--set", action="append", default=[], metavar="NAME=VALUE", help="any other parameter of the request")
+    add(
+        "--set",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="any other parameter of the request; see below",
+    )
 
 
 def open_client(arguments: argparse.Namespace) -> Client:
@@ -49,7 +59,7 @@ def read_parameters(arguments: argparse.Namespace) -> dict[str, Any]:
     """The request's parameters as they were given.
 
     Raises:
-        InvalidArgumentError: a `--set` that cannot be read.
+        InvalidArgumentError: a `--set` that cannot be read, or that gives a parameter once more.
     """
     names = ["max_tokens", "temperature", "top_p", "top_k", "min_p", "seed", "adapter_scale"]
     names += ["repetition_penalty", "deadline_ms", "stop"]
@@ -66,13 +76,23 @@ def read_setting(text: str) -> tuple[str, Any]:
     """`NAME=VALUE`, the value as JSON where it is that, else as text.
 
     Raises:
-        InvalidArgumentError: there is no `=`, or no name.
+        InvalidArgumentError: there is no `=`, or no such parameter.
     """
     name, equals, value = text.partition("=")
     name = name.strip().replace("-", "_")
     if not equals or not name:
         raise InvalidArgumentError(f"{text!r}: expected NAME=VALUE")
+    if name not in SETTABLE:
+        hint = "; --adapter or /adapter names the adapter" if name == "adapter_id" else ""
+        raise InvalidArgumentError(f"{text!r}: no such parameter; known are {', '.join(SETTABLE)}{hint}")
     try:
         return name, json.loads(value)
-    except ValueError:
+    except (ValueError, RecursionError):
         return name, value
+
+
+def settings_help() -> str:
+    """The names that `--set` takes, for `--help`."""
+    return textwrap.fill(
+        f"parameters: {', '.join(SETTABLE)}", width=80, subsequent_indent="  ", break_long_words=False
+    )

@@ -29,6 +29,10 @@ HELP = """\
   /quit           or Ctrl-D
 Ctrl-C stops an answer."""
 
+PIPED = """\
+Lines that are piped in are all taken; errors go to standard error, Ctrl-C ends
+the chat, and the exit status is 1 if any line failed."""
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of `manylora chat`."""
@@ -37,8 +41,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     asking.add_arguments(parser)
 
 
+def epilog() -> str:
+    """Examples, commands, parameters, and what a pipe changes."""
+    return f"{EXAMPLES}\n{HELP}\n\n{asking.settings_help()}\n\n{PIPED}\n"
+
+
 def main(arguments: argparse.Namespace) -> int:
-    """Talk until the input ends."""
+    """Talk until the input ends.
+
+    Returns: the exit status: 1 when lines were piped in and one of them failed.
+    """
     parameters = asking.read_parameters(arguments)
     is_terminal = sys.stdin.isatty()
     if is_terminal:
@@ -46,26 +58,34 @@ def main(arguments: argparse.Namespace) -> int:
             import readline  # noqa: F401  # input() then edits lines and keeps them
         print("/help for what can be said besides; Ctrl-D ends")
     with asking.open_client(arguments) as client:
-        chat = Chat(client, arguments.adapter, arguments.system, parameters)
+        chat = Chat(client, arguments.adapter, arguments.system, parameters, is_piped=not is_terminal)
         while True:
             try:
                 line = _read_line(f"{chat.adapter or 'base'}> ", echo=not is_terminal)
             except EOFError:
                 if is_terminal:
                     print()
-                return 0
+                break
             except KeyboardInterrupt:
+                if not is_terminal:
+                    raise
                 print("\n(/quit or Ctrl-D ends)")
                 continue
             if not chat.take(line):
-                return 0
+                break
+    return 1 if chat.has_failed and not is_terminal else 0
 
 
 class Chat:
     """What has been said, and how the next answer is asked for."""
 
-    def __init__(self, client: Client, adapter: str, system: str, parameters: dict[str, Any]) -> None:
+    def __init__(
+        self, client: Client, adapter: str, system: str, parameters: dict[str, Any], *, is_piped: bool
+    ) -> None:
         self.adapter = adapter
+        self.has_failed = False
+        """A line could not be done."""
+        self._is_piped = is_piped
         self._client = client
         self._parameters = parameters
         self._messages: list[Message] = []
@@ -88,7 +108,7 @@ class Chat:
         if word in commands:
             commands[word](rest.strip())
         elif word.startswith("/"):
-            print(f"no command {word}; /help names them")
+            self._fail(f"no command {word}; /help names them", mark="")
         else:
             self._ask(line.strip())
         return True
@@ -106,11 +126,13 @@ class Chat:
             print()
         except KeyboardInterrupt:
             # Leaving the block has cancelled the request. What was said so far stands.
+            if self._is_piped:
+                raise
             print(" [stopped]")
         except ManyloraClientError as error:
             if said:
                 print()
-            print(f"error: {_advice(error)}")
+            self._fail(_advice(error))
             # As if it had not been asked, so that it can be asked again.
             self._messages.pop()
             return
@@ -118,6 +140,15 @@ class Chat:
             self._messages.append({"role": "assistant", "content": "".join(said)})
         else:
             self._messages.pop()
+
+    def _fail(self, message: str, *, mark: str = "error: ") -> None:
+        self.has_failed = True
+        if self._is_piped:
+            # After what it belongs to, also where both go to one file.
+            sys.stdout.flush()
+            print(f"manylora chat: {message}", file=sys.stderr)
+        else:
+            print(f"{mark}{message}")
 
     def _change_adapter(self, name: str) -> None:
         self.adapter = name
@@ -136,7 +167,7 @@ class Chat:
         try:
             name, value = asking.read_setting(text)
         except InvalidArgumentError as error:
-            print(f"error: {error.message}")
+            self._fail(error.message)
             return
         if value == "":
             self._parameters.pop(name, None)

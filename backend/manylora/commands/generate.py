@@ -6,12 +6,13 @@ import argparse
 import dataclasses
 import json
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 from manylora_client import Client, Completion, TokenLogprob
 
 from manylora.commands import asking
-from manylora.commands.table import render
+from manylora.commands.table import columns, cut, fill, render
 from manylora.errors import InvalidArgumentError
 
 EXAMPLES = """\
@@ -21,6 +22,11 @@ examples:
   echo "Once upon a time" | manylora generate --temperature 0.8 --seed 7
   manylora generate "The sea is" --logprobs 3 --json
 """
+
+HEADER = ("token", "logprob", "likeliest")
+WIDTH = 80
+MAX_TOKEN_COLUMNS = 20
+"""Of one token in the table, so that with the longest number, minus a thousand million, it always fits."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -43,6 +49,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="show an answer as it comes (default)",
     )
     asking.add_arguments(parser)
+
+
+def epilog() -> str:
+    """Examples, and the parameters that `--set` takes."""
+    return f"{EXAMPLES}\n{asking.settings_help()}\n"
 
 
 def main(arguments: argparse.Namespace) -> int:
@@ -94,8 +105,21 @@ def _stream(client: Client, prompt: str, asked: dict[str, Any]) -> None:
     print()
 
 
-def _likeliest(token: TokenLogprob) -> str:
-    return "  ".join(f"{other.text!r} {other.logprob:.3f}" for other in token.top)
+def describe_logprobs(tokens: Sequence[TokenLogprob]) -> str:
+    """A table of tokens and of what was likeliest in their place, within 80 columns."""
+    shown = [(_quoted(token), f"{token.logprob:.3f}") for token in tokens]
+    # What is left beside the first two columns, which are as wide as their widest cell.
+    table = [HEADER[:2], *shown]
+    room = WIDTH - sum(max(columns(row[i]) for row in table) + 2 for i in range(2))
+    rows = []
+    for (text, logprob), token in zip(shown, tokens, strict=True):
+        lines = fill([f"{_quoted(other)} {other.logprob:.3f}" for other in token.top], room)
+        rows += [(text, logprob, lines[0]), *(("", "", line) for line in lines[1:])]
+    return render(HEADER, rows, right=(1,))
+
+
+def _quoted(token: TokenLogprob) -> str:
+    return cut(repr(token.text), MAX_TOKEN_COLUMNS)
 
 
 def _print(answer: Completion, prompt: str, adapter: str, *, as_json: bool) -> None:
@@ -105,5 +129,4 @@ def _print(answer: Completion, prompt: str, adapter: str, *, as_json: bool) -> N
         return
     print(answer.text)
     if answer.logprobs is not None:
-        rows = [(repr(token.text), f"{token.logprob:.3f}", _likeliest(token)) for token in answer.logprobs]
-        print(render(("token", "logprob", "likeliest"), rows, right=(1,)))
+        print(describe_logprobs(answer.logprobs))

@@ -94,14 +94,10 @@ def make_plan(config: EngineConfig, model: ModelOutline) -> Plan:
     Raises:
         InvalidArgumentError: the KV cache is too small to start.
     """
-    import torch
-
-    from manylora.adapters.device_pool import num_pages_of
+    from manylora.adapters.device_pool import num_pages_of, pool_dtype
     from manylora.engine.capacity import num_kv_blocks
 
-    lora_dtype: torch.dtype = (
-        model.dtype if config.lora_dtype == "auto" else getattr(torch, config.lora_dtype)
-    )
+    lora_dtype = pool_dtype(config, model.dtype)
     num_pages = config.max_loras * num_pages_of(config.max_lora_rank)
     kinds = [
         Kind(

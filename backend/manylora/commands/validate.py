@@ -6,13 +6,17 @@ import argparse
 import dataclasses
 import json
 import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from manylora.adapters.adapter_root import AdapterRoot
 from manylora.adapters.lora_config import MAX_CONFIG_BYTES
-from manylora.commands.table import render, size
+from manylora.commands.table import cut, render, size
 from manylora.config import EngineConfig, resolve_directory
 from manylora.errors import InvalidArgumentError, ManyloraError
+from manylora.serve.command import read_settings, settings_help
 
 if TYPE_CHECKING:
     import torch
@@ -24,9 +28,18 @@ EXAMPLES = """\
 examples:
   manylora validate adapters/pirate --base-model models/base
   manylora validate adapters --base-model models/base --max-lora-rank 16
+  manylora validate adapters --base-model models/base --set lora_dtype=float16
 """
 
 _CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Result:
+    """What a server would do with one name under its adapter_root."""
+
+    name: str
+    outcome: BindingReport | ManyloraError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -39,8 +52,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="the base model (default: the one that the adapter's config names, if it is a directory)",
     )
-    add("--max-lora-rank", type=int, default=64, metavar="N", help="highest rank accepted (default: 64)")
+    add("--max-lora-rank", type=int, metavar="N", help="highest rank accepted (default: 64)")
+    add(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="a setting, as of `manylora serve`: lora_dtype, dtype and max_lora_rank count",
+    )
     add("--json", action="store_true", help="one line of JSON for each adapter")
+
+
+def epilog() -> str:
+    """Examples, and the settings that there are."""
+    return f"{EXAMPLES}\n{settings_help()}"
 
 
 def main(arguments: argparse.Namespace) -> int:
@@ -49,48 +74,83 @@ def main(arguments: argparse.Namespace) -> int:
     Returns: the exit status: 1 when an adapter is refused.
 
     Raises:
-        ManyloraError: a directory or the base model cannot be used.
+        ManyloraError: a directory, a setting or the base model cannot be used.
     """
-    from manylora.adapters.peft_format import read_adapter
+    root, names = _find(arguments.directory)
+    config = _configure(arguments, root, names[0])
+    # After what can be wrong with the options: torch takes seconds to load.
+    from manylora.adapters.device_pool import pool_dtype
     from manylora.model.outline import outline_model
 
-    adapters = _find(arguments.directory)
-    config = EngineConfig(
-        base_model=arguments.base_model or _named_base(adapters[0]), max_lora_rank=arguments.max_lora_rank
-    )
     print(f"reading the shapes of {config.base_model}", file=sys.stderr)
     model = outline_model(config)
-    results: list[tuple[Path, BindingReport | ManyloraError]] = []
-    for directory in adapters:
-        try:
-            report = read_adapter(
-                directory, model.spec, max_lora_rank=config.max_lora_rank, dtype=model.dtype, pin=False
-            )[1]
-            results.append((directory, report))
-        except ManyloraError as error:
-            results.append((directory, error))
+    dtype = pool_dtype(config, model.dtype)
+    adapter_root = AdapterRoot(config.adapter_root)
+    results = [_Result(name=name, outcome=_judge(name, adapter_root, config, model, dtype)) for name in names]
     if arguments.json:
-        for directory, result in results:
-            print(json.dumps(_fields(directory, result, model)))
+        for result in results:
+            print(json.dumps(_fields(result, model)))
     elif len(results) == 1:
-        print(_describe(*results[0], model))
+        print(_describe(results[0], model, dtype))
     else:
-        print(_list(results, model.dtype))
-    return 1 if any(isinstance(result, ManyloraError) for _, result in results) else 0
+        print(_list(results))
+    return 1 if any(isinstance(result.outcome, ManyloraError) for result in results) else 0
 
 
-def _find(directory: Path) -> list[Path]:
-    """The adapter itself, or every directory below."""
-    root = resolve_directory(str(directory), "DIR")
-    if (root / _CONFIG).exists() or (root / _WEIGHTS).exists():
-        return [root]
+def _judge(
+    name: str, root: AdapterRoot, config: EngineConfig, model: ModelOutline, dtype: torch.dtype
+) -> BindingReport | ManyloraError:
+    """What a server with this configuration says when the adapter is asked for by name."""
+    from manylora.adapters.peft_format import read_adapter
+
     try:
-        found = sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
+        return read_adapter(
+            root.find(name),
+            model.spec,
+            max_lora_rank=config.max_lora_rank,
+            dtype=dtype,
+            pin=False,
+            root=root.path,
+        )[1]
+    except ManyloraError as error:
+        return error
+
+
+def _find(given: Path) -> tuple[Path, list[str]]:
+    """The adapter_root and the names in it: that of the adapter itself, or of every directory below."""
+    resolved = resolve_directory(str(given), "DIR")
+    if (resolved / _CONFIG).exists() or (resolved / _WEIGHTS).exists():
+        # Its name is the one that was given, not that of what a link leads to.
+        adapter = given.expanduser()
+        if adapter.name in ("", ".."):
+            adapter = resolved
+        return adapter.parent.resolve(), [adapter.name]
+    try:
+        names = sorted(
+            path.name for path in resolved.iterdir() if path.is_dir() and not path.name.startswith(".")
+        )
     except OSError as error:
-        raise InvalidArgumentError(f"{directory}: cannot be listed: {error.strerror}") from error
-    if not found:
-        raise InvalidArgumentError(f"{directory}: no adapter: found neither {_CONFIG} nor directories in it")
-    return found
+        raise InvalidArgumentError(f"{given}: cannot be listed: {error.strerror}") from error
+    if not names:
+        raise InvalidArgumentError(f"{given}: no adapter: found neither {_CONFIG} nor directories in it")
+    return resolved, names
+
+
+def _configure(arguments: argparse.Namespace, root: Path, name: str) -> EngineConfig:
+    """The configuration of a server for these adapters.
+
+    Raises:
+        InvalidArgumentError: a setting that is none, is given twice or has a value that is not allowed; no
+            base model is named.
+    """
+    rank = arguments.max_lora_rank
+    options = [] if rank is None else [f"max_lora_rank={rank}"]
+    settings = argparse.Namespace(
+        base_model=arguments.base_model or _named_base(root / name),
+        adapter_root=str(root),
+        set=[*options, *arguments.set],
+    )
+    return EngineConfig.from_strings(read_settings(settings))
 
 
 def _named_base(adapter: Path) -> str:
@@ -104,57 +164,64 @@ def _named_base(adapter: Path) -> str:
     raise InvalidArgumentError("no base model: give --base-model DIR")
 
 
-def _fields(directory: Path, result: BindingReport | ManyloraError, model: ModelOutline) -> dict[str, Any]:
-    if isinstance(result, ManyloraError):
-        return {"name": directory.name, "ok": False, "code": result.code, "message": result.message}
-    kinds = {kind.name: pages for kind, pages in zip(model.spec.kinds, result.num_pages, strict=True)}
-    fields = dataclasses.asdict(result)
-    return {"name": directory.name, "ok": True, **fields, "num_pages": kinds, "notes": result.notes()}
+def _fields(result: _Result, model: ModelOutline) -> dict[str, Any]:
+    report = result.outcome
+    if isinstance(report, ManyloraError):
+        return {"name": result.name, "ok": False, "code": report.code, "message": report.message}
+    kinds = {kind.name: pages for kind, pages in zip(model.spec.kinds, report.num_pages, strict=True)}
+    fields = dataclasses.asdict(report)
+    return {"name": result.name, "ok": True, **fields, "num_pages": kinds, "notes": report.notes()}
 
 
-def _describe(directory: Path, result: BindingReport | ManyloraError, model: ModelOutline) -> str:
-    if isinstance(result, ManyloraError):
-        reasons = "\n".join(f"  - {reason}" for reason in result.message.split("; "))
-        return f"{directory.name}: refused, {result.code}\n{reasons}"
+def _describe(result: _Result, model: ModelOutline, dtype: torch.dtype) -> str:
+    report = result.outcome
+    if isinstance(report, ManyloraError):
+        return "\n".join([f"{_shown(result.name)}: refused, {report.code}", *_reasons(report)])
     rows = []
     for index, kind in enumerate(model.spec.kinds):
-        modules = [m for m in result.modules if model.spec.linears[m.path].kind == index]
+        modules = [m for m in report.modules if model.spec.linears[m.path].kind == index]
         if modules:
-            pages = result.num_pages[index]
-            num_bytes = pages * kind.page_elements * model.dtype.itemsize
+            pages = report.num_pages[index]
+            num_bytes = pages * kind.page_elements * dtype.itemsize
             linears = f"{len(modules)} of {kind.num_layers * kind.num_slices}"
             rows.append((_short(kind.name), linears, _range(m.rank for m in modules), pages, size(num_bytes)))
     lines = [
-        f"{directory.name}: binds to {model.directory.name}",
-        f"  version    {result.version}",
-        f"  trained on {result.base_model_name or '(its config does not say)'}",
-        f"  scaling    {_range(m.scaling for m in result.modules)}",
-        f"  in file    {', '.join(sorted({m.dtype for m in result.modules}))}",
-        f"  takes      {size(result.num_bytes)} on host, and as much on the device",
-        *(f"  note       {note}" for note in result.notes()),
+        f"{result.name}: binds to {model.directory.name}",
+        f"  version    {report.version}",
+        f"  trained on {report.base_model_name or '(its config does not say)'}",
+        f"  scaling    {_range(m.scaling for m in report.modules)}",
+        f"  in file    {', '.join(sorted({m.dtype for m in report.modules}))}",
+        f"  served as  {str(dtype).removeprefix('torch.')}",
+        f"  takes      {size(report.num_bytes)} on host, and as much on the device",
+        *(f"  note       {note}" for note in report.notes()),
         "",
         render(("site", "linears", "rank", "pages", "size"), rows, right=(2, 3, 4)),
     ]
     return "\n".join(lines)
 
 
-def _list(results: list[tuple[Path, BindingReport | ManyloraError]], dtype: torch.dtype) -> str:
+def _list(results: Sequence[_Result]) -> str:
     rows, refusals = [], []
-    for directory, result in results:
-        name = directory.name if len(directory.name) <= 32 else directory.name[:29] + "..."
-        if isinstance(result, ManyloraError):
-            rows.append((name, result.code, "", "", ""))
-            refusals.append(_refusal(directory.name, result))
+    for result in results:
+        name, report = cut(_shown(result.name), 32), result.outcome
+        if isinstance(report, ManyloraError):
+            rows.append((name, report.code, "", "", ""))
+            refusals += [f"\n{_shown(result.name)}:", *_reasons(report)]
         else:
-            rank = _range(m.rank for m in result.modules)
-            notes = f"{len(result.notes())} notes" if result.notes() else ""
-            rows.append((name, "ok", rank, size(result.num_bytes), f"{result.version[:12]} {notes}".rstrip()))
+            rank = _range(m.rank for m in report.modules)
+            notes = f"{len(report.notes())} notes" if report.notes() else ""
+            rows.append((name, "ok", rank, size(report.num_bytes), f"{report.version[:12]} {notes}".rstrip()))
     table = render(("adapter", "", "rank", "size", "version"), rows, right=(2, 3))
     return "\n".join([table, *refusals])
 
 
-def _refusal(name: str, error: ManyloraError) -> str:
-    return "\n".join([f"\n{name}:", *(f"  - {reason}" for reason in error.message.split("; "))])
+def _reasons(error: ManyloraError) -> list[str]:
+    return [f"  - {reason}" for reason in error.message.split("; ")]
+
+
+def _shown(name: str) -> str:
+    """The name, or where a terminal cannot show it as it stands, its form in quotes."""
+    return name if name.isprintable() else repr(name)
 
 
 def _range(values: Any) -> str:

@@ -13,9 +13,7 @@ import time
 from collections.abc import Sequence as Seq
 from concurrent.futures import Future
 
-import torch
-
-from manylora.adapters.device_pool import DevicePool
+from manylora.adapters.device_pool import DevicePool, pool_dtype
 from manylora.adapters.registry import Registry
 from manylora.config import EngineConfig
 from manylora.engine import report
@@ -143,7 +141,7 @@ class Engine:
         is made of some hundred.
         """
         self.model: LoadedModel = load_model(config)
-        dtype = _lora_dtype(config, self.model)
+        dtype = pool_dtype(config, self.model.dtype)
         self.pool = DevicePool(
             self.model.spec,
             config.max_loras,
@@ -346,9 +344,3 @@ class Engine:
             session.flush()
         self._inbox.close()
         self.registry.close()
-
-
-def _lora_dtype(config: EngineConfig, model: LoadedModel) -> torch.dtype:
-    """The pool's element type; `auto` is the base model's."""
-    dtype: torch.dtype = model.dtype if config.lora_dtype == "auto" else getattr(torch, config.lora_dtype)
-    return dtype
