@@ -162,7 +162,8 @@ class Exchange:
             if self._left is not None:
                 self._left -= len(part)
             if not part:
-                if self._left:
+                # An answer that is closed under a read may look like one that has come to its end.
+                if self._left or self._closed:
                     raise http.client.IncompleteRead(b"", self._left)
                 self._give_back(answer)
             return part
