@@ -142,6 +142,8 @@ def _expand_silu_mul_kernel(
 
     gate = gate.to(tl.float32) + gate_term * scale[:, None]
     up = up.to(tl.float32) + up_term * scale[:, None]
-    out = gate / (1.0 + tl.exp(-gate)) * up
+    # The sigmoid from the side that cannot overflow.
+    shrunk = tl.exp(-tl.abs(gate))
+    out = gate * tl.where(gate >= 0, 1.0, shrunk) / (1.0 + shrunk) * up
     out_ptrs = out_ptr + (row * stride_ot)[:, None] + offs_n[None, :]
     tl.store(out_ptrs, out.to(out_ptr.dtype.element_ty), mask=mask_y)

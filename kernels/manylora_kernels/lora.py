@@ -129,7 +129,7 @@ def add_lora_silu_mul(
         gpu.add_lora_silu_mul(out, y, x, pool, mix.routed, kind)
         return
     add_lora(y, x, pool, mix, kind)
-    gate, up = y.split(list(pool.widths), dim=1)
+    gate, up = torch.split(y, list(pool.widths), dim=1)
     torch.mul(torch.nn.functional.silu(gate), up, out=out)
 
 

@@ -70,9 +70,9 @@ class OneAdapter:
         b = pool.b[pages].reshape(num_ranks, pool.num_outputs)
         h = x[self.rows] @ a.t()  # [M, S * R]
         parts = zip(
-            y[self.rows].split(list(pool.widths), dim=1),
-            h.split(num_ranks, dim=1),
-            b.split(list(pool.widths), dim=1),
+            torch.split(y[self.rows], list(pool.widths), dim=1),
+            torch.split(h, num_ranks, dim=1),
+            torch.split(b, list(pool.widths), dim=1),
             strict=True,
         )
         for y_part, h_part, b_part in parts:

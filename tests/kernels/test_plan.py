@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from manylora_kernels import SiteShape, plan, plan_file
 from manylora_kernels.device import Device
@@ -36,6 +36,7 @@ def write(folder: Path, name: str, **changes: Any) -> Path:
     return path
 
 
+@settings(deadline=None)
 @given(
     num_rows=st.integers(1, 20000),
     num_inputs=st.integers(1, 30000),
