@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -146,6 +147,12 @@ def make_case() -> Callable[[str, torch.dtype, str], Case]:
 @pytest.fixture
 def agrees() -> Callable[[torch.Tensor, torch.Tensor], None]:
     return assert_agrees
+
+
+@pytest.fixture
+def triton_files() -> list[Path]:
+    """The tests of the Triton forms."""
+    return [Path(__file__).parent / name for name in TRITON_FILES]
 
 
 @pytest.fixture
