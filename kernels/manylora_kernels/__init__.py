@@ -13,8 +13,20 @@ import os
 # anything below.
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 
-from manylora_kernels.lora import add_lora, warmup
+from manylora_kernels.lora import add_lora, add_lora_silu_mul, expand_lora, shrink_lora, warmup
 from manylora_kernels.mix import Mix
 from manylora_kernels.pool import PAGE_ROWS, SitePool
+from manylora_kernels.shapes import ServedShapes, SiteShape
 
-__all__ = ["PAGE_ROWS", "Mix", "SitePool", "add_lora", "warmup"]
+__all__ = [
+    "PAGE_ROWS",
+    "Mix",
+    "ServedShapes",
+    "SitePool",
+    "SiteShape",
+    "add_lora",
+    "add_lora_silu_mul",
+    "expand_lora",
+    "shrink_lora",
+    "warmup",
+]

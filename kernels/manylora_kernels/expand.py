@@ -4,19 +4,18 @@ Shape key: T rows, G blocks, P' most pages of an adapter, S linears, N outputs o
 rows, Z splits.
 
 One launch for the site. A program updates one tile of columns, which lies in one linear, for one block of
-rows. It adds up the Z parts of h in a fixed order and reads and writes its part of y once.
+rows. It adds up the Z parts of h in a fixed order and reads and writes its part of y once. Launched right
+behind shrink it starts early and has B and y in registers when h is complete.
 """
 
 from __future__ import annotations
-
-import functools
 
 import torch
 import triton
 import triton.language as tl
 
 from manylora_kernels.plan import Plan
-from manylora_kernels.routed import RoutedMix
+from manylora_kernels.routed import RoutedMix, row_stride
 
 
 def expand(
@@ -27,6 +26,7 @@ def expand(
     mix: RoutedMix,
     kind: int,
     plan: Plan,
+    chained: bool = False,
 ) -> None:
     """Multiply by B and add in place: `y[order[i], s] += scale[order[i]] * (sum over z of h[z, i, s]) B_s^T`.
 
@@ -38,122 +38,232 @@ def expand(
         mix: the step's route, pages and scales.
         kind: the kind of the site.
         plan: tile sizes; its block_rows are the route's.
+        chained: whether shrink was the very last launch on the stream and was itself chained.
 
     Raises:
         ValueError: a plan for other blocks than the route's.
     """
     if plan.block_rows != mix.route.block_rows:
         raise ValueError(f"plan for blocks of {plan.block_rows} rows, the route has {mix.route.block_rows}")
-    tiles = _tiles(widths, plan.block_outputs, y.device)
-    _expand_kernel[(tiles.shape[1], mix.route.max_blocks)](
+    num_tiles = sum(-(-width // plan.expand.width) for width in widths)
+    _expand_kernel[(num_tiles, mix.route.max_blocks)](
         y_ptr=y,
         h_ptr=h,
         b_ptr=b,
-        order_ptr=mix.route.order,
-        blocks_ptr=mix.route.blocks,
-        counts_ptr=mix.counts[kind],
+        route_ptr=mix.route.packed,
         table_ptr=mix.tables[kind],
         scales_ptr=mix.scales,
-        tiles_ptr=tiles,
         num_rows=h.shape[1],
-        max_blocks=mix.route.max_blocks,
-        max_pages=mix.max_pages,
-        num_splits=h.shape[0],
-        num_tiles=tiles.shape[1],
-        num_linears=h.shape[2],
-        num_outputs=b.shape[2],
-        stride_yt=y.stride(0),
+        stride_yt=row_stride(y),
         stride_bp=b.stride(0),
+        WIDTHS=widths,
+        NUM_SPLITS=h.shape[0],
+        MAX_PAGES=mix.max_pages,
         BLOCK_T=plan.block_rows,
-        BLOCK_N=plan.block_outputs,
-        COLUMNS_ALIGNED=all(width % 16 == 0 for width in widths),
-        num_warps=plan.num_warps,
-        num_stages=plan.num_stages,
+        BLOCK_N=plan.expand.width,
+        PAGES=plan.expand.pages,
+        CHAINED=chained,
+        num_warps=plan.expand.num_warps,
+        num_stages=plan.expand.num_stages,
+        **({"launch_pdl": True} if chained else {}),
     )
 
 
-@functools.lru_cache(maxsize=64)
-def _tiles(widths: tuple[int, ...], block_outputs: int, device: torch.device) -> torch.Tensor:
-    """Cut the columns of each linear into tiles: [3, tiles], int32, the linear, first column and end of
-    each."""
-    rows = []
-    begin = 0
-    for s, width in enumerate(widths):
-        for column in range(begin, begin + width, block_outputs):
-            rows.append((s, column, begin + width))
-        begin += width
-    return torch.tensor(rows, dtype=torch.int32).t().contiguous().to(device)
-
-
 @triton.jit(
-    do_not_specialize=["num_rows", "max_blocks"],
-    # Parts of one upload, whose alignment changes with T.
-    do_not_specialize_on_alignment=["counts_ptr", "table_ptr", "scales_ptr"],
+    do_not_specialize=["num_rows"],
+    # Parts of an upload, whose alignment changes with T.
+    do_not_specialize_on_alignment=["table_ptr", "scales_ptr"],
 )
 def _expand_kernel(
     y_ptr,
     h_ptr,
     b_ptr,
-    order_ptr,
-    blocks_ptr,
-    counts_ptr,
+    route_ptr,
     table_ptr,
     scales_ptr,
-    tiles_ptr,
     num_rows,
-    max_blocks,
-    max_pages,
-    num_splits,
-    num_tiles,
-    num_linears,
-    num_outputs,
     stride_yt,
     stride_bp,
+    WIDTHS: tl.constexpr,
+    NUM_SPLITS: tl.constexpr,
+    MAX_PAGES: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    COLUMNS_ALIGNED: tl.constexpr,
+    PAGES: tl.constexpr,
+    CHAINED: tl.constexpr,
 ):
-    tile = tl.program_id(0).to(tl.int64)
+    tile = tl.program_id(0)
     block = tl.program_id(1).to(tl.int64)
-    rows = tl.load(blocks_ptr + 2 * max_blocks + block)
-    if rows == 0:
+    block_ptr = route_ptr + num_rows + 4 * block
+    slot = tl.load(block_ptr).to(tl.int64)
+    if slot < 0:
         return
-    slot = tl.load(blocks_ptr + block).to(tl.int64)
-    num_pages = tl.load(counts_ptr + slot)
+    pages_ptr = table_ptr + slot * (1 + MAX_PAGES)
+    num_pages = tl.load(pages_ptr)
     if num_pages == 0:
         return
-    start = tl.load(blocks_ptr + max_blocks + block).to(tl.int64)
-    linear = tl.load(tiles_ptr + tile).to(tl.int64)
-    column = tl.load(tiles_ptr + num_tiles + tile)
-    column_end = tl.load(tiles_ptr + 2 * num_tiles + tile)
-    if COLUMNS_ALIGNED:
-        # The compiler knows nothing of what is loaded, and would move single elements.
-        column = tl.multiple_of(column, 16)
-        column_end = tl.multiple_of(column_end, 16)
+    pages_ptr += 1
+    start = tl.load(block_ptr + 1).to(tl.int64)
+    rows = tl.load(block_ptr + 2)
 
+    linear, column, column_end = _place_of(tile, WIDTHS, BLOCK_N)
     offs_t = tl.arange(0, BLOCK_T)
-    offs_r = tl.arange(0, 16)
     offs_n = column + tl.arange(0, BLOCK_N)
     mask_t = offs_t < rows
     mask_n = offs_n < column_end
-    row = tl.load(order_ptr + start + offs_t, mask=mask_t, other=0).to(tl.int64)
     mask_y = mask_t[:, None] & mask_n[None, :]
-
-    num_ranks = max_pages * 16
-    position = (start + offs_t.to(tl.int64)) * num_linears + linear
-    h_ptrs = h_ptr + position[:, None] * num_ranks + offs_r[None, :]
-    stride_hz = num_rows.to(tl.int64) * num_linears * num_ranks
-    acc = tl.zeros([BLOCK_T, BLOCK_N], dtype=tl.float32)
-    for nth_page in range(num_pages):
-        page = tl.load(table_ptr + slot * max_pages + nth_page).to(tl.int64)
-        b_ptrs = b_ptr + page * stride_bp + offs_r[:, None].to(tl.int64) * num_outputs + offs_n[None, :]
-        b = tl.load(b_ptrs, mask=mask_n[None, :], other=0.0)
-        h = tl.zeros([BLOCK_T, 16], dtype=tl.float32)
-        for split in range(num_splits):
-            h += tl.load(h_ptrs + split * stride_hz + nth_page * 16, mask=mask_t[:, None], other=0.0)
-        acc = tl.dot(h.to(b.dtype), b, acc=acc, input_precision="ieee")
-
+    row = tl.load(route_ptr + start + offs_t, mask=mask_t, other=0).to(tl.int64)
     scale = tl.load(scales_ptr + row, mask=mask_t, other=0.0)
-    y_ptrs = y_ptr + row[:, None] * stride_yt + offs_n[None, :]
-    y = tl.load(y_ptrs, mask=mask_y, other=0.0).to(tl.float32) + acc * scale[:, None]
+    y_ptrs = y_ptr + (row * stride_yt)[:, None] + offs_n[None, :]
+    y = tl.load(y_ptrs, mask=mask_y, other=0.0)
+
+    acc = lora_term(
+        h_ptr, b_ptr, pages_ptr, num_pages, num_rows, start, mask_t, linear, offs_n, mask_n, stride_bp,
+        WIDTHS, NUM_SPLITS, MAX_PAGES, BLOCK_T, BLOCK_N, PAGES, CHAINED,
+    )  # fmt: skip
+    y = y.to(tl.float32) + acc * scale[:, None]
     tl.store(y_ptrs, y.to(y_ptr.dtype.element_ty), mask=mask_y)
+
+
+@triton.jit
+def _place_of(tile, WIDTHS: tl.constexpr, BLOCK_N: tl.constexpr):
+    """The linear that a tile lies in, its first column, and where the linear's columns end."""
+    linear = 0
+    column = tile * BLOCK_N
+    column_end = WIDTHS[0]
+    begin = WIDTHS[0]
+    first_tile = (WIDTHS[0] + BLOCK_N - 1) // BLOCK_N
+    for s in tl.static_range(1, len(WIDTHS)):
+        inside = tile >= first_tile
+        linear = tl.where(inside, s, linear)
+        column = tl.where(inside, begin + (tile - first_tile) * BLOCK_N, column)
+        column_end = tl.where(inside, begin + WIDTHS[s], column_end)
+        begin += WIDTHS[s]
+        first_tile += (WIDTHS[s] + BLOCK_N - 1) // BLOCK_N
+    return linear, column, column_end
+
+
+@triton.jit
+def lora_term(
+    h_ptr,
+    b_ptr,
+    pages_ptr,
+    num_pages,
+    num_rows,
+    start,
+    mask_t,
+    linear,
+    offs_n,
+    mask_n,
+    stride_bp,
+    WIDTHS: tl.constexpr,
+    NUM_SPLITS: tl.constexpr,
+    MAX_PAGES: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    PAGES: tl.constexpr,
+    CHAINED: tl.constexpr,
+):
+    """`(sum over z of h[z, start + t, linear]) B` of one tile, not yet scaled."""
+    h_ptrs = h_ptr + ((start + tl.arange(0, BLOCK_T)) * len(WIDTHS) + linear) * (MAX_PAGES * 16)
+    if PAGES == 1:
+        acc = _expand_pages(
+            h_ptrs, b_ptr, pages_ptr, num_pages, num_rows, mask_t, offs_n, mask_n, stride_bp,
+            WIDTHS, NUM_SPLITS, MAX_PAGES, MAX_PAGES, BLOCK_T, BLOCK_N, 1, CHAINED,
+        )  # fmt: skip
+    elif num_pages > 1:
+        acc = _expand_pages(
+            h_ptrs, b_ptr, pages_ptr, num_pages, num_rows, mask_t, offs_n, mask_n, stride_bp,
+            WIDTHS, NUM_SPLITS, MAX_PAGES, MAX_PAGES, BLOCK_T, BLOCK_N, PAGES, CHAINED,
+        )  # fmt: skip
+    else:
+        acc = _expand_pages(
+            h_ptrs, b_ptr, pages_ptr, num_pages, num_rows, mask_t, offs_n, mask_n, stride_bp,
+            WIDTHS, NUM_SPLITS, MAX_PAGES, 1, BLOCK_T, BLOCK_N, 1, CHAINED,
+        )  # fmt: skip
+    return acc
+
+
+@triton.jit
+def _expand_pages(
+    h_ptrs,
+    b_ptr,
+    pages_ptr,
+    num_pages,
+    num_rows,
+    mask_t,
+    offs_n,
+    mask_n,
+    stride_bp,
+    WIDTHS: tl.constexpr,
+    NUM_SPLITS: tl.constexpr,
+    MAX_PAGES: tl.constexpr,
+    MOST_HERE: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    PAGES: tl.constexpr,
+    CHAINED: tl.constexpr,
+):
+    acc = tl.zeros([BLOCK_T, BLOCK_N], dtype=tl.float32)
+    b = _load_b(b_ptr, pages_ptr, 0, num_pages, offs_n, mask_n, stride_bp, WIDTHS, PAGES)
+    if CHAINED:
+        # Up to here nothing of shrink's was read.
+        tl.extra.cuda.gdc_wait()
+    h = _load_h(h_ptrs, 0, num_pages, num_rows, mask_t, len(WIDTHS), NUM_SPLITS, MAX_PAGES, BLOCK_T, PAGES)
+    acc = tl.dot(h.to(b.dtype), b, acc=acc, input_precision="ieee")
+    if MOST_HERE > PAGES:
+        for first in range(PAGES, num_pages, PAGES):
+            b = _load_b(b_ptr, pages_ptr, first, num_pages, offs_n, mask_n, stride_bp, WIDTHS, PAGES)
+            h = _load_h(
+                h_ptrs, first, num_pages, num_rows, mask_t, len(WIDTHS), NUM_SPLITS, MAX_PAGES, BLOCK_T, PAGES
+            )
+            acc = tl.dot(h.to(b.dtype), b, acc=acc, input_precision="ieee")
+    return acc
+
+
+@triton.jit
+def _load_b(
+    b_ptr,
+    pages_ptr,
+    first,
+    num_pages,
+    offs_n,
+    mask_n,
+    stride_bp,
+    WIDTHS: tl.constexpr,
+    PAGES: tl.constexpr,
+):
+    num_outputs = 0
+    for s in tl.static_range(len(WIDTHS)):
+        num_outputs += WIDTHS[s]
+    offs_r = tl.arange(0, 16 * PAGES)
+    nth_page = first + offs_r // 16
+    mask_r = nth_page < num_pages
+    page = tl.load(pages_ptr + nth_page, mask=mask_r, other=0).to(tl.int64)
+    b_ptrs = b_ptr + (page * stride_bp + (offs_r % 16) * num_outputs)[:, None] + offs_n[None, :]
+    return tl.load(b_ptrs, mask=mask_r[:, None] & mask_n[None, :], other=0.0)
+
+
+@triton.jit
+def _load_h(
+    h_ptrs,
+    first,
+    num_pages,
+    num_rows,
+    mask_t,
+    NUM_LINEARS: tl.constexpr,
+    NUM_SPLITS: tl.constexpr,
+    MAX_PAGES: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    PAGES: tl.constexpr,
+):
+    offs_r = tl.arange(0, 16 * PAGES)
+    mask_h = mask_t[:, None] & (first + offs_r // 16 < num_pages)[None, :]
+    stride_hz = num_rows.to(tl.int64) * (NUM_LINEARS * MAX_PAGES * 16)
+    h = tl.zeros([BLOCK_T, 16 * PAGES], dtype=tl.float32)
+    # As many parts at once as registers are free: a decode step has many and small ones.
+    UNROLL: tl.constexpr = min(NUM_SPLITS, 4) if BLOCK_T <= 32 else 1
+    for split in tl.range(0, NUM_SPLITS, num_stages=1, loop_unroll_factor=UNROLL):
+        part = h_ptrs[:, None] + split * stride_hz + first * 16 + offs_r[None, :]
+        h += tl.load(part, mask=mask_h, other=0.0)
+    return h

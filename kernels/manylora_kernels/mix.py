@@ -49,6 +49,7 @@ class Mix:
         max_slots: int,
         max_pages: int,
         device: torch.device | str,
+        batch_invariant: bool = False,
     ) -> Mix:
         """Prepare a step.
 
@@ -59,6 +60,9 @@ class Mix:
             max_slots: most adapters a step may mix. With max_pages and T it fixes every shape on the device.
             max_pages: most pages an adapter may have in a kind.
             device: where `add_lora` will run.
+            batch_invariant: whether a row's bits must depend on the row and its adapter alone, which costs
+                speed on CUDA. Without it they also depend on T and on whether one adapter has all rows. The
+                compiled form of a CPU is invariant either way, torch's products are not.
 
         Raises:
             ValueError: arrays of different lengths, a slot that `pages` does not have, more slots or pages
@@ -82,7 +86,9 @@ class Mix:
             return cls(num_rows=len(row_slots), page_limits=limits, rows=rows)
         from manylora_kernels.routed import RoutedMix  # imports triton, which a CPU does without
 
-        routed = RoutedMix.build(row_slots, row_scales, pages, max_slots, max_pages, torch.device(device))
+        routed = RoutedMix.build(
+            row_slots, row_scales, pages, max_slots, max_pages, torch.device(device), batch_invariant
+        )
         return cls(num_rows=len(row_slots), page_limits=limits, routed=routed)
 
 

@@ -1,53 +1,211 @@
-"""Tile sizes of the Triton kernels. The one place that a table of measured plans will replace.
+"""How a step is cut into programs: from a shipped table of the device, else from a formula.
 
-Shape key: T rows, K inputs.
+Shape key: T rows, S linears of a site, K inputs, N outputs of all S, Z splits of K, P' most pages of an
+adapter.
+
+A plan is chosen on the host from shapes alone, never from which adapters are active, so that a captured graph
+serves any mix.
 """
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
 
-DECODE_ROWS = 256
-"""Up to so many rows a step counts as decode: an adapter has a row or two, and programs are few."""
+from manylora_kernels.device import Device
+from manylora_kernels.pool import PAGE_ROWS
+from manylora_kernels.shapes import SiteShape
+
+ROWS_OF_BLOCKS = ((128, 16), (512, 32))
+"""Up to so many rows of a step, blocks of so many rows. An adapter has a row or two in a decode step."""
+
+PREFILL_BLOCK_ROWS = 64
+"""What one warp group multiplies at once."""
+
+INVARIANT_BLOCK_ROWS = 32
+
+ONE_ADAPTER_ROWS = 1024
+"""From so many rows of one adapter alone, the vendor's matrix products serve. An estimate, until measured."""
+
+MAX_SPLITS = 16
+"""Expand adds up as many parts of h for each tile of y."""
+
+
+@dataclass(frozen=True, slots=True)
+class Tile:
+    """What one program of a kernel multiplies at once."""
+
+    width: int
+    """Columns: of x and A in shrink, of B and y in expand."""
+    pages: int
+    """Pages of an adapter that are multiplied together; an adapter of one page never pays for more."""
+    num_warps: int
+    num_stages: int
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """How a step at one site is cut into programs.
-
-    Chosen on the host from shapes alone, never from which adapters are active, so that a captured graph
-    serves any mix.
-    """
+    """How a step at one site is cut into programs."""
 
     block_rows: int
     """Rows of one block of the route: of one adapter, at most so many."""
-    block_inputs: int
-    """Columns of x that shrink multiplies at once."""
-    block_outputs: int
-    """Columns of y that one program of expand updates."""
     num_splits: int
-    """Programs of shrink that share the inputs of one block; expand adds up their results in a fixed
-    order."""
-    num_warps: int = 4
-    num_stages: int = 3
+    """Programs of shrink that share the inputs of one block; expand adds up their results in order."""
+    shrink: Tile
+    expand: Tile
 
 
-def block_rows(num_rows: int) -> int:
+@dataclass(frozen=True, slots=True)
+class PlanKey:
+    """What a measured plan was measured for."""
+
+    site: SiteShape
+    itemsize: int
+    """Bytes of an element of the pool."""
+    max_pages: int
+
+
+@dataclass(frozen=True, slots=True)
+class PlanTable:
+    """Measured plans of one device; `plan_file` reads them."""
+
+    rows_of_blocks: tuple[tuple[int, int], ...] = ROWS_OF_BLOCKS
+    one_adapter_rows: int = ONE_ADAPTER_ROWS
+    plans: tuple[tuple[PlanKey, int, Plan], ...] = ()
+    """(what for, up to how many rows, the plan), rows ascending."""
+
+
+@functools.lru_cache(maxsize=16)
+def table_of(device: Device) -> PlanTable:
+    """The shipped table of a device; an empty one where none is shipped."""
+    from manylora_kernels import plan_file  # reads what this module defines
+
+    return plan_file.shipped(device.name)
+
+
+def block_rows(num_rows: int, device: Device, batch_invariant: bool = False) -> int:
     """Rows of a route's blocks in a step of T rows. One for all sites, since the route is made once."""
-    return 16 if num_rows <= DECODE_ROWS else 64
+    if batch_invariant:
+        return INVARIANT_BLOCK_ROWS
+    limits = table_of(device).rows_of_blocks
+    return next((rows for limit, rows in limits if num_rows <= limit), PREFILL_BLOCK_ROWS)
 
 
-def choose(num_rows: int, num_inputs: int, dtype: torch.dtype) -> Plan:
-    """Choose for a step of T rows at a site of K inputs whose pool has `dtype`."""
-    decode = num_rows <= DECODE_ROWS
-    # By bytes, so that float32 stays within the registers and the shared memory that 16-bit tiles need.
-    block_inputs = (256 if decode else 128) // dtype.itemsize
-    num_splits = min(8, -(-num_inputs // (2 * block_inputs))) if decode else 1
+def one_adapter_rows(device: Device) -> int:
+    """From so many rows a step of one adapter alone goes to the vendor's matrix products."""
+    return table_of(device).one_adapter_rows
+
+
+@functools.lru_cache(maxsize=4096)
+def choose(
+    num_rows: int,
+    site: SiteShape,
+    max_pages: int,
+    dtype: torch.dtype,
+    device: Device,
+    batch_invariant: bool = False,
+) -> Plan:
+    """Choose for a step of T rows at a site whose pool has `dtype`.
+
+    With `batch_invariant` the plan is the same for every T, and a row's bits depend on the row and its
+    adapter alone. Otherwise they depend on T, too, but on nothing else of the batch.
+    """
+    rows = block_rows(num_rows, device, batch_invariant)
+    if batch_invariant:
+        return _invariant(site, dtype.itemsize, device)
+    key = PlanKey(site, dtype.itemsize, max_pages)
+    for found, limit, plan in table_of(device).plans:
+        if found == key and num_rows <= limit and plan.block_rows == rows:
+            return plan
+    return formula(num_rows, rows, key, device)
+
+
+def distinct(
+    row_counts: tuple[int, ...],
+    site: SiteShape,
+    max_pages: int,
+    dtype: torch.dtype,
+    device: Device,
+    batch_invariant: bool = False,
+) -> dict[Plan, int]:
+    """Every plan that steps of these numbers of rows use, with the least such number."""
+    found: dict[Plan, int] = {}
+    for num_rows in sorted(row_counts):
+        found.setdefault(choose(num_rows, site, max_pages, dtype, device, batch_invariant), num_rows)
+    return found
+
+
+def formula(num_rows: int, rows: int, key: PlanKey, device: Device) -> Plan:
+    """Plan without measurements: enough programs to fill the device, and tiles that fit its memory.
+
+    A decode step has few rows and many adapters: weights are what is moved, so K is split as far as it
+    goes and several programs share a multiprocessor. A prefill step moves x: one program reads a block of
+    it once for all linears and as many pages as the registers hold.
+    """
+    if rows < PREFILL_BLOCK_ROWS:
+        return Plan(
+            block_rows=rows,
+            num_splits=_splits(key.site.num_inputs, 256 // key.itemsize, MAX_SPLITS),
+            shrink=_shrink_tile(key, rows, 1, 256 // key.itemsize, device.shared_bytes // 3),
+            expand=_expand_tile(key, rows),
+        )
+    wanted = device.num_units // -(-num_rows // rows)
+    width = 128 // key.itemsize
     return Plan(
-        block_rows=block_rows(num_rows),
-        block_inputs=block_inputs,
-        block_outputs=128,
-        num_splits=num_splits,
+        block_rows=rows,
+        num_splits=_splits(key.site.num_inputs, width, min(8, _power_of_2_below(wanted))),
+        shrink=_shrink_tile(key, rows, _pages_at_once(key), width, device.shared_bytes),
+        expand=_expand_tile(key, rows),
     )
+
+
+def _invariant(site: SiteShape, itemsize: int, device: Device) -> Plan:
+    key = PlanKey(site, itemsize, max_pages=1)
+    width = 256 // itemsize
+    return Plan(
+        block_rows=INVARIANT_BLOCK_ROWS,
+        num_splits=_splits(site.num_inputs, width, 8),
+        shrink=_shrink_tile(key, INVARIANT_BLOCK_ROWS, 1, width, device.shared_bytes // 3),
+        expand=_expand_tile(key, INVARIANT_BLOCK_ROWS),
+    )
+
+
+def _shrink_tile(key: PlanKey, rows: int, pages: int, width: int, shared_bytes: int) -> Tile:
+    columns = _power_of_2_above(key.site.num_linears * PAGE_ROWS * pages)
+    stage_bytes = (rows + columns) * width * key.itemsize
+    return Tile(
+        width=width,
+        pages=pages,
+        num_warps=8 if rows * columns > 8192 else 4,
+        num_stages=max(2, min(4, shared_bytes // stage_bytes)),
+    )
+
+
+def _expand_tile(key: PlanKey, rows: int) -> Tile:
+    pages = min(4, _power_of_2_above(key.max_pages)) if key.itemsize <= 2 else 1
+    # Few adapters have more pages than fit at once, so nothing is staged for the next ones.
+    return Tile(width=128, pages=pages, num_warps=8 if rows >= PREFILL_BLOCK_ROWS else 4, num_stages=1)
+
+
+def _pages_at_once(key: PlanKey) -> int:
+    """So many that the sums of a block of 64 rows stay in registers: 256 columns of 16-bit, 64 of others."""
+    columns = 256 if key.itemsize <= 2 else 64
+    pages = min(4, _power_of_2_above(key.max_pages))
+    while pages > 1 and _power_of_2_above(key.site.num_linears * PAGE_ROWS * pages) > columns:
+        pages //= 2
+    return pages
+
+
+def _splits(num_inputs: int, width: int, most: int) -> int:
+    """The most splits, a power of two, that have at least one tile each."""
+    return min(most, _power_of_2_below(-(-num_inputs // width)))
+
+
+def _power_of_2_below(n: int) -> int:
+    return int(1 << (max(n, 1).bit_length() - 1))
+
+
+def _power_of_2_above(n: int) -> int:
+    return int(1 << (n - 1).bit_length())

@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from manylora_kernels.shapes import SiteShape
+
 PAGE_ROWS = 16
 """Rank rows of one page."""
 
@@ -57,6 +59,11 @@ class SitePool:
                 raise ValueError(
                     f"{name}: found page strides {tensor.stride()[1:]}, allowed contiguous pages"
                 )
+
+    @property
+    def shape(self) -> SiteShape:
+        """The sizes of the site."""
+        return SiteShape(self.num_inputs, self.widths)
 
     @property
     def num_inputs(self) -> int:

@@ -65,3 +65,16 @@ def add_lora(
             mine = list(pages[slot])
             term = expand(shrink(x[t : t + 1], pool.a[mine]), pool.b[mine], pool.widths)
             y[t] = (y[t].float() + row_scales[t] * term[0]).to(y.dtype)
+
+
+def silu_mul(y: torch.Tensor) -> torch.Tensor:
+    """Compute what stands behind a gate/up site: `silu(gate) * up` with `gate, up = y[:, :N], y[:, N:]`.
+
+    Args:
+        y: [T, 2 * N], with the adapters' terms.
+
+    Returns:
+        [T, N], float32.
+    """
+    gate, up = y.float().chunk(2, dim=1)
+    return torch.nn.functional.silu(gate) * up

@@ -1,14 +1,14 @@
 """Sort the rows of a step by adapter, on the device.
 
-Shape key: T rows, D slots, G blocks.
+Shape key: T rows, D slots, G blocks of adapters, G' blocks of all rows.
 
 The sort is a stable counting sort in one program without atomics, so the order, and with it every bit of the
 result, is the same in every run. Example with blocks of 2 rows: slots [1, 0, 1, -1, 1] give
 
-    order   1 0 2 4        the rows of slot 0, then of slot 1; rows without an adapter are left out
-    slot    0 1 1 -1       of each block
-    start   0 1 3  0       where the block begins in `order`
-    rows    1 2 1  0       how many rows it has; 0 past the last block
+    order   1 0 2 4 3      the rows of slot 0, then of slot 1, then those without an adapter
+    slot    0 1 1 -1 -1    of each block; -1: no adapter, or no block at all
+    start   0 1 3  4  0    where the block begins in `order`
+    rows    1 2 1  1  0    how many rows it has; 0 past the last block
 """
 
 from __future__ import annotations
@@ -25,23 +25,36 @@ class Route:
     """Rows by adapter, cut into blocks of one adapter each. All on the device; shapes depend on T and
     max_slots only."""
 
-    order: torch.Tensor
-    """[T], int32; entries past the last routed row are undefined."""
-    blocks: torch.Tensor
-    """[3, G], int32: slot, start and rows of each block."""
-    num_blocks: torch.Tensor
-    """[1], int32."""
+    packed: torch.Tensor
+    """[T + 4 * G'], int32: the order, then the blocks. One tensor, so that kernels take one argument."""
+    num_rows: int
+    max_slots: int
     block_rows: int
 
     @property
+    def order(self) -> torch.Tensor:
+        """[T], int32: rows of slot 0, of slot 1 and so on, then rows without an adapter."""
+        return self.packed[: self.num_rows]
+
+    @property
+    def blocks(self) -> torch.Tensor:
+        """[G', 4], int32: slot, start, rows, and one that is undefined."""
+        return self.packed[self.num_rows :].view(-1, 4)
+
+    @property
     def max_blocks(self) -> int:
-        """G: every slot can leave one block partly filled."""
-        return self.blocks.shape[1]
+        """G: adapters' blocks come first, and are no more than these."""
+        return max_blocks(self.num_rows, self.max_slots, self.block_rows)
+
+    @property
+    def max_blocks_of_all(self) -> int:
+        """G'."""
+        return max_blocks(self.num_rows, self.max_slots + 1, self.block_rows)
 
 
-def max_blocks(num_rows: int, max_slots: int, block_rows: int) -> int:
-    """Most blocks that T rows of at most D slots can need."""
-    return num_rows // block_rows + min(num_rows, max_slots)
+def max_blocks(num_rows: int, num_groups: int, block_rows: int) -> int:
+    """Most blocks that T rows of so many groups can need: every group can leave one block partly filled."""
+    return num_rows // block_rows + min(num_rows, num_groups)
 
 
 def route(slots: torch.Tensor, max_slots: int, block_rows: int) -> Route:
@@ -63,37 +76,32 @@ def route(slots: torch.Tensor, max_slots: int, block_rows: int) -> Route:
     if slots.dim() != 1 or slots.dtype != torch.int32 or not slots.is_contiguous():
         raise ValueError(f"slots: found {slots.dtype} {list(slots.shape)}, allowed contiguous int32 [T]")
     num_rows = slots.shape[0]
-    num_blocks = max_blocks(num_rows, max_slots, block_rows)
-    result = Route(
-        order=torch.empty(num_rows, dtype=torch.int32, device=slots.device),
-        blocks=torch.empty(3, num_blocks, dtype=torch.int32, device=slots.device),
-        num_blocks=torch.empty(1, dtype=torch.int32, device=slots.device),
-        block_rows=block_rows,
-    )
+    num_blocks = max_blocks(num_rows, max_slots + 1, block_rows)
+    packed = torch.empty(num_rows + 4 * num_blocks, dtype=torch.int32, device=slots.device)
     block_slots = max(16, triton.next_power_of_2(max_slots))
     _route_kernel[(1,)](
         slots_ptr=slots,
-        order_ptr=result.order,
-        blocks_ptr=result.blocks,
-        num_blocks_ptr=result.num_blocks,
+        route_ptr=packed,
         num_rows=num_rows,
-        max_blocks=num_blocks,
+        num_blocks=num_blocks,
         block_rows=block_rows,
         BLOCK_D=block_slots,
         BLOCK_T=max(16, 4096 // block_slots),
-        num_warps=4,
+        num_warps=8,
     )
-    return result
+    return Route(packed, num_rows, max_slots, block_rows)
 
 
-@triton.jit(do_not_specialize=["num_rows", "max_blocks"])
+@triton.jit(
+    do_not_specialize=["num_rows", "num_blocks", "block_rows"],
+    # A part of an upload, whose alignment changes with T.
+    do_not_specialize_on_alignment=["slots_ptr"],
+)
 def _route_kernel(
     slots_ptr,
-    order_ptr,
-    blocks_ptr,
-    num_blocks_ptr,
+    route_ptr,
     num_rows,
-    max_blocks,
+    num_blocks,
     block_rows,
     BLOCK_D: tl.constexpr,
     BLOCK_T: tl.constexpr,
@@ -105,33 +113,43 @@ def _route_kernel(
     for t in range(0, num_rows, BLOCK_T):
         slot = tl.load(slots_ptr + t + offs_t, mask=t + offs_t < num_rows, other=-1)
         count += tl.sum((slot[:, None] == offs_d[None, :]).to(tl.int32), axis=0)
+    num_routed = tl.sum(count, axis=0)
 
-    # The blocks: block g belongs to the slot before whose end it lies.
+    # The blocks: block g belongs to the slot before whose end it lies, or to the rows without an adapter.
     begin = tl.cumsum(count, axis=0) - count
     blocks = (count + block_rows - 1) // block_rows
     blocks_end = tl.cumsum(blocks, axis=0)
-    tl.store(num_blocks_ptr, tl.sum(blocks, axis=0))
-    for g in range(0, max_blocks, BLOCK_T):
+    num_adapter_blocks = tl.sum(blocks, axis=0)
+    for g in range(0, num_blocks, BLOCK_T):
         offs_g = g + offs_t
         mine = (offs_g[:, None] >= (blocks_end - blocks)[None, :]) & (offs_g[:, None] < blocks_end[None, :])
         mine = mine.to(tl.int32)
-        nth = offs_g - tl.sum(mine * (blocks_end - blocks)[None, :], axis=1)
-        rows = tl.sum(mine * count[None, :], axis=1) - nth * block_rows
-        used = tl.sum(mine, axis=1)
-        mask_g = offs_g < max_blocks
-        slot_of = tl.sum(mine * offs_d[None, :], axis=1)
-        start = tl.sum(mine * begin[None, :], axis=1) + nth * block_rows
-        tl.store(blocks_ptr + offs_g, tl.where(used > 0, slot_of, -1), mask=mask_g)
-        tl.store(blocks_ptr + max_blocks + offs_g, tl.where(used > 0, start, 0), mask=mask_g)
-        rows = tl.where(used > 0, tl.minimum(rows, block_rows), 0)
-        tl.store(blocks_ptr + 2 * max_blocks + offs_g, rows, mask=mask_g)
+        of_slot = offs_g < num_adapter_blocks
+        nth = offs_g - tl.where(
+            of_slot, tl.sum(mine * (blocks_end - blocks)[None, :], axis=1), num_adapter_blocks
+        )
+        group_rows = tl.where(of_slot, tl.sum(mine * count[None, :], axis=1), num_rows - num_routed)
+        group_begin = tl.where(of_slot, tl.sum(mine * begin[None, :], axis=1), num_routed)
+        rows = tl.minimum(tl.maximum(group_rows - nth * block_rows, 0), block_rows)
+        slot_of = tl.where(of_slot, tl.sum(mine * offs_d[None, :], axis=1), -1)
+        start = tl.where(rows > 0, group_begin + nth * block_rows, 0)
+        block_ptrs = route_ptr + num_rows + 4 * offs_g
+        mask_g = offs_g < num_blocks
+        tl.store(block_ptrs, slot_of, mask=mask_g)
+        tl.store(block_ptrs + 1, start, mask=mask_g)
+        tl.store(block_ptrs + 2, rows, mask=mask_g)
 
-    # Each row goes to where its slot begins, after the rows of that slot before it.
+    # Each row goes to where its group begins, after the rows of that group before it.
     place = begin
+    place_without = num_routed
     for t in range(0, num_rows, BLOCK_T):
-        slot = tl.load(slots_ptr + t + offs_t, mask=t + offs_t < num_rows, other=-1)
+        mask_t = t + offs_t < num_rows
+        slot = tl.load(slots_ptr + t + offs_t, mask=mask_t, other=-1)
         mine = (slot[:, None] == offs_d[None, :]).to(tl.int32)
         before = tl.cumsum(mine, axis=0) - mine
         position = tl.sum(mine * (before + place[None, :]), axis=1)
-        tl.store(order_ptr + position, t + offs_t, mask=slot >= 0)
+        without = (mask_t & (slot < 0)).to(tl.int32)
+        position = tl.where(slot < 0, place_without + tl.cumsum(without, axis=0) - without, position)
+        tl.store(route_ptr + position, t + offs_t, mask=mask_t)
         place += tl.sum(mine, axis=0)
+        place_without += tl.sum(without, axis=0)

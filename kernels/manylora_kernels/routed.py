@@ -13,27 +13,33 @@ import numpy.typing as npt
 import torch
 
 from manylora_kernels import plan
+from manylora_kernels.device import Device, facts
+from manylora_kernels.one_adapter import OneAdapter
 from manylora_kernels.route import Route, route
+from manylora_kernels.shapes import SiteShape
 
 
 @dataclass(frozen=True, slots=True)
 class RoutedMix:
     """The adapters of one step on the device. All shapes depend on T, max_slots and max_pages only."""
 
-    slots: torch.Tensor
-    """[T], int32."""
-    scales: torch.Tensor
-    """[T], float32."""
-    counts: torch.Tensor
-    """[C, D], int32: how many pages a slot has."""
+    packed: torch.Tensor
+    """[2 * T + C * D * (1 + P')], int32: the slots of the rows, their scales, the tables of all kinds."""
     tables: torch.Tensor
-    """[C, D, P'], int32: its pages; entries past the count are 0."""
+    """[C, D, 1 + P'], int32, a view: how many pages a slot has, then the pages; the rest is 0."""
+    scales: torch.Tensor
+    """[T], float32, a view."""
     route: Route
+    device: Device
+    batch_invariant: bool = False
+    """Whether a row's bits must not depend on the rest of the batch."""
+    one_adapter: OneAdapter | None = None
+    """Set where the step's only adapter has rows enough for the vendor's matrix products."""
 
     @property
     def max_pages(self) -> int:
         """P'."""
-        return self.tables.shape[2]
+        return self.tables.shape[2] - 1
 
     @classmethod
     def build(
@@ -44,25 +50,63 @@ class RoutedMix:
         max_slots: int,
         max_pages: int,
         device: torch.device,
+        batch_invariant: bool = False,
     ) -> RoutedMix:
         """Upload a step and sort its rows, as `Mix.build` says, which checks the arguments."""
         num_rows, num_kinds = len(row_slots), len(pages)
-        counts = np.zeros((num_kinds, max_slots), dtype=np.int32)
-        tables = np.zeros((num_kinds, max_slots, max_pages), dtype=np.int32)
+        tables = np.zeros((num_kinds, max_slots, 1 + max_pages), dtype=np.int32)
         for kind, table in enumerate(pages):
+            if kind and table == pages[kind - 1]:
+                tables[kind] = tables[kind - 1]
+                continue
             for slot, mine in enumerate(table):
-                counts[kind, slot] = len(mine)
-                tables[kind, slot, : len(mine)] = mine
-        parts = (row_slots, row_scales.view(np.int32), counts.reshape(-1), tables.reshape(-1))
-        packed = torch.from_numpy(np.concatenate(parts))
+                tables[kind, slot, 0] = len(mine)
+                tables[kind, slot, 1 : 1 + len(mine)] = mine
+        packed = torch.from_numpy(np.concatenate((row_slots, row_scales.view(np.int32), tables.reshape(-1))))
         if device.type == "cuda":
             packed = packed.pin_memory()
         packed = packed.to(device, non_blocking=True)
-        slots, scales, device_counts, device_tables = torch.split(packed, [len(part) for part in parts])
+        found = facts(device)
+        one_adapter = None
+        if not batch_invariant:
+            one_adapter = OneAdapter.of(row_slots, row_scales, pages, plan.one_adapter_rows(found), device)
+        block_rows = plan.block_rows(num_rows, found, batch_invariant)
         return cls(
-            slots=slots,
-            scales=scales.view(torch.float32),
-            counts=device_counts.view(num_kinds, max_slots),
-            tables=device_tables.view(num_kinds, max_slots, max_pages),
-            route=route(slots, max_slots, plan.block_rows(num_rows)),
+            packed=packed,
+            tables=packed[2 * num_rows :].view(num_kinds, max_slots, 1 + max_pages),
+            scales=packed[num_rows : 2 * num_rows].view(torch.float32),
+            route=route(packed[:num_rows], max_slots, block_rows),
+            device=found,
+            batch_invariant=batch_invariant,
+            one_adapter=one_adapter,
         )
+
+    def plan_for(self, site: SiteShape, dtype: torch.dtype) -> plan.Plan:
+        """The plan of this step at a site whose pool has `dtype`."""
+        return plan.choose(
+            self.route.num_rows, site, self.max_pages, dtype, self.device, self.batch_invariant
+        )
+
+    def take(self, other: RoutedMix) -> None:
+        """Become another step of the same shapes, in place: a graph captured with this one then serves it.
+
+        Raises:
+            ValueError: a step of other shapes.
+        """
+        if (
+            self.route.num_rows != other.route.num_rows
+            or self.tables.shape != other.tables.shape
+            or self.batch_invariant != other.batch_invariant
+        ):
+            raise ValueError(
+                f"mix: asked to take one of {other.route.num_rows} rows and tables "
+                f"{list(other.tables.shape)}, allowed {self.route.num_rows} and {list(self.tables.shape)} "
+                "and the same batch_invariant"
+            )
+        self.packed.copy_(other.packed)
+        self.route.packed.copy_(other.route.packed)
+
+
+def row_stride(rows: torch.Tensor) -> int:
+    """Elements from row to row. A single row may claim any, and would have a kernel compiled for it."""
+    return rows.stride(0) if rows.shape[0] > 1 else rows.shape[1]

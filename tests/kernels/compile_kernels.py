@@ -5,19 +5,22 @@ A program of its own: it must run where triton has not been switched to its inte
 
 from __future__ import annotations
 
+import inspect
 import json
 import re
 import subprocess
+import sys
 import tempfile
+from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import triton
-from manylora_kernels import plan
-from manylora_kernels.expand import _expand_kernel
-from manylora_kernels.route import _route_kernel
-from manylora_kernels.shrink import _shrink_kernel
+from manylora_kernels import expand, expand_silu_mul, plan, route, shrink
+from manylora_kernels.device import Device
+from manylora_kernels.shapes import SiteShape
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -27,16 +30,52 @@ TARGETS = {
     "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
-DTYPES = {
-    "bf16": (torch.bfloat16, "*bf16", tuple(TARGETS)),
-    "fp16": (torch.float16, "*fp16", ("sm_90",)),
-    "fp32": (torch.float32, "*fp32", ("sm_80",)),
+DEVICES = {
+    "sm_80": Device("A100", num_units=108, shared_bytes=163 << 10, has_dependent_launch=False),
+    "sm_90": Device("H100", num_units=132, shared_bytes=227 << 10, has_dependent_launch=True),
+    "sm_100": Device("B200", num_units=148, shared_bytes=227 << 10, has_dependent_launch=True),
+    "gfx942": Device("MI300X", num_units=304, shared_bytes=64 << 10, has_dependent_launch=False),
 }
-"""The dtype, triton's name for a pointer to it and where it is compiled: not everywhere, to save time."""
+SITES = {
+    "qkv": SiteShape(4096, (4096, 1024, 1024)),
+    "gate_up": SiteShape(4096, (14336, 14336)),
+    "down": SiteShape(14336, (4096,)),
+}
+"""Llama-3-8B's; o has down's form."""
 STEPS = {"decode": 32, "prefill": 2048}
-UNALIGNED = ("max_pages", "num_splits", "num_tiles", "num_linears", "block_rows")
+FLOATS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+UNALIGNED = ("table_ptr", "scales_ptr", "slots_ptr", "num_rows", "num_blocks", "block_rows")
 """Arguments that 16 need not divide."""
 NVIDIA_BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+
+
+@dataclass(frozen=True)
+class Variant:
+    """What is compiled: a kernel at the tile sizes that its plan gives."""
+
+    step: str
+    site: str
+    floats: str
+    max_pages: int = 4
+    batch_invariant: bool = False
+
+    def name(self, kernel: str) -> str:
+        invariant = "-invariant" if self.batch_invariant else ""
+        return f"{kernel}-{self.step}-{self.site}-{self.floats}-{self.max_pages}_pages{invariant}"
+
+
+def variants(target: str) -> list[Variant]:
+    """Everything for sm_90; elsewhere the widest shapes, to save time."""
+    found = [Variant(step, "qkv", "bf16") for step in STEPS]
+    if target == "sm_90":
+        found += [Variant(step, site, "bf16") for step in STEPS for site in ("gate_up", "down")]
+        found += [Variant("decode", "qkv", "bf16", 1), Variant("decode", "qkv", "fp16")]
+        found += [Variant("decode", "qkv", "bf16", batch_invariant=True)]
+    else:
+        found += [Variant("prefill", "gate_up", "bf16")]
+    if target == "sm_80":
+        found += [Variant(step, "qkv", "fp32") for step in STEPS]
+    return found
 
 
 def source(kernel: Any, floats: str, constexprs: dict[str, Any]) -> ASTSource:
@@ -48,41 +87,85 @@ def source(kernel: Any, floats: str, constexprs: dict[str, Any]) -> ASTSource:
         if name in constexprs:
             signature[name] = "constexpr"
             continue
-        if name in ("x_ptr", "y_ptr", "a_ptr", "b_ptr"):
-            signature[name] = floats
+        if name in ("x_ptr", "y_ptr", "a_ptr", "b_ptr", "out_ptr"):
+            signature[name] = f"*{floats}"
         elif name in ("h_ptr", "scales_ptr"):
             signature[name] = "*fp32"
         else:
             signature[name] = "*i32" if name.endswith("_ptr") else "i32"
-        fixed = param.do_not_specialize or param.do_not_specialize_on_alignment
-        if not fixed and name not in UNALIGNED:
+        if name not in UNALIGNED:
             attrs[(i,)] = [["tt.divisibility", 16]]
     return ASTSource(kernel, signature, constexprs, attrs)
 
 
-def sources(target: str) -> dict[str, tuple[ASTSource, dict[str, int]]]:
-    """Every kernel at the tile sizes of decode and of prefill, with the launch options that go with them."""
-    found = {"route": (source(_route_kernel, "", {"BLOCK_D": 64, "BLOCK_T": 64}), {"num_warps": 4})}
-    for dtype_name, (dtype, floats, targets) in DTYPES.items():
-        if target not in targets:
-            continue
-        for step, num_rows in STEPS.items():
-            chosen = plan.choose(num_rows, 4096, dtype)
-            options = {"num_warps": chosen.num_warps, "num_stages": chosen.num_stages}
-            rows, inputs, outputs = chosen.block_rows, chosen.block_inputs, chosen.block_outputs
-            shrink = {"NUM_LINEARS": 3, "BLOCK_T": rows, "BLOCK_K": inputs, "BLOCK_R": 64}
-            expand = {"BLOCK_T": rows, "BLOCK_N": outputs, "COLUMNS_ALIGNED": True}
-            found[f"shrink-{step}-{dtype_name}"] = (source(_shrink_kernel, floats, shrink), options)
-            found[f"expand-{step}-{dtype_name}"] = (source(_expand_kernel, floats, expand), options)
+def sources(target: str) -> dict[str, tuple[ASTSource, dict[str, Any]]]:
+    """Every kernel with the launch options that go with it."""
+    blocks = {"BLOCK_D": 64, "BLOCK_T": 64}
+    found = {"route": (source(route._route_kernel, "", blocks), {"num_warps": 8})}
+    for variant in variants(target):
+        site, device = SITES[variant.site], DEVICES[target]
+        dtype = FLOATS[variant.floats]
+        chosen = plan.choose(
+            STEPS[variant.step], site, variant.max_pages, dtype, device, variant.batch_invariant
+        )
+        chained = {"CHAINED": device.has_dependent_launch}
+        common = {"NUM_SPLITS": chosen.num_splits, "MAX_PAGES": variant.max_pages, **chained}
+        common["BLOCK_T"] = chosen.block_rows
+        of_shrink = {"NUM_INPUTS": site.num_inputs, "NUM_LINEARS": site.num_linears, **common}
+        of_shrink |= {"BLOCK_K": chosen.shrink.width, "PAGES": chosen.shrink.pages}
+        of_expand = {"WIDTHS": site.widths, "BLOCK_N": chosen.expand.width, **common}
+        of_expand["PAGES"] = chosen.expand.pages
+        kernels = {
+            "shrink": (shrink._shrink_kernel, of_shrink, chosen.shrink),
+            "expand": (expand._expand_kernel, of_expand, chosen.expand),
+        }
+        if site.is_gate_up:
+            fused = {name: value for name, value in of_expand.items() if name != "WIDTHS"}
+            tile = expand_silu_mul.halved(chosen.expand)
+            fused |= {"WIDTH": site.widths[0], "BLOCK_N": tile.width}
+            kernels["silu_mul"] = (expand_silu_mul._expand_silu_mul_kernel, fused, tile)
+        for name, (kernel, constexprs, tile) in kernels.items():
+            options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
+            if device.has_dependent_launch:
+                options["launch_pdl"] = True
+            found[variant.name(name)] = (source(kernel, variant.floats, constexprs), options)
     if target == "sm_90":
         # What the test for narrow accesses must find, or it finds nothing anywhere.
-        loose = {"BLOCK_T": 16, "BLOCK_N": 128, "COLUMNS_ALIGNED": False}
-        found["unaligned"] = (source(_expand_kernel, "*bf16", loose), {"num_warps": 4, "num_stages": 3})
+        loose = {"WIDTHS": (1003, 501), "NUM_SPLITS": 1, "MAX_PAGES": 1, "BLOCK_T": 16, "BLOCK_N": 128}
+        loose |= {"PAGES": 1, "CHAINED": False}
+        found["unaligned"] = (source(expand._expand_kernel, "bf16", loose), {"num_warps": 4, "num_stages": 2})
+    return found
+
+
+def weight_lines() -> dict[str, set[int]]:
+    """The lines of each file on which A or B is loaded."""
+    found = {}
+    for module, pattern in ((shrink, r"\ba = tl\.load\("), (expand, r"return tl\.load\(b_ptrs")):
+        lines = inspect.getsource(module).splitlines()
+        found[Path(module.__file__).name] = {n for n, line in enumerate(lines, 1) if re.search(pattern, line)}
+    return found
+
+
+def weight_load_bits(code: str) -> Counter[int]:
+    """Of each load of A or B in a disassembly with line information, the bits that a thread loads."""
+    where = weight_lines()
+    found: Counter[int] = Counter()
+    at = False
+    for line in code.splitlines():
+        # Of an inlined function the innermost place comes first.
+        place = re.search(r'//## File "[^"]*?([^/"]+)", line (\d+)( inlined at)?', line)
+        if place:
+            at = int(place[2]) in where.get(place[1], set())
+            continue
+        load = re.search(r"\b(LDG|LDGSTS)\.E(\S*)", line)
+        if at and load:
+            width = re.search(r"\.(U8|S8|U16|S16|64|128)\b", load[2])
+            found[int(width[1].strip("US")) if width else 32] += 1
     return found
 
 
 def inspect_cubin(cubin: bytes) -> dict[str, Any]:
-    """Registers, local memory and the narrow memory accesses of a kernel."""
+    """Registers, local memory and the memory accesses of a kernel."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
@@ -90,7 +173,7 @@ def inspect_cubin(cubin: bytes) -> dict[str, Any]:
             [NVIDIA_BIN / "cuobjdump", "-res-usage", file.name], capture_output=True, text=True, check=True
         ).stdout
         code = subprocess.run(
-            [NVIDIA_BIN / "nvdisasm", "-c", file.name], capture_output=True, text=True, check=True
+            [NVIDIA_BIN / "nvdisasm", "-c", "-gi", file.name], capture_output=True, text=True, check=True
         ).stdout
     numbers = {key.lower(): int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
     return {
@@ -98,12 +181,15 @@ def inspect_cubin(cubin: bytes) -> dict[str, Any]:
         "spills": len(re.findall(r"\b(LDL|STL)\b", code)),
         "narrow_loads": len(re.findall(r"\bLDG\.E\S*\.[US]16\b", code)),
         "narrow_stores": len(re.findall(r"\bSTG\.E\S*\.[US]16\b", code)),
+        "weight_load_bits": weight_load_bits(code),
         "tensor_core": len(re.findall(r"\b(HMMA|HGMMA|UTCHMMA)\b", code)),
+        "dependent_launch": len(re.findall(r"\b(ACQBULK|PREEXIT)\b", code)),
     }
 
 
 def main() -> None:
-    for target_name, target in TARGETS.items():
+    names = sys.argv[1:] or list(TARGETS)
+    for target_name, target in ((name, TARGETS[name]) for name in names):
         for name, (kernel_source, options) in sources(target_name).items():
             compiled = triton.compile(kernel_source, target=target, options=options)
             row: dict[str, Any] = {"kernel": name, "target": target_name, "shared": compiled.metadata.shared}

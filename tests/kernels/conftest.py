@@ -9,6 +9,8 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -16,8 +18,19 @@ import pytest
 import torch
 from manylora_kernels import SitePool, reference
 
+if TYPE_CHECKING:
+    from manylora_kernels.routed import RoutedMix
+
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-TRITON_FILES = ["test_route.py", "test_shrink.py", "test_expand.py", "test_gpu.py"]
+TRITON_FILES = [
+    "test_route.py",
+    "test_shrink.py",
+    "test_expand.py",
+    "test_expand_silu_mul.py",
+    "test_gpu.py",
+    "test_determinism.py",
+    "test_one_adapter.py",
+]
 collect_ignore = [] if INTERPRETED or torch.cuda.is_available() else TRITON_FILES
 
 MAX_SLOTS = 4
@@ -35,6 +48,13 @@ class Case:
     x: torch.Tensor
     y: torch.Tensor
     """[T, N], a view with longer rows."""
+
+    def routed(self, **options: Any) -> RoutedMix:
+        """The step as the Triton forms take it."""
+        from manylora_kernels.routed import RoutedMix  # imports triton, which most of these tests do without
+
+        device = self.x.device
+        return RoutedMix.build(self.slots, self.scales, [self.pages], MAX_SLOTS, MAX_PAGES, device, **options)
 
     def expected(self) -> torch.Tensor:
         """What y becomes, in float32, by the reference."""
@@ -63,6 +83,7 @@ STEPS: dict[str, tuple[list[int], tuple[tuple[int, ...], ...], tuple[int, ...], 
     "adapter_without_pages_here": ([0, 1, 0, 1], ((), (2,)), (0, 16), 32, (32,)),
     "inputs_not_a_multiple_of_the_block": ([1, 0, 1], ((1,), (2, 3)), (16, 32), 72, (40, 24)),
     "widths_not_a_multiple_of_16": ([1, 0, 1, -1], ((1,), (0,)), (16, 8), 30, (21, 7, 3)),
+    "gate_and_up": ([1, 0, -1, 1], ((1,), (2, 0)), (16, 24), 32, (40, 40)),
     "20_rows_of_one_adapter": ([0] * 20, ((1, 2),), (32,), 32, (48, 16)),
     "17_and_2_rows_interleaved": ([0, 1, 0, 1] + [0] * 15, ((5, 1), (2,)), (32, 16), 32, (48, 16)),
 }
@@ -126,6 +147,12 @@ def make_case() -> Callable[[str, torch.dtype, str], Case]:
 @pytest.fixture
 def agrees() -> Callable[[torch.Tensor, torch.Tensor], None]:
     return assert_agrees
+
+
+@pytest.fixture
+def triton_files() -> list[Path]:
+    """The tests of the Triton forms."""
+    return [Path(__file__).parent / name for name in TRITON_FILES]
 
 
 @pytest.fixture

@@ -92,9 +92,9 @@ def test_a_mix_refuses_scales_of_another_length() -> None:
         (torch.zeros(2, 12), torch.zeros(3, 8), 0, r"x: found \[3, 8\], allowed \[2, 8\]"),
         (torch.zeros(2, 12), torch.zeros(2, 7), 0, r"x: found \[2, 7\], allowed \[2, 8\]"),
         (torch.zeros(2, 11), torch.zeros(2, 8), 0, r"y: found \[2, 11\], allowed \[2, 12\]"),
-        (torch.zeros(12, 2).t(), torch.zeros(2, 8), 0, r"column strides 1 and 2"),
+        (torch.zeros(12, 2).t(), torch.zeros(2, 8), 0, r"y: found column stride 2, allowed 1"),
         (torch.zeros(2, 12), torch.zeros(2, 8), 1, r"kind: asked for 1, the mix has 0 .. 0"),
-        (torch.zeros(2, 12, device="meta"), torch.zeros(2, 8), 0, r"devices: found x cpu, y meta"),
+        (torch.zeros(2, 12, device="meta"), torch.zeros(2, 8), 0, r"y: found on meta, allowed cpu"),
     ],
     ids=["rows", "inputs", "outputs", "strides", "kind", "device"],
 )

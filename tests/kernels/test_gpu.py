@@ -16,7 +16,7 @@ def test_agrees_with_the_reference(
 ) -> None:
     case = make_case(step, triton_dtype, triton_device)
     expected = case.expected()
-    mix = RoutedMix.build(case.slots, case.scales, [case.pages], 4, 3, torch.device(triton_device))
+    mix = case.routed()
     gpu.add_lora(case.y, case.x, case.pool, mix, 0)
     agrees(case.y, expected)
 
@@ -26,24 +26,24 @@ def test_takes_a_pool_of_another_dtype(triton_device: str, make_case: Any) -> No
     pool = SitePool(case.pool.a.half(), case.pool.b.half(), case.pool.widths)
     expected = case.y.clone()
     reference.add_lora(expected, case.x, pool, case.slots.tolist(), case.scales.tolist(), case.pages)
-    mix = RoutedMix.build(case.slots, case.scales, [case.pages], 4, 3, torch.device(triton_device))
+    mix = case.routed()
     gpu.add_lora(case.y, case.x, pool, mix, 0)
     # The operands are rounded to the pool's dtype, the result is not.
     torch.testing.assert_close(case.y, expected, rtol=8e-3, atol=8e-3)
 
 
 def test_prefill_blocks_agree_with_the_reference(triton_device: str) -> None:
-    """More rows than decode has, so that blocks are of 64 rows and K is not split."""
-    slots = np.array([0] * 70 + [-1] * 30 + [1] * 160, dtype=np.int32)
+    """More rows than decode has, so that blocks are of 64 rows."""
+    slots = np.array([0] * 70 + [-1] * 30 + [1] * 413, dtype=np.int32)
     generator = torch.Generator().manual_seed(3)
-    x = torch.randn(260, 32, generator=generator).to(triton_device)
-    y = torch.randn(260, 48, generator=generator).to(triton_device)
+    x = torch.randn(513, 32, generator=generator).to(triton_device)
+    y = torch.randn(513, 48, generator=generator).to(triton_device)
     pool = SitePool(
         (torch.randn(3, 1, 16, 32, generator=generator) / 6).to(triton_device),
         (torch.randn(3, 16, 48, generator=generator) / 4).to(triton_device),
         (48,),
     )
-    scales = np.ones(260, dtype=np.float32)
+    scales = np.ones(513, dtype=np.float32)
     pages = [(2,), (0, 1)]
     expected = y.clone()
     reference.add_lora(expected, x, pool, slots.tolist(), scales.tolist(), pages)
@@ -54,12 +54,25 @@ def test_prefill_blocks_agree_with_the_reference(triton_device: str) -> None:
     assert torch.equal(y[70:100], expected[70:100])
 
 
-@pytest.mark.parametrize("repeat", range(2))
-def test_the_same_step_gives_the_same_bits(repeat: int, triton_device: str, make_case: Any) -> None:
-    results = []
-    for _ in range(2):
-        case = make_case("33_rows_three_adapters", torch.float32, triton_device)
-        mix = RoutedMix.build(case.slots, case.scales, [case.pages], 4, 3, torch.device(triton_device))
-        gpu.add_lora(case.y, case.x, case.pool, mix, 0)
-        results.append(case.y)
-    assert torch.equal(results[0], results[1])
+def test_halves_give_the_bits_of_the_whole(
+    step: str, triton_device: str, triton_dtype: torch.dtype, make_case: Any
+) -> None:
+    whole, halves = (make_case(step, triton_dtype, triton_device) for _ in range(2))
+    mix = whole.routed()
+    gpu.add_lora(whole.y, whole.x, whole.pool, mix, 0)
+    h = gpu.shrink_lora(halves.x, halves.pool, mix, 0)
+    gpu.expand_lora(halves.y, h, halves.pool, mix, 0)
+    assert torch.equal(whole.y.nan_to_num(7.0), halves.y.nan_to_num(7.0))
+
+
+def test_a_mix_becomes_another_of_the_same_shapes(triton_device: str, make_case: Any, agrees: Any) -> None:
+    case = make_case("33_rows_three_adapters", torch.float32, triton_device)
+    expected = case.expected()
+    captured = RoutedMix.build(
+        np.full(33, -1, np.int32), np.ones(33, np.float32), [[]], 4, 3, torch.device(triton_device)
+    )
+    captured.take(case.routed())
+    gpu.add_lora(case.y, case.x, case.pool, captured, 0)
+    agrees(case.y, expected)
+    with pytest.raises(ValueError, match="asked to take one of 1 rows"):
+        captured.take(make_case("one_row", torch.float32, triton_device).routed())

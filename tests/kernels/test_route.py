@@ -11,20 +11,21 @@ from manylora_kernels.route import Route, max_blocks, route
 
 
 def check(found: Route, slots: list[int], max_slots: int, block_rows: int) -> None:
-    """Order and blocks are what a stable sort gives, and the rest of the block list says that it is
-    unused."""
-    order = [t for t in np.argsort(slots, kind="stable").tolist() if slots[t] >= 0]
-    assert found.order[: len(order)].tolist() == order
+    """Order and blocks are what a stable sort gives, rows without an adapter last, and the rest of the block
+    list says that it is unused."""
+    key = [slot if slot >= 0 else max_slots for slot in slots]
+    assert found.order.tolist() == np.argsort(key, kind="stable").tolist()
     blocks = []
     start = 0
-    for slot in range(max_slots):
+    for slot in [*range(max_slots), -1]:
         count = slots.count(slot)
         for done in range(0, count, block_rows):
-            blocks.append((slot, start + done, min(block_rows, count - done)))
+            blocks.append([slot, start + done, min(block_rows, count - done)])
         start += count
-    assert found.num_blocks.item() == len(blocks) <= found.max_blocks
-    unused = [(-1, 0, 0)] * (found.max_blocks - len(blocks))
-    assert list(zip(*found.blocks.tolist(), strict=True)) == blocks + unused
+    assert sum(slot >= 0 for slot, _, _ in blocks) <= found.max_blocks
+    assert len(blocks) <= found.max_blocks_of_all
+    unused = [[-1, 0, 0]] * (found.max_blocks_of_all - len(blocks))
+    assert found.blocks[:, :3].tolist() == blocks + unused
 
 
 @pytest.mark.parametrize(
@@ -34,6 +35,7 @@ def check(found: Route, slots: list[int], max_slots: int, block_rows: int) -> No
         ([-1], 1, 16),
         ([-1] * 33, 4, 16),
         ([1, 0, 1, -1, 1], 2, 2),
+        ([-1, 0, -1, -1, 0, -1], 3, 2),
         ([3] * 33, 8, 16),
         ([7 - t % 8 for t in range(40)], 8, 4),
         ([(t * t) % 200 for t in range(50)], 256, 16),
@@ -43,6 +45,7 @@ def check(found: Route, slots: list[int], max_slots: int, block_rows: int) -> No
         "one_base_row",
         "no_adapter",
         "worked_example",
+        "more_base_rows_than_a_block",
         "one_slot",
         "all_slots",
         "more_rows_than_a_chunk",
@@ -51,6 +54,12 @@ def check(found: Route, slots: list[int], max_slots: int, block_rows: int) -> No
 def test_sorts_rows_by_slot(slots: list[int], max_slots: int, block_rows: int, triton_device: str) -> None:
     found = route(torch.tensor(slots, dtype=torch.int32, device=triton_device), max_slots, block_rows)
     check(found, slots, max_slots, block_rows)
+
+
+def test_is_the_docstrings_example(triton_device: str) -> None:
+    found = route(torch.tensor([1, 0, 1, -1, 1], dtype=torch.int32, device=triton_device), 2, 2)
+    assert found.order.tolist() == [1, 0, 2, 4, 3]
+    assert found.blocks[:, :3].t().tolist() == [[0, 1, 1, -1, -1], [0, 1, 3, 4, 0], [1, 2, 1, 1, 0]]
 
 
 @settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

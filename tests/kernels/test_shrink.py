@@ -7,23 +7,25 @@ from typing import Any
 
 import pytest
 import torch
-from manylora_kernels import plan, reference
-from manylora_kernels.routed import RoutedMix
+from manylora_kernels import reference
 from manylora_kernels.shrink import shrink
 
 
-@pytest.mark.parametrize("num_splits", [1, 3])
+@pytest.mark.parametrize(("num_splits", "pages"), [(1, 2), (4, 4)])
 def test_agrees_with_the_reference(
-    step: str, num_splits: int, triton_dtype: torch.dtype, triton_device: str, make_case: Any, agrees: Any
+    step: str,
+    num_splits: int,
+    pages: int,
+    triton_dtype: torch.dtype,
+    triton_device: str,
+    make_case: Any,
+    agrees: Any,
 ) -> None:
     case = make_case(step, triton_dtype, triton_device)
-    mix = RoutedMix.build(case.slots, case.scales, [case.pages], 4, 3, torch.device(triton_device))
-    chosen = replace(
-        plan.choose(len(case.slots), case.pool.num_inputs, triton_dtype),
-        block_inputs=16,
-        num_splits=num_splits,
-    )
-    h = shrink(case.x, case.pool.a, mix, 0, chosen)
+    mix = case.routed()
+    chosen = mix.plan_for(case.pool.shape, triton_dtype)
+    tile = replace(chosen.shrink, width=16, pages=pages)
+    h = shrink(case.x, case.pool.a, mix, 0, replace(chosen, num_splits=num_splits, shrink=tile))
     assert h.shape == (num_splits, len(case.slots), len(case.pool.widths), 48)
     position = 0
     for slot, mine in enumerate(case.pages):
@@ -36,6 +38,7 @@ def test_agrees_with_the_reference(
 
 def test_refuses_a_plan_for_other_blocks(triton_device: str, make_case: Any) -> None:
     case = make_case("one_row", torch.float32, triton_device)
-    mix = RoutedMix.build(case.slots, case.scales, [case.pages], 4, 3, torch.device(triton_device))
+    mix = case.routed()
+    other = replace(mix.plan_for(case.pool.shape, torch.float32), block_rows=64)
     with pytest.raises(ValueError, match="blocks of 64 rows, the route has 16"):
-        shrink(case.x, case.pool.a, mix, 0, plan.choose(1000, 32, torch.float32))
+        shrink(case.x, case.pool.a, mix, 0, other)

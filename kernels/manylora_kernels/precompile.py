@@ -1,0 +1,71 @@
+"""Compile every kernel that a server's steps will use, before the first of them.
+
+Shape key: T rows, K inputs, N outputs of all linears of a site.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+
+from manylora_kernels import gpu, plan
+from manylora_kernels.device import facts
+from manylora_kernels.pool import PAGE_ROWS, SitePool
+from manylora_kernels.routed import RoutedMix
+from manylora_kernels.shapes import ServedShapes, SiteShape
+
+
+def precompile(device: torch.device, shapes: ServedShapes) -> None:
+    """Launch every kernel once, on steps without adapters, whose programs end at once.
+
+    A launch and not a compilation by signature: so what is compiled is what will be looked up.
+    """
+    mixes: dict[int, RoutedMix] = {}
+    for site, num_rows in _steps(device, shapes):
+        if num_rows not in mixes:
+            mixes[num_rows] = RoutedMix.build(
+                np.full(num_rows, -1, dtype=np.int32),
+                np.ones(num_rows, dtype=np.float32),
+                [[]],
+                shapes.max_slots,
+                shapes.max_pages,
+                device,
+                shapes.batch_invariant,
+            )
+        _launch(site, num_rows, mixes[num_rows], device, shapes)
+
+
+def _steps(device: torch.device, shapes: ServedShapes) -> Iterator[tuple[SiteShape, int]]:
+    """For each site the least number of rows that uses each of its plans."""
+    for site in dict.fromkeys(shapes.sites):
+        plans = plan.distinct(
+            shapes.row_counts,
+            site,
+            shapes.max_pages,
+            shapes.pool_dtype,
+            facts(device),
+            shapes.batch_invariant,
+        )
+        for num_rows in plans.values():
+            yield site, num_rows
+
+
+def _launch(
+    site: SiteShape, num_rows: int, mix: RoutedMix, device: torch.device, shapes: ServedShapes
+) -> None:
+    x = torch.empty(num_rows, site.num_inputs, dtype=shapes.dtype, device=device)
+    y = torch.empty(num_rows, site.num_outputs, dtype=shapes.dtype, device=device)
+    pool = SitePool(
+        torch.empty(1, site.num_linears, PAGE_ROWS, site.num_inputs, dtype=shapes.pool_dtype, device=device),
+        torch.empty(1, PAGE_ROWS, site.num_outputs, dtype=shapes.pool_dtype, device=device),
+        site.widths,
+    )
+    gpu.add_lora(y, x, pool, mix, 0)
+    h = gpu.shrink_lora(x, pool, mix, 0)
+    gpu.expand_lora(y, h, pool, mix, 0)
+    if site.is_gate_up:
+        out = torch.empty(num_rows, site.widths[0], dtype=shapes.dtype, device=device)
+        gpu.add_lora_silu_mul(out, y, x, pool, mix, 0)
+        gpu.expand_lora_silu_mul(out, y, h, pool, mix, 0)
