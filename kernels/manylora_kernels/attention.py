@@ -11,7 +11,7 @@ import torch
 
 from manylora_kernels import attention_flash, attention_plan
 from manylora_kernels.attention_decode import decode_attention
-from manylora_kernels.attention_plan import Scoring
+from manylora_kernels.attention_plan import MAX_HEAD_SIZE, Gpu, Scoring
 from manylora_kernels.attention_prefill import prefill_attention
 from manylora_kernels.cache_write import write_cache
 from manylora_kernels.paged import PagedBatch
@@ -68,6 +68,7 @@ def _decode(
         max_visible=min(batch.max_context, scoring.window or batch.max_context),
         largest_size=max(key_size, out.shape[2]),
         dtype=keys.dtype,
+        gpu=Gpu.of(q.device),
         num_splits=batch.num_splits,
     )
     decode_attention(
@@ -104,6 +105,7 @@ def _prefill(
         per_kv=num_heads * key_size // keys.shape[1],
         largest_size=max(key_size, out.shape[2]),
         dtype=keys.dtype,
+        gpu=Gpu.of(q.device),
     )
     prefill_attention(
         out=out,
@@ -142,6 +144,10 @@ def _check(
         raise ValueError(
             f"heads: found {num_heads} of size {key_size} in q, rows of {keys.shape[1]} keys and "
             f"{values.shape[1]} values, allowed whole key/value heads that divide the query heads"
+        )
+    if max(key_size, values.shape[1] // num_kv) > MAX_HEAD_SIZE:
+        raise ValueError(
+            f"head sizes: found {key_size} and {values.shape[1] // num_kv}, allowed up to {MAX_HEAD_SIZE}"
         )
     if keys.shape[0] != values.shape[0] or keys.shape[0] % batch.block_size:
         raise ValueError(

@@ -5,19 +5,33 @@ Shape key: B sequences, V key/value heads, G query heads of each, D key size, E 
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 
 import torch
 
+MAX_HEAD_SIZE = 256
+"""Keys and values of larger heads fit no tile."""
 SPLIT_TOKENS = 128
 """A decode's context is split at multiples of this: less is not worth a program."""
-MAX_SPLIT_TOKENS = 2048
+_MAX_SPLIT_TOKENS = 2048
 """A decode's context is split when it is longer, however many programs there are: others may be short."""
-MAX_SPLITS = 32
+_MAX_SPLITS = 32
 _PROGRAMS = 264
 """Programs that keep a GPU of about 132 multiprocessors busy."""
-LOG2E = math.log2(math.e)
+_LOG2E = math.log2(math.e)
+
+_PREFILL = {
+    8: {64: (128, 64, 8), 128: (128, 32, 8), 256: (64, 16, 8)},
+    9: {64: (128, 64, 4), 128: (128, 64, 8), 256: (64, 32, 8)},
+}
+"""Rows, tokens and warps by generation and head size: the largest tiles whose registers do not spill, with any
+number of query heads, soft cap or window. The first generation keeps the queries in registers, too."""
+_SHORT_PREFILL = {64: (64, 32, 4), 128: (64, 32, 4)}
+"""The same where no sequence fills 64 rows."""
+_FLOAT32 = {64: (32, 32, 4), 128: (32, 16, 4), 256: (16, 16, 4)}
+"""The same for float32, on any GPU, which is computed without tensor cores."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,12 +50,30 @@ class Scoring:
     @property
     def factor(self) -> float:
         """What the kernels multiply products with: scores for exp2, or the exponent of the soft cap."""
-        return self.scaling * LOG2E if self.softcap is None else 2 * LOG2E * self.scaling / self.softcap
+        return self.scaling * _LOG2E if self.softcap is None else 2 * _LOG2E * self.scaling / self.softcap
 
     @property
     def cap(self) -> float:
         """The soft cap for exp2; 0 is none."""
-        return 0.0 if self.softcap is None else self.softcap * LOG2E
+        return 0.0 if self.softcap is None else self.softcap * _LOG2E
+
+
+@dataclass(frozen=True, slots=True)
+class Gpu:
+    """What of a device decides about tiles."""
+
+    generation: int = 9
+    """Major compute capability."""
+    is_amd: bool = False
+
+    @classmethod
+    @functools.cache
+    def of(cls, device: torch.device) -> Gpu:
+        """Look at a device; a CPU, where triton's interpreter runs, counts as the default."""
+        if device.type != "cuda":
+            return cls()
+        is_amd = torch.version.hip is not None
+        return cls(9 if is_amd else torch.cuda.get_device_capability(device)[0], is_amd)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,12 +91,14 @@ class AttentionPlan:
 
 
 def decode(
+    *,
     num_seqs: int,
     num_kv: int,
     per_kv: int,
     max_visible: int,
     largest_size: int,
     dtype: torch.dtype,
+    gpu: Gpu,
     num_splits: int | None = None,
 ) -> AttentionPlan:
     """Choose for B queries, one of each sequence, that see at most `max_visible` tokens.
@@ -73,30 +107,43 @@ def decode(
         largest_size: the larger of D and E.
         num_splits: taken as it is, where it is given.
     """
-    wanted = max(_PROGRAMS // (num_seqs * num_kv), -(-max_visible // MAX_SPLIT_TOKENS), 1)
+    wanted = max(_PROGRAMS // (num_seqs * num_kv), -(-max_visible // _MAX_SPLIT_TOKENS), 1)
+    most = min(_MAX_SPLITS, -(-max_visible // SPLIT_TOKENS))
+    # Two tiles on their way beside the one at hand; finding the rows takes two stages of its own. AMD's
+    # shared memory holds one.
+    stages = 3 if gpu.is_amd else 5
     return AttentionPlan(
         block_rows=max(16, _power_of_two(per_kv)),
-        block_tokens=_tokens(largest_size, dtype),
-        num_splits=num_splits or min(wanted, -(-max_visible // SPLIT_TOKENS), MAX_SPLITS),
+        # Keys of 16 KiB.
+        block_tokens=max(16, min(64, (16 << 10) // (_power_of_two(largest_size) * dtype.itemsize))),
+        num_splits=num_splits or min(wanted, most),
         num_warps=4,
-        num_stages=3 if dtype.itemsize == 2 else 2,
+        num_stages=stages if dtype.itemsize == 2 else 2,
     )
 
 
-def prefill(max_queries: int, per_kv: int, largest_size: int, dtype: torch.dtype) -> AttentionPlan:
-    """Choose for sequences of at most `max_queries` rows."""
-    rows = 64 if max_queries * per_kv <= 64 or largest_size > 128 or dtype.itemsize > 2 else 128
+def prefill(
+    *, max_queries: int, per_kv: int, largest_size: int, dtype: torch.dtype, gpu: Gpu
+) -> AttentionPlan:
+    """Choose for sequences of at most `max_queries` rows.
+
+    Args:
+        largest_size: the larger of D and E.
+    """
+    size = max(64, _power_of_two(largest_size))
+    table = _PREFILL[8 if gpu.generation == 8 else 9]
+    if dtype.itemsize > 2:
+        table = _FLOAT32
+    elif max_queries * per_kv <= 64:
+        table = table | _SHORT_PREFILL
+    rows, tokens, warps = table[size]
     return AttentionPlan(
+        # One token of a tile needs a row for each of its query heads.
         block_rows=max(rows, _power_of_two(per_kv)),
-        block_tokens=_tokens(largest_size, dtype),
-        num_warps=4 if rows == 64 else 8,
+        block_tokens=tokens,
+        num_warps=warps,
         num_stages=2,
     )
-
-
-def _tokens(largest_size: int, dtype: torch.dtype) -> int:
-    """Tokens whose keys fill about 16 KiB."""
-    return max(16, min(64, (16 << 10) // (_power_of_two(largest_size) * dtype.itemsize)))
 
 
 def _power_of_two(number: int) -> int:

@@ -7,7 +7,8 @@ triton is imported by anybody: test_interpreter.py runs their files in a process
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,9 +16,19 @@ import numpy.typing as npt
 import pytest
 import torch
 from manylora_kernels import SitePool, reference
+from manylora_kernels.paged import PagedBatch
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-TRITON_FILES = ["test_route.py", "test_shrink.py", "test_expand.py", "test_gpu.py"]
+TRITON_FILES = [
+    "test_route.py",
+    "test_shrink.py",
+    "test_expand.py",
+    "test_gpu.py",
+    "test_attention_decode.py",
+    "test_attention_prefill.py",
+    "test_attention.py",
+    "test_cache_write.py",
+]
 collect_ignore = [] if INTERPRETED or torch.cuda.is_available() else TRITON_FILES
 
 MAX_SLOTS = 4
@@ -113,6 +124,72 @@ def assert_agrees(y: torch.Tensor, expected: torch.Tensor) -> None:
     )
 
 
+@dataclass(frozen=True)
+class PagedCase:
+    """One step's queries, and a cache in which all that belongs to no sequence is NaN."""
+
+    q: torch.Tensor
+    """[H, T, D], rows first in memory, as transformers hands it over."""
+    keys: torch.Tensor
+    values: torch.Tensor
+    batch: PagedBatch
+
+
+def build_paged_case(
+    heads: tuple[int, int],
+    sizes: tuple[int, int],
+    queries: Sequence[int],
+    contexts: Sequence[int],
+    dtype: torch.dtype,
+    device: str,
+    *,
+    block_size: int = 16,
+    num_splits: int | None = None,
+) -> PagedCase:
+    """`heads` is (H, V) and `sizes` (D, E). The sequences' blocks are scattered; none has block 0, which
+    pads the tables."""
+    generator = torch.Generator().manual_seed(5)
+    (num_heads, num_kv), (key_size, value_size) = heads, sizes
+    counts = [-(-context // block_size) for context in contexts]
+    num_blocks = sum(counts) + 3
+    order = (torch.randperm(num_blocks - 1, generator=generator) + 1).tolist()
+    tables = [[order.pop() for _ in range(count)] for count in counts]
+    keys = torch.full((num_blocks * block_size, num_kv * key_size), torch.nan)
+    values = torch.full((num_blocks * block_size, num_kv * value_size), torch.nan)
+    for table, context in zip(tables, contexts, strict=True):
+        rows = [table[c // block_size] * block_size + c % block_size for c in range(context)]
+        keys[rows] = torch.randn(context, keys.shape[1], generator=generator)
+        values[rows] = torch.randn(context, values.shape[1], generator=generator)
+    q = torch.randn(sum(queries), num_heads, key_size, generator=generator)
+    return PagedCase(
+        q=q.to(device, dtype).transpose(0, 1),
+        keys=keys.to(device, dtype),
+        values=values.to(device, dtype),
+        batch=PagedBatch.build(queries, contexts, tables, block_size, device, num_splits),
+    )
+
+
+@contextmanager
+def fill_with_nan() -> Iterator[None]:
+    """Memory that is asked for and not written holds NaN."""
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert torch.empty(3).isnan().all()
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def make_paged_case() -> Callable[..., PagedCase]:
+    return build_paged_case
+
+
+@pytest.fixture
+def poisoned_memory() -> Callable[[], AbstractContextManager[None]]:
+    return fill_with_nan
+
+
 @pytest.fixture(params=list(STEPS))
 def step(request: pytest.FixtureRequest) -> str:
     return str(request.param)
@@ -126,6 +203,12 @@ def make_case() -> Callable[[str, torch.dtype, str], Case]:
 @pytest.fixture
 def agrees() -> Callable[[torch.Tensor, torch.Tensor], None]:
     return assert_agrees
+
+
+@pytest.fixture
+def triton_files() -> list[str]:
+    """The test files of the Triton forms."""
+    return TRITON_FILES
 
 
 @pytest.fixture

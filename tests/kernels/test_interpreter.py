@@ -15,8 +15,8 @@ HERE = Path(__file__).parent
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU, where these tests run as they are")
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter is on in this process")
-def test_triton_forms_pass_in_the_interpreter() -> None:
-    files = [HERE / name for name in ("test_route.py", "test_shrink.py", "test_expand.py", "test_gpu.py")]
+def test_triton_forms_pass_in_the_interpreter(triton_files: list[str]) -> None:
+    files = [HERE / name for name in triton_files]
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *map(str, files)],
         env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
