@@ -1,6 +1,7 @@
 """Attention over the blocked cache on a GPU: the one entry, which checks and chooses the form.
 
-Shape key: T rows, B sequences, H query heads, V key/value heads, D key size, E value size, M tokens of a block.
+Shape key: T rows, B sequences, H query heads, V key/value heads, D key size, E value size, M tokens of a
+block.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ def paged_attention(
 ) -> torch.Tensor:
     """Attend causally to the cache, which holds the keys and values of the step's own tokens, too.
 
-    `out[t, h] = sum over c of softmax_c(score(q[h, t], key[c, h // (H / V)])) value[c, h // (H / V)]` over the
+    `out[t, h] = sum over c of softmax_c(score(q[h, t], key[c, v])) value[c, v]`, v = h // (H / V), over the
     tokens c of the row's sequence up to its own position.
 
     Args:

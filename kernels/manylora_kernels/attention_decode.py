@@ -14,8 +14,8 @@ import torch
 import triton
 import triton.language as tl
 
-from manylora_kernels.attention_plan import SPLIT_TOKENS, AttentionPlan, Scoring
-from manylora_kernels.attention_tile import cache_rows, fold_tile, sink_start
+from manylora_kernels.attention_plan import SPLIT_TOKENS, Scoring, TilePlan
+from manylora_kernels.attention_tile import fold_tile, load_tile, sink_start
 
 
 def decode_attention(
@@ -28,12 +28,12 @@ def decode_attention(
     sinks: torch.Tensor,
     block_size: int,
     scoring: Scoring,
-    plan: AttentionPlan,
+    plan: TilePlan,
 ) -> None:
     """Attend with the last token of each sequence.
 
-    `out[b, h] = sum over c of softmax_c(score(q[h, b], key[c, h // G])) value[c, h // G]` over the tokens c that
-    are visible from position `contexts[b] - 1`.
+    `out[b, h] = sum over c of softmax_c(score(q[h, b], key[c, v])) value[c, v]`, v = h // G, over the tokens
+    c that are visible from position `contexts[b] - 1`.
 
     Args:
         out: [B, H, E], contiguous, to be written; zeros where a context is 0.
@@ -169,7 +169,7 @@ def _decode_kernel(
     mask_e = offs_e < VALUE_SIZE
     head = kv * GROUP + offs_g
     q_ptrs = q_ptr + seq * stride_qt + head[:, None] * stride_qh + offs_d[None, :]
-    q = tl.load(q_ptrs, mask=mask_g[:, None] & mask_d[None, :], other=0.0)
+    q = tl.load(q_ptrs, mask=mask_g[:, None] & mask_d[None, :], other=0.0).to(keys_ptr.dtype.element_ty)
     table_ptr = tables_ptr + seq * stride_tb
     k_ptrs = keys_ptr + kv * KEY_SIZE + offs_d[None, :]
     v_ptrs = values_ptr + kv * VALUE_SIZE + offs_e[None, :]
@@ -179,13 +179,11 @@ def _decode_kernel(
     top, total = sink_start(sink)
     acc = tl.zeros([BLOCK_G, BLOCK_E], dtype=tl.float32)
     for c in range(begin, end, BLOCK_C):
-        mask_c = c + offs_c < end
-        row = cache_rows(table_ptr, c + offs_c, mask_c, KV_BLOCK)
-        k = tl.load(k_ptrs + row[:, None] * stride_kr, mask=mask_c[:, None] & mask_d[None, :], other=0.0)
-        v = tl.load(v_ptrs + row[:, None] * stride_vr, mask=mask_c[:, None] & mask_e[None, :], other=0.0)
-        acc, top, total = fold_tile(
-            acc, top, total, q.to(k.dtype), k, v, mask_c[None, :], factor, cap, HAS_CAP
+        k, v = load_tile(
+            k_ptrs, v_ptrs, stride_kr, stride_vr, table_ptr, c + offs_c, end, mask_d, mask_e, KV_BLOCK
         )
+        visible = (c + offs_c < end)[None, :]
+        acc, top, total = fold_tile(acc, top, total, q, k, v, visible, factor, cap, HAS_CAP)
 
     acc = acc / tl.where(total == 0.0, 1.0, total)[:, None]
     num_heads = tl.num_programs(1) * GROUP

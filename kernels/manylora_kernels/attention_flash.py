@@ -1,8 +1,8 @@
 """FlashAttention 3 through torch's `varlen_attn`, where both are installed.
 
-It serves prompts, in one part each. Decodes stay with the Triton kernels: they gain only from splitting
-contexts, and torch's paged form with splits has left rows unwritten (pytorch issue 194167) and gives other bits
-in another batch.
+It serves prompts, in one part each. Decodes stay with the Triton kernels: they need their contexts split,
+and with splits torch's paged form has left rows unwritten (pytorch issue 194167) and gives other bits in
+another batch.
 """
 
 from __future__ import annotations

@@ -26,8 +26,8 @@ _PREFILL = {
     8: {64: (128, 64, 8), 128: (128, 32, 8), 256: (64, 16, 8)},
     9: {64: (128, 64, 4), 128: (128, 64, 8), 256: (64, 32, 8)},
 }
-"""Rows, tokens and warps by generation and head size: the largest tiles whose registers do not spill, with any
-number of query heads, soft cap or window. The first generation keeps the queries in registers, too."""
+"""Rows, tokens and warps by generation and head size: the largest tiles whose registers do not spill, with
+any number of query heads, soft cap or window. Generation 8 keeps the queries in registers, too."""
 _SHORT_PREFILL = {64: (64, 32, 4), 128: (64, 32, 4)}
 """The same where no sequence fills 64 rows."""
 _FLOAT32 = {64: (32, 32, 4), 128: (32, 16, 4), 256: (16, 16, 4)}
@@ -77,7 +77,7 @@ class Gpu:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class AttentionPlan:
+class TilePlan:
     """Tile sizes of one launch. Chosen on the host from shapes and limits alone, never from the contexts."""
 
     block_rows: int
@@ -100,7 +100,7 @@ def decode(
     dtype: torch.dtype,
     gpu: Gpu,
     num_splits: int | None = None,
-) -> AttentionPlan:
+) -> TilePlan:
     """Choose for B queries, one of each sequence, that see at most `max_visible` tokens.
 
     Args:
@@ -112,7 +112,7 @@ def decode(
     # Two tiles on their way beside the one at hand; finding the rows takes two stages of its own. AMD's
     # shared memory holds one.
     stages = 3 if gpu.is_amd else 5
-    return AttentionPlan(
+    return TilePlan(
         block_rows=max(16, _power_of_two(per_kv)),
         # Keys of 16 KiB.
         block_tokens=max(16, min(64, (16 << 10) // (_power_of_two(largest_size) * dtype.itemsize))),
@@ -122,9 +122,7 @@ def decode(
     )
 
 
-def prefill(
-    *, max_queries: int, per_kv: int, largest_size: int, dtype: torch.dtype, gpu: Gpu
-) -> AttentionPlan:
+def prefill(*, max_queries: int, per_kv: int, largest_size: int, dtype: torch.dtype, gpu: Gpu) -> TilePlan:
     """Choose for sequences of at most `max_queries` rows.
 
     Args:
@@ -137,7 +135,7 @@ def prefill(
     elif max_queries * per_kv <= 64:
         table = table | _SHORT_PREFILL
     rows, tokens, warps = table[size]
-    return AttentionPlan(
+    return TilePlan(
         # One token of a tile needs a row for each of its query heads.
         block_rows=max(rows, _power_of_two(per_kv)),
         block_tokens=tokens,

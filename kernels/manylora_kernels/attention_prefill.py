@@ -15,8 +15,8 @@ import torch
 import triton
 import triton.language as tl
 
-from manylora_kernels.attention_plan import AttentionPlan, Scoring
-from manylora_kernels.attention_tile import cache_rows, fold_tile, sink_start
+from manylora_kernels.attention_plan import Scoring, TilePlan
+from manylora_kernels.attention_tile import fold_tile, load_tile, sink_start
 
 
 def prefill_attention(
@@ -30,7 +30,7 @@ def prefill_attention(
     sinks: torch.Tensor,
     block_size: int,
     scoring: Scoring,
-    plan: AttentionPlan,
+    plan: TilePlan,
 ) -> None:
     """Attend with the last tokens of each sequence, causally.
 
@@ -89,7 +89,7 @@ def prefill_attention(
 
 @triton.jit
 def _sequence_of_tile(starts_ptr, num_seqs, tile, TILE_TOKENS: tl.constexpr):
-    """The last sequence whose tiles begin at `tile` or before: those of b do at its row // TILE_TOKENS + b."""
+    """A tile's sequence, and which of its tiles it is: those of b begin at `starts[b] // TILE_TOKENS + b`."""
     low = 0
     high = num_seqs
     while high - low > 1:
@@ -150,6 +150,7 @@ def _prefill_kernel(
     end = tl.minimum(first_position + TILE_TOKENS, context)
 
     offs_r = tl.arange(0, BLOCK_R)
+    offs_c = tl.arange(0, BLOCK_C)
     offs_d = tl.arange(0, BLOCK_D)
     offs_e = tl.arange(0, BLOCK_E)
     token = offs_r // GROUP
@@ -174,40 +175,20 @@ def _prefill_kernel(
         begin = tl.maximum(first_position + 1 - window, 0) // BLOCK_C * BLOCK_C
         all_seen = begin
     for c in range(begin, all_seen, BLOCK_C):
-        k, v = _load_tile(k_ptrs, v_ptrs, stride_kr, stride_vr, table_ptr, c, end, mask_d, mask_e, KV_BLOCK, BLOCK_C)
+        k, v = load_tile(
+            k_ptrs, v_ptrs, stride_kr, stride_vr, table_ptr, c + offs_c, end, mask_d, mask_e, KV_BLOCK
+        )
         acc, top, total = fold_tile(acc, top, total, q, k, v, None, factor, cap, HAS_CAP)
     for c in range(all_seen, end, BLOCK_C):
-        k, v = _load_tile(k_ptrs, v_ptrs, stride_kr, stride_vr, table_ptr, c, end, mask_d, mask_e, KV_BLOCK, BLOCK_C)
-        offs_c = c + tl.arange(0, BLOCK_C)
-        visible = offs_c[None, :] <= position[:, None]
+        k, v = load_tile(
+            k_ptrs, v_ptrs, stride_kr, stride_vr, table_ptr, c + offs_c, end, mask_d, mask_e, KV_BLOCK
+        )
+        visible = (c + offs_c)[None, :] <= position[:, None]
         if HAS_WINDOW:
-            visible &= offs_c[None, :] > position[:, None] - window
+            visible &= (c + offs_c)[None, :] > position[:, None] - window
         acc, top, total = fold_tile(acc, top, total, q, k, v, visible, factor, cap, HAS_CAP)
 
     acc = acc / tl.where(total == 0.0, 1.0, total)[:, None]
     num_heads = tl.num_programs(1) * GROUP
     out_ptrs = out_ptr + (query_row * num_heads + head)[:, None] * VALUE_SIZE + offs_e[None, :]
     tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), mask=mask_r[:, None] & mask_e[None, :])
-
-
-@triton.jit
-def _load_tile(
-    k_ptrs,
-    v_ptrs,
-    stride_kr,
-    stride_vr,
-    table_ptr,
-    c,
-    end,
-    mask_d,
-    mask_e,
-    KV_BLOCK: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-):
-    """Keys [C, D] and values [C, E] of tokens c .. c + C - 1; 0 from `end` on."""
-    offs_c = c + tl.arange(0, BLOCK_C)
-    mask_c = offs_c < end
-    row = cache_rows(table_ptr, offs_c, mask_c, KV_BLOCK)
-    k = tl.load(k_ptrs + row[:, None] * stride_kr, mask=mask_c[:, None] & mask_d[None, :], other=0.0)
-    v = tl.load(v_ptrs + row[:, None] * stride_vr, mask=mask_c[:, None] & mask_e[None, :], other=0.0)
-    return k, v

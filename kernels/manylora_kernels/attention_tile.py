@@ -12,10 +12,25 @@ _LOG2E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
-def cache_rows(table_ptr, offs_c, mask_c, KV_BLOCK: tl.constexpr):
-    """[C] the cache row of each token: through the block table, in 64 bits."""
+def load_tile(
+    k_ptrs,
+    v_ptrs,
+    stride_kr,
+    stride_vr,
+    table_ptr,
+    offs_c,
+    end,
+    mask_d,
+    mask_e,
+    KV_BLOCK: tl.constexpr,
+):
+    """Keys [C, D] and values [C, E] of tokens, through their sequence's block table; 0 from `end` on."""
+    mask_c = offs_c < end
     block = tl.load(table_ptr + offs_c // KV_BLOCK, mask=mask_c, other=0).to(tl.int64)
-    return block * KV_BLOCK + offs_c % KV_BLOCK
+    row = block * KV_BLOCK + offs_c % KV_BLOCK
+    k = tl.load(k_ptrs + row[:, None] * stride_kr, mask=mask_c[:, None] & mask_d[None, :], other=0.0)
+    v = tl.load(v_ptrs + row[:, None] * stride_vr, mask=mask_c[:, None] & mask_e[None, :], other=0.0)
+    return k, v
 
 
 @triton.jit

@@ -32,8 +32,8 @@ class PagedBatch:
     contexts: torch.Tensor
     """[B], int32: tokens of each sequence in the cache once the step's are written; 0 for a row that pads."""
     starts: torch.Tensor
-    """[B - num_decodes + 1], int32: the first row of each sequence after the decodes, and the end of the last.
-    Counted from the first row after the decodes."""
+    """[B - num_decodes + 1], int32: the first row of each sequence after the decodes, and the end of the
+    last, counted from the first row after the decodes."""
     write_rows: torch.Tensor
     """[T], int32: the cache row of each of the step's tokens; below 0 for a row that pads."""
     block_size: int

@@ -16,6 +16,10 @@ Rows = list[dict[str, Any]]
 
 SHARED_BYTES = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942": 64 << 10}
 """Most shared memory of one program."""
+DECODE_LIMITS = {"reg": 168, "shared": 76 << 10}
+"""So that three programs of a decode's four warps fit a multiprocessor of sm_90; two do of sm_80."""
+PREFILL_SHARED_BYTES = {"sm_80": 81 << 10, "sm_90": 113 << 10, "sm_100": 113 << 10}
+"""So that shared memory holds two programs of a prompt's attention."""
 
 
 @pytest.fixture(scope="module")
@@ -41,11 +45,16 @@ def shipped(compiled: Rows) -> Rows:
     return [row for row in compiled if row["kernel"] != "unaligned"]
 
 
+def attention_rows(rows: Rows) -> Rows:
+    return [row for row in rows if row["kernel"].startswith("attention-")]
+
+
 @pytest.mark.parametrize("target", list(SHARED_BYTES))
 def test_every_kernel_compiles_for(target: str, compiled: Rows) -> None:
     kernels = {row["kernel"] for row in compiled if row["target"] == target}
     steps = [f"{kernel}-{step}-bf16" for kernel in ("shrink", "expand") for step in ("decode", "prefill")]
-    assert kernels >= {"route", *steps}
+    attention = [f"attention-{step}-{size}" for step in ("decode", "prefill") for size in (64, 128, 256)]
+    assert kernels >= {"route", *steps, *attention}
 
 
 def test_nothing_spills(shipped: Rows) -> None:
@@ -56,9 +65,22 @@ def test_shared_memory_is_enough(shipped: Rows) -> None:
     assert [row for row in shipped if row["shared"] > SHARED_BYTES[row["target"]]] == []
 
 
+def test_attention_leaves_room_for_further_programs(shipped: Rows) -> None:
+    mine = [row for row in attention_rows(shipped) if row["target"] != "gfx942"]
+    decodes = [row for row in mine if row["kernel"].startswith("attention-decode")]
+    prefills = [row for row in mine if row["kernel"].startswith("attention-prefill")]
+    assert len(decodes) == 3 * 3 + 1
+    assert len(prefills) == 3 * 3 + 2
+    for name, most in DECODE_LIMITS.items():
+        assert [row for row in decodes if row[name] > most] == []
+    assert [row for row in prefills if row["shared"] > PREFILL_SHARED_BYTES[row["target"]]] == []
+
+
 def test_16_bit_kernels_use_tensor_cores(shipped: Rows) -> None:
     mine = [row for row in shipped if "16" in row["kernel"] and row["target"].startswith("sm_")]
     assert len(mine) == 16
+    mine += attention_rows(shipped)
+    assert len(mine) == 16 + 4 * 6 + 3
     assert [row for row in mine if not row["tensor_core"]] == []
 
 
