@@ -98,7 +98,8 @@ def decode_attention(
             SPLIT_TOKENS=SPLIT_TOKENS,
             BLOCK_Z=triton.next_power_of_2(num_splits),
             BLOCK_E=triton.next_power_of_2(value_size),
-            num_warps=4,
+            # Few enough that a thread has more than one element to store.
+            num_warps=1 if value_size <= 64 else 2,
         )
 
 

@@ -28,6 +28,8 @@ _PREFILL = {
 }
 """Rows, tokens and warps by generation and head size: the largest tiles whose registers do not spill, with
 any number of query heads, soft cap or window. Generation 8 keeps the queries in registers, too."""
+_AMD_PREFILL = {64: (64, 32, 4), 128: (128, 32, 8), 256: (64, 16, 8)}
+"""The same for AMD."""
 _SHORT_PREFILL = {64: (64, 32, 4), 128: (64, 32, 4)}
 """The same where no sequence fills 64 rows."""
 _FLOAT32 = {64: (32, 32, 4), 128: (32, 16, 4), 256: (16, 16, 4)}
@@ -129,7 +131,7 @@ def prefill(*, max_queries: int, per_kv: int, largest_size: int, dtype: torch.dt
         largest_size: the larger of D and E.
     """
     size = max(64, _power_of_two(largest_size))
-    table = _PREFILL[8 if gpu.generation == 8 else 9]
+    table = _AMD_PREFILL if gpu.is_amd else _PREFILL[8 if gpu.generation == 8 else 9]
     if dtype.itemsize > 2:
         table = _FLOAT32
     elif max_queries * per_kv <= 64:

@@ -55,7 +55,12 @@ def test_a_packed_batch_matches_generate(
     directory = tiny_model(family)
     # 16 tokens a step: the longer prompts come in chunks, beside decodes of the others.
     config = EngineConfig(
-        base_model=str(directory), device=DEVICE, dtype="float32", max_batched_tokens=16, kv_block_size=4
+        base_model=str(directory),
+        device=DEVICE,
+        dtype="float32",
+        max_batched_tokens=16,
+        max_num_seqs=5,
+        kv_block_size=4,
     )
     with Engine(config) as engine:
         found = engine.generate(prompts(), max_tokens=NUM_TOKENS)

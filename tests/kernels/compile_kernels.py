@@ -6,9 +6,11 @@ A program of its own: it must run where triton has not been switched to its inte
 from __future__ import annotations
 
 import json
+import multiprocessing
 import re
 import subprocess
 import tempfile
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -94,7 +96,7 @@ def attention_sources(target: str) -> dict[str, tuple[ASTSource, dict[str, int]]
         sizes = {"VALUE_SIZE": 128, "BLOCK_E": 128}
         merge = {**sizes, "SPLIT_TOKENS": SPLIT_TOKENS, "BLOCK_Z": 32}
         write = {**sizes, "KEY_SIZE": 128, "BLOCK_D": 128, "BLOCK_T": 8}
-        found["merge"] = (source(_merge_kernel, "*bf16", merge), {"num_warps": 4})
+        found["merge"] = (source(_merge_kernel, "*bf16", merge), {"num_warps": 2})
         found["write-cache"] = (source(_write_cache_kernel, "*bf16", write), {"num_warps": 4})
     return found
 
@@ -180,19 +182,27 @@ def inspect_cubin(cubin: bytes) -> dict[str, Any]:
     }
 
 
+def compile_for(target_name: str) -> list[dict[str, Any]]:
+    rows = []
+    for name, (kernel_source, options) in sources(target_name).items():
+        compiled = triton.compile(kernel_source, target=TARGETS[target_name], options=options)
+        row: dict[str, Any] = {"kernel": name, "target": target_name, "shared": compiled.metadata.shared}
+        if "cubin" in compiled.asm:
+            row.update(inspect_cubin(compiled.asm["cubin"]))
+        else:
+            text = compiled.asm["amdgcn"]
+            row["spills"] = sum(map(int, re.findall(r"\.[vs]gpr_spill_count:\s*(\d+)", text)))
+            row["reg"] = max(map(int, re.findall(r"\.vgpr_count:\s*(\d+)", text)))
+            row["tensor_core"] = len(re.findall(r"\bv_mfma_", text))
+        rows.append(row)
+    return rows
+
+
 def main() -> None:
-    for target_name, target in TARGETS.items():
-        for name, (kernel_source, options) in sources(target_name).items():
-            compiled = triton.compile(kernel_source, target=target, options=options)
-            row: dict[str, Any] = {"kernel": name, "target": target_name, "shared": compiled.metadata.shared}
-            if "cubin" in compiled.asm:
-                row.update(inspect_cubin(compiled.asm["cubin"]))
-            else:
-                text = compiled.asm["amdgcn"]
-                row["spills"] = sum(map(int, re.findall(r"\.[vs]gpr_spill_count:\s*(\d+)", text)))
-                row["reg"] = max(map(int, re.findall(r"\.vgpr_count:\s*(\d+)", text)))
-                row["tensor_core"] = len(re.findall(r"\bv_mfma_", text))
-            print(json.dumps(row), flush=True)
+    with ProcessPoolExecutor(max_workers=2, mp_context=multiprocessing.get_context("spawn")) as pool:
+        for rows in pool.map(compile_for, TARGETS):
+            for row in rows:
+                print(json.dumps(row), flush=True)
 
 
 if __name__ == "__main__":
