@@ -11,6 +11,7 @@ import functools
 import inspect
 import logging
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -22,7 +23,7 @@ log = logging.getLogger(__name__)
 _DTYPES = (torch.float16, torch.bfloat16)
 _MAX_SIZE = 256
 
-VarlenAttention = Callable[..., torch.Tensor]
+VarlenAttention = Callable[..., Any]
 
 
 @functools.cache
@@ -80,7 +81,7 @@ def attend(
         [T, H, E]
     """
     num_kv, size = keys.shape[1] // q.shape[2], q.shape[2]
-    return varlen(
+    out: torch.Tensor = varlen(
         q.transpose(0, 1),
         keys.view(-1, batch.block_size, num_kv, size),
         values.view(-1, batch.block_size, num_kv, size),
@@ -96,3 +97,4 @@ def attend(
         block_table=tables,
         num_splits=1,
     )
+    return out

@@ -99,7 +99,7 @@ def test_agrees_with_the_reference(
     check(case, layer, found)
 
 
-@pytest.mark.parametrize("num_splits", [1, 2, 3, 32])
+@pytest.mark.parametrize("num_splits", [1, 3, 20])
 @pytest.mark.parametrize("rule", SCORINGS)
 def test_windows_caps_sinks_and_splits_agree_with_the_reference(
     rule: str,
