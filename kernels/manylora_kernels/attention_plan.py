@@ -116,8 +116,8 @@ def decode(
     stages = 3 if gpu.is_amd else 5
     return TilePlan(
         block_rows=max(16, _power_of_two(per_kv)),
-        # Keys of 16 KiB.
-        block_tokens=max(16, min(64, (16 << 10) // (_power_of_two(largest_size) * dtype.itemsize))),
+        # Keys of 16 KiB; of float32, which goes through more registers, half as many bytes.
+        block_tokens=max(16, min(64, (32 << 10) // (_power_of_two(largest_size) * dtype.itemsize**2))),
         num_splits=num_splits or min(wanted, most),
         num_warps=4,
         num_stages=stages if dtype.itemsize == 2 else 2,
