@@ -1,14 +1,18 @@
 """The specification: every other form is tested against these few lines of float32 PyTorch.
 
-Shape key: T rows, D adapters of the step, S linears, K inputs, N outputs of all S, R = 16 * pages rank rows.
+Shape key of adapters: T rows, D adapters of the step, S linears, K inputs, N outputs of all S, R = 16 * pages
+rank rows. Of attention: T rows, H query heads, V key/value heads, D key size, E value size.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 
+from manylora_kernels.attention_plan import Scoring
+from manylora_kernels.paged import PagedBatch
 from manylora_kernels.pool import SitePool
 
 
@@ -78,3 +82,42 @@ def silu_mul(y: torch.Tensor) -> torch.Tensor:
     """
     gate, up = y.float().chunk(2, dim=1)
     return torch.nn.functional.silu(gate) * up
+
+
+def attention(
+    q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, batch: PagedBatch, scoring: Scoring
+) -> torch.Tensor:
+    """Attend causally to blocked keys and values: what `attention.paged_attention` says.
+
+    Args:
+        q: [H, T, D].
+        keys: [cache rows, V * D].
+        values: [cache rows, V * E].
+
+    Returns:
+        [T, H, E], float32.
+    """
+    num_heads, num_rows, key_size = q.shape
+    num_kv = keys.shape[1] // key_size
+    first_rows = [*range(batch.num_decodes), *(batch.starts + batch.num_decodes).tolist()]
+    out = torch.empty(num_rows, num_heads, values.shape[1] // num_kv, device=q.device)
+    sequences = zip(batch.tables, batch.contexts.tolist(), pairwise(first_rows), strict=True)
+    for table, context, (first, end) in sequences:
+        token = torch.arange(context, device=q.device)
+        position = token[context - (end - first) :, None]
+        row = table[token // batch.block_size] * batch.block_size + token % batch.block_size
+        k, v = (
+            cache[row].float().view(context, num_kv, -1).repeat_interleave(num_heads // num_kv, dim=1)
+            for cache in (keys, values)
+        )
+        scores = torch.einsum("htd,chd->htc", q[:, first:end].float(), k) * scoring.scaling
+        if scoring.softcap is not None:
+            scores = torch.tanh(scores / scoring.softcap) * scoring.softcap
+        hidden = (token > position) | (token <= position - (scoring.window or context))
+        scores = scores.masked_fill(hidden, float("-inf"))
+        if scoring.sinks is not None:
+            sinks = scoring.sinks.float().view(-1, 1, 1).expand(-1, end - first, 1)
+            scores = torch.cat([scores, sinks], dim=2)
+        weights = scores.softmax(dim=2)[:, :, :context]
+        out[first:end] = torch.einsum("htc,che->the", weights, v)
+    return out

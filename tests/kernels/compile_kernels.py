@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,8 @@ STEPS = {"decode": 32, "prefill": 2048}
 FLOATS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 UNALIGNED = ("table_ptr", "scales_ptr", "slots_ptr", "num_rows", "num_blocks", "block_rows")
 """Arguments that 16 need not divide."""
+Sources = dict[str, tuple[ASTSource, dict[str, Any]]]
+"""Kernels by name, each with its launch options."""
 NVIDIA_BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 
@@ -98,7 +101,7 @@ def source(kernel: Any, floats: str, constexprs: dict[str, Any]) -> ASTSource:
     return ASTSource(kernel, signature, constexprs, attrs)
 
 
-def sources(target: str) -> dict[str, tuple[ASTSource, dict[str, Any]]]:
+def sources(target: str) -> Sources:
     """Every kernel with the launch options that go with it."""
     blocks = {"BLOCK_D": 64, "BLOCK_T": 64}
     found = {"route": (source(route._route_kernel, "", blocks), {"num_warps": 8})}
@@ -187,11 +190,11 @@ def inspect_cubin(cubin: bytes) -> dict[str, Any]:
     }
 
 
-def main() -> None:
-    names = sys.argv[1:] or list(TARGETS)
-    for target_name, target in ((name, TARGETS[name]) for name in names):
-        for name, (kernel_source, options) in sources(target_name).items():
-            compiled = triton.compile(kernel_source, target=target, options=options)
+def print_compiled(sources_of: Callable[[str], Sources]) -> None:
+    """Compile the kernels for the targets named on the command line, or all; one line of JSON for each."""
+    for target_name in sys.argv[1:] or list(TARGETS):
+        for name, (kernel_source, options) in sources_of(target_name).items():
+            compiled = triton.compile(kernel_source, target=TARGETS[target_name], options=options)
             row: dict[str, Any] = {"kernel": name, "target": target_name, "shared": compiled.metadata.shared}
             if "cubin" in compiled.asm:
                 row.update(inspect_cubin(compiled.asm["cubin"]))
@@ -199,8 +202,9 @@ def main() -> None:
                 text = compiled.asm["amdgcn"]
                 row["spills"] = sum(map(int, re.findall(r"\.[vs]gpr_spill_count:\s*(\d+)", text)))
                 row["reg"] = max(map(int, re.findall(r"\.vgpr_count:\s*(\d+)", text)))
+                row["tensor_core"] = len(re.findall(r"\bv_mfma_", text))
             print(json.dumps(row), flush=True)
 
 
 if __name__ == "__main__":
-    main()
+    print_compiled(sources)

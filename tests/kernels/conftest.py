@@ -6,8 +6,12 @@ triton is imported by anybody: test_interpreter.py runs their files in a process
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Callable
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +21,7 @@ import numpy.typing as npt
 import pytest
 import torch
 from manylora_kernels import SitePool, reference
+from manylora_kernels.paged import PagedBatch
 
 if TYPE_CHECKING:
     from manylora_kernels.routed import RoutedMix
@@ -30,6 +35,10 @@ TRITON_FILES = [
     "test_gpu.py",
     "test_determinism.py",
     "test_one_adapter.py",
+    "test_attention_decode.py",
+    "test_attention_prefill.py",
+    "test_attention.py",
+    "test_cache_write.py",
 ]
 collect_ignore = [] if INTERPRETED or torch.cuda.is_available() else TRITON_FILES
 
@@ -134,6 +143,72 @@ def assert_agrees(y: torch.Tensor, expected: torch.Tensor) -> None:
     )
 
 
+@dataclass(frozen=True)
+class PagedCase:
+    """One step's queries, and a cache in which all that belongs to no sequence is NaN."""
+
+    q: torch.Tensor
+    """[H, T, D], rows first in memory, as transformers hands it over."""
+    keys: torch.Tensor
+    values: torch.Tensor
+    batch: PagedBatch
+
+
+def build_paged_case(
+    heads: tuple[int, int],
+    sizes: tuple[int, int],
+    queries: Sequence[int],
+    contexts: Sequence[int],
+    dtype: torch.dtype,
+    device: str,
+    *,
+    block_size: int = 16,
+    num_splits: int | None = None,
+) -> PagedCase:
+    """`heads` is (H, V) and `sizes` (D, E). The sequences' blocks are scattered; none has block 0, which
+    pads the tables."""
+    generator = torch.Generator().manual_seed(5)
+    (num_heads, num_kv), (key_size, value_size) = heads, sizes
+    counts = [-(-context // block_size) for context in contexts]
+    num_blocks = sum(counts) + 3
+    order = (torch.randperm(num_blocks - 1, generator=generator) + 1).tolist()
+    tables = [[order.pop() for _ in range(count)] for count in counts]
+    keys = torch.full((num_blocks * block_size, num_kv * key_size), torch.nan)
+    values = torch.full((num_blocks * block_size, num_kv * value_size), torch.nan)
+    for table, context in zip(tables, contexts, strict=True):
+        rows = [table[c // block_size] * block_size + c % block_size for c in range(context)]
+        keys[rows] = torch.randn(context, keys.shape[1], generator=generator)
+        values[rows] = torch.randn(context, values.shape[1], generator=generator)
+    q = torch.randn(sum(queries), num_heads, key_size, generator=generator)
+    return PagedCase(
+        q=q.to(device, dtype).transpose(0, 1),
+        keys=keys.to(device, dtype),
+        values=values.to(device, dtype),
+        batch=PagedBatch.build(queries, contexts, tables, block_size, device, num_splits),
+    )
+
+
+@contextmanager
+def fill_with_nan() -> Iterator[None]:
+    """Memory that is asked for and not written holds NaN."""
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert torch.empty(3).isnan().all()
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def make_paged_case() -> Callable[..., PagedCase]:
+    return build_paged_case
+
+
+@pytest.fixture
+def poisoned_memory() -> Callable[[], AbstractContextManager[None]]:
+    return fill_with_nan
+
+
 @pytest.fixture(params=list(STEPS))
 def step(request: pytest.FixtureRequest) -> str:
     return str(request.param)
@@ -166,3 +241,31 @@ def triton_dtype(request: pytest.FixtureRequest) -> torch.dtype:
     if INTERPRETED and request.param == "bfloat16":
         pytest.skip("triton's interpreter computes bfloat16 wrongly")
     return {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}[request.param]
+
+
+@pytest.fixture(scope="session")
+def compile_apart(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., list[dict[str, Any]]]:
+    """Runs a program of this folder that compiles kernels, from nothing, where the interpreter is off.
+
+    Given its name and, for each process of it, the targets; returns the rows of all.
+    """
+
+    def run(program: str, *processes: Sequence[str]) -> list[dict[str, Any]]:
+        env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+        env["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("triton"))
+        env["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
+        running = [
+            subprocess.Popen(
+                [sys.executable, str(Path(__file__).parent / program), *targets],
+                env=env,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+            )
+            for targets in processes
+        ]
+        outputs = [process.communicate()[0] for process in running]
+        assert [process.returncode for process in running] == [0] * len(running), "\n".join(outputs)
+        return [json.loads(line) for output in outputs for line in output.splitlines()]
+
+    return run

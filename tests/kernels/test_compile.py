@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 
-HERE = Path(__file__).parent
 Rows = list[dict[str, Any]]
 
 SHARED_BYTES = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942": 64 << 10}
@@ -37,24 +32,9 @@ PROCESSES = (["sm_90"], ["sm_80", "sm_100", "gfx942"])
 
 
 @pytest.fixture(scope="module")
-def compiled(tmp_path_factory: pytest.TempPathFactory) -> Rows:
-    """Every kernel for every target, compiled from nothing in processes without the interpreter."""
-    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    env["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("triton"))
-    env["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
-    running = [
-        subprocess.Popen(
-            [sys.executable, str(HERE / "compile_kernels.py"), *targets],
-            env=env,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for targets in PROCESSES
-    ]
-    outputs = [process.communicate()[0] for process in running]
-    assert [process.returncode for process in running] == [0, 0], "\n".join(outputs)
-    return [json.loads(line) for output in outputs for line in output.splitlines()]
+def compiled(compile_apart: Callable[..., Rows]) -> Rows:
+    """Every kernel for every target."""
+    return compile_apart("compile_kernels.py", *PROCESSES)
 
 
 @pytest.fixture

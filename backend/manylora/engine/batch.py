@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 from manylora_kernels import Mix
+from manylora_kernels.paged import PagedBatch
 
 from manylora.errors import ManyloraError
 from manylora.messages import TokenLogprobs
@@ -93,27 +94,46 @@ class BatchBuilder:
     max_pages: int
     """Most pages of one adapter in one kind."""
     num_kinds: int
+    paged: bool = False
+    """Whether attention reads the caches through block tables: where its Triton kernels serve."""
 
     def build(self, batch: Batch) -> StepTensors:
         """Order the items so that each group is one run of rows, and make the step's tensors."""
-        groups = self._group(batch.items)
-        batch.items = [item for group in groups for item in group]
+        groups = [] if self.paged else self._group(batch.items)
+        if self.paged:
+            # Decodes first, all in one launch; prompts and chunks of any length in another.
+            batch.items.sort(key=lambda item: item.num_tokens > 1)
+        else:
+            batch.items = [item for group in groups for item in group]
         token_ids = [t for item in batch.items for t in item.sequence.token_ids[item.start : item.end]]
         positions = np.concatenate([np.arange(item.start, item.end) for item in batch.items])
         ends = np.cumsum([item.num_tokens for item in batch.items])
-        write_rows = np.concatenate([self._rows(item)[item.start :] for item in batch.items])
-        plan_groups, first_row = [], 0
-        for group in groups:
-            plan_groups.append(self._plan_group(group, first_row, whole=len(groups) == 1))
-            first_row += sum(item.num_tokens for item in group)
         sampled = [end - 1 for end, item in zip(ends, batch.items, strict=True) if item.samples]
         return StepTensors(
             input_ids=self._tensor(np.asarray(token_ids))[None],
             positions=self._tensor(positions)[None],
             sample_rows=self._tensor(np.asarray(sampled or [0])),
-            plan=AttentionPlan(write_rows=self._tensor(write_rows), groups=plan_groups, caches=self.caches),
+            plan=self._plan_paged(batch.items) if self.paged else self._plan(groups),
             mix=self._mix(batch),
         )
+
+    def _plan_paged(self, items: list[Item]) -> AttentionPlan:
+        paged = PagedBatch.build(
+            [item.num_tokens for item in items],
+            [item.end for item in items],
+            [item.sequence.table[: -(-item.end // self.block_size)] for item in items],
+            self.block_size,
+            self.device,
+        )
+        return AttentionPlan(write_rows=paged.write_rows, groups=[], caches=self.caches, paged=paged)
+
+    def _plan(self, groups: list[list[Item]]) -> AttentionPlan:
+        write_rows = np.concatenate([self._rows(item)[item.start :] for group in groups for item in group])
+        plan_groups, first_row = [], 0
+        for group in groups:
+            plan_groups.append(self._plan_group(group, first_row, whole=len(groups) == 1))
+            first_row += sum(item.num_tokens for item in group)
+        return AttentionPlan(write_rows=self._tensor(write_rows), groups=plan_groups, caches=self.caches)
 
     def _group(self, items: list[Item]) -> list[list[Item]]:
         singles = sorted((i for i in items if i.num_tokens == 1), key=lambda i: i.end)

@@ -9,6 +9,7 @@ import logging
 
 import torch
 from manylora_kernels import SitePool, warmup
+from manylora_kernels.attention_plan import MAX_HEAD_SIZE
 
 from manylora.adapters.device_pool import DevicePool, num_pages_of
 from manylora.config import EngineConfig
@@ -47,6 +48,7 @@ class Runner:
             max_loras=config.max_loras,
             max_pages=num_pages_of(config.max_lora_rank),
             num_kinds=len(model.spec.kinds),
+            paged=_serves_paged(model),
         )
 
     @torch.inference_mode()
@@ -151,6 +153,12 @@ def _probe_sequence(index: int, tokens: list[int], table: list[int]) -> Sequence
         lease=None,
         table=table,
     )
+
+
+def _serves_paged(model: LoadedModel) -> bool:
+    """Whether attention goes through block tables in Triton: on CUDA, for heads that its tiles hold."""
+    largest = max(max(key_size, value_size) for _, key_size, value_size in model.layers.values())
+    return model.device.type == "cuda" and largest <= MAX_HEAD_SIZE
 
 
 def _layer_cache(model: LoadedModel, shape: tuple[int, int, int], num_rows: int) -> LayerCache:

@@ -4,7 +4,8 @@ Shape key: T tokens of a step, H query heads, G query heads of one key/value hea
 D head size, B sequences of a group, Q query tokens of each, C context tokens of each, M block size.
 
 The model's own code calls `attention_forward` in every layer; the step's plan comes through the keywords.
-Rows of sequences that can be computed alike are grouped: all decodes together, fresh prompts of one length
+On CUDA the kernels of `manylora_kernels.attention` write and read the caches through block tables. On a CPU
+rows of sequences that can be computed alike are grouped: all decodes together, fresh prompts of one length
 together over the keys at hand, other chunks one by one over gathered blocks. The CPU's compiled form of
 decodes reads keys and values where they lie; elsewhere these are gathered, too.
 """
@@ -15,6 +16,8 @@ from dataclasses import dataclass, field
 
 import torch
 from manylora_kernels import attention_cpu
+from manylora_kernels.attention_plan import Scoring
+from manylora_kernels.paged import PagedBatch
 from torch.nn import functional
 
 from manylora.errors import UnsupportedError
@@ -89,6 +92,9 @@ class AttentionPlan:
     write_rows: torch.Tensor
     """[T] where each token's key and value go in the layer caches."""
     groups: list[Group]
+    """Empty where `paged` is filled."""
+    paged: PagedBatch | None = None
+    """The block tables, where the paged kernels serve: on CUDA."""
     caches: dict[int, LayerCache]
     """By layer_idx."""
 
@@ -153,6 +159,9 @@ def attention_forward(
         )
         return _attend(probe, query[0], key[0], value[0], None, scaling, window, softcap, s_aux)[None], None
     cache = manylora_plan.caches[layer]
+    if manylora_plan.paged is not None:
+        scoring = Scoring(scaling=scaling, window=window, softcap=softcap, sinks=s_aux)
+        return _attend_paged(query[0], key[0], value[0], cache, manylora_plan.paged, scoring)[None], None
     cache.keys.index_copy_(0, manylora_plan.write_rows, key[0].transpose(0, 1).flatten(1))
     cache.values.index_copy_(0, manylora_plan.write_rows, value[0].transpose(0, 1).flatten(1))
     groups = manylora_plan.groups
@@ -164,6 +173,25 @@ def attention_forward(
     for group in groups:
         out[group.rows] = _attend(group, query[0], key[0], value[0], cache, scaling, window, softcap, s_aux)
     return out[None], None
+
+
+def _attend_paged(
+    query_HTD: torch.Tensor,
+    key_VTD: torch.Tensor,
+    value_VTD: torch.Tensor,
+    cache: LayerCache,
+    batch: PagedBatch,
+    scoring: Scoring,
+) -> torch.Tensor:
+    """Attention of a whole step over the blocks where they lie: [T, H, D]."""
+    from manylora_kernels.attention import paged_attention, write_cache  # imports triton: not for a CPU
+
+    # Models hand over what their rotary embedding made, whose last stride is 1, or a view of a projection.
+    query_HTD, key_VTD, value_VTD = (
+        t if t.stride(-1) == 1 else t.contiguous() for t in (query_HTD, key_VTD, value_VTD)
+    )
+    write_cache(cache.keys, cache.values, key_VTD, value_VTD, batch.write_rows)
+    return paged_attention(query_HTD, cache.keys, cache.values, batch, scoring)
 
 
 def _attend(
