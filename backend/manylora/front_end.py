@@ -7,7 +7,6 @@ one thread for all requests, and a prompt of a megabyte takes it a second.
 from __future__ import annotations
 
 import itertools
-import logging
 import math
 import queue
 import threading
@@ -27,8 +26,6 @@ from manylora.protocol import Prompt
 from manylora.reply_loop import Lost, Refused, ReplyLoop, public_error
 from manylora.text import Tokenizer
 from manylora.text_stream import TextStream
-
-log = logging.getLogger(__name__)
 
 LONG_CHARS = 8192
 """Characters of a request, over all its prompts, above which it is tokenised apart: some 10 ms."""

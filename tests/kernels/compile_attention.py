@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 import triton
-from compile_kernels import Sources, print_compiled
+from compile_kernels import Sources, print_compiled, source
 from manylora_kernels import attention_plan
 from manylora_kernels.attention_decode import _decode_kernel, _merge_kernel
 from manylora_kernels.attention_plan import SPLIT_TOKENS, Gpu, TilePlan
@@ -17,39 +17,11 @@ from manylora_kernels.attention_prefill import _prefill_kernel
 from manylora_kernels.cache_write import _write_cache_kernel
 from triton.compiler import ASTSource
 
-FLOATS = ("q_ptr", "k_ptr", "v_ptr", "keys_ptr", "values_ptr", "out_ptr")
-"""Pointers to the dtype that is served."""
-FLOAT32 = ("sums_ptr", "parts_ptr", "sinks_ptr")
 UNALIGNED = ("num_splits",)
 """Arguments that 16 need not divide."""
 HEAD_SIZES = (64, 128, 256)
 PER_KV = 4
 """Query heads of a key/value head."""
-
-
-def source(kernel: Any, floats: str, constexprs: dict[str, Any]) -> ASTSource:
-    """What the launcher would compile where 16 divides the pointers, widths and strides."""
-    signature: dict[str, str] = {}
-    attrs: dict[tuple[int, ...], list[list[Any]]] = {}
-    for i, param in enumerate(kernel.params):
-        name = param.name
-        if name in constexprs:
-            signature[name] = "constexpr"
-            continue
-        if name in ("factor", "cap"):
-            signature[name] = "fp32"
-            continue
-        if name in FLOATS:
-            # The first pass over a split context writes float32.
-            signature[name] = "*fp32" if name == "out_ptr" and constexprs.get("IS_SPLIT") else floats
-        elif name in FLOAT32:
-            signature[name] = "*fp32"
-        else:
-            signature[name] = "*i32" if name.endswith("_ptr") else "i32"
-        fixed = param.do_not_specialize or param.do_not_specialize_on_alignment
-        if not fixed and name not in UNALIGNED:
-            attrs[(i,)] = [["tt.divisibility", 16]]
-    return ASTSource(kernel, signature, constexprs, attrs)
 
 
 def gpu(target: str) -> Gpu:
@@ -70,8 +42,8 @@ def sources(target: str) -> Sources:
         sizes = {"VALUE_SIZE": 128, "BLOCK_E": 128}
         merge = {**sizes, "SPLIT_TOKENS": SPLIT_TOKENS, "BLOCK_Z": 32}
         write = {**sizes, "KEY_SIZE": 128, "BLOCK_D": 128, "BLOCK_T": 8}
-        found["merge"] = (source(_merge_kernel, "*bf16", merge), {"num_warps": 2})
-        found["write-cache"] = (source(_write_cache_kernel, "*bf16", write), {"num_warps": 4})
+        found["merge"] = (source(_merge_kernel, "bf16", merge, UNALIGNED), {"num_warps": 2})
+        found["write-cache"] = (source(_write_cache_kernel, "bf16", write, UNALIGNED), {"num_warps": 4})
     return found
 
 
@@ -110,7 +82,7 @@ def attention_source(
     of_both = {"GROUP": PER_KV, "KEY_SIZE": size, "VALUE_SIZE": size, "KV_BLOCK": 16, "HAS_CAP": False}
     tiles = {"BLOCK_C": chosen.block_tokens, "BLOCK_D": block, "BLOCK_E": block}
     options = {"num_warps": chosen.num_warps, "num_stages": chosen.num_stages}
-    return source(kernel, "*bf16", {**of_both, **tiles, **constexprs}), options
+    return source(kernel, "bf16", {**of_both, **tiles, **constexprs}, UNALIGNED), options
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -45,8 +45,11 @@ SITES = {
 """Llama-3-8B's; o has down's form."""
 STEPS = {"decode": 32, "prefill": 2048}
 FLOATS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-UNALIGNED = ("table_ptr", "scales_ptr", "slots_ptr", "num_rows", "num_blocks", "block_rows")
-"""Arguments that 16 need not divide."""
+SERVED = (
+    "x_ptr", "y_ptr", "a_ptr", "b_ptr", "q_ptr", "k_ptr", "v_ptr", "keys_ptr", "values_ptr", "out_ptr",
+)  # fmt: skip
+"""Pointers to the dtype that is served."""
+FLOAT32 = ("h_ptr", "scales_ptr", "sums_ptr", "parts_ptr", "sinks_ptr")
 Sources = dict[str, tuple[ASTSource, dict[str, Any]]]
 """Kernels by name, each with its launch options."""
 NVIDIA_BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -81,8 +84,13 @@ def variants(target: str) -> list[Variant]:
     return found
 
 
-def source(kernel: Any, floats: str, constexprs: dict[str, Any]) -> ASTSource:
-    """What the launcher would compile where 16 divides the pointers, widths and strides."""
+def source(kernel: Any, floats: str, constexprs: dict[str, Any], unaligned: Sequence[str] = ()) -> ASTSource:
+    """What the launcher would compile where 16 divides the pointers, widths and strides.
+
+    Args:
+        floats: triton's name for the dtype that is served.
+        unaligned: arguments that 16 need not divide, beside those that the kernel itself names.
+    """
     signature: dict[str, str] = {}
     attrs: dict[tuple[int, ...], list[list[Any]]] = {}
     for i, param in enumerate(kernel.params):
@@ -90,13 +98,18 @@ def source(kernel: Any, floats: str, constexprs: dict[str, Any]) -> ASTSource:
         if name in constexprs:
             signature[name] = "constexpr"
             continue
-        if name in ("x_ptr", "y_ptr", "a_ptr", "b_ptr", "out_ptr"):
-            signature[name] = f"*{floats}"
-        elif name in ("h_ptr", "scales_ptr"):
+        if name in ("factor", "cap"):
+            signature[name] = "fp32"
+            continue
+        if name in FLOAT32 or (name == "out_ptr" and constexprs.get("IS_SPLIT")):
+            # The first pass of attention over a split context writes float32.
             signature[name] = "*fp32"
+        elif name in SERVED:
+            signature[name] = f"*{floats}"
         else:
             signature[name] = "*i32" if name.endswith("_ptr") else "i32"
-        if name not in UNALIGNED:
+        is_fixed = param.do_not_specialize or param.do_not_specialize_on_alignment
+        if not is_fixed and name not in unaligned:
             attrs[(i,)] = [["tt.divisibility", 16]]
     return ASTSource(kernel, signature, constexprs, attrs)
 

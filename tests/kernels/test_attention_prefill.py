@@ -10,6 +10,8 @@ from manylora_kernels import attention_plan, reference
 from manylora_kernels.attention_plan import Gpu, Scoring
 from manylora_kernels.attention_prefill import prefill_attention
 
+from .attention_rules import SCORINGS, TOLERANCE, scoring
+
 SHAPES: dict[str, dict[str, Any]] = {
     "a_whole_prompt": {"heads": (4, 2), "sizes": (32, 32), "queries": [37], "contexts": [37]},
     "a_later_chunk": {"heads": (4, 2), "sizes": (32, 32), "queries": [5], "contexts": [70]},
@@ -42,25 +44,6 @@ SHAPES: dict[str, dict[str, Any]] = {
     "larger_keys": {"heads": (4, 2), "sizes": (48, 32), "queries": [20, 7], "contexts": [33, 7]},
     "larger_values": {"heads": (4, 2), "sizes": (20, 72), "queries": [20, 7], "contexts": [33, 7]},
 }
-SCORINGS: dict[str, dict[str, Any]] = {
-    "window_of_1": {"window": 1},
-    "window_of_20": {"window": 20},
-    "window_longer_than_contexts": {"window": 1000},
-    "softcap": {"softcap": 2.0},
-    "sinks": {"sinks": True},
-    "all": {"window": 50, "softcap": 2.0, "sinks": True},
-}
-TOLERANCE = {
-    torch.float32: 2e-5,
-    # Outputs up to about 3 have 11 and 8 bits; the weights are rounded, too.
-    torch.float16: 4e-3,
-    torch.bfloat16: 3e-2,
-}
-
-
-def scoring(device: str, num_heads: int, sinks: bool = False, **fields: Any) -> Scoring:
-    values = torch.linspace(-2, 3, num_heads, device=device) if sinks else None
-    return Scoring(scaling=0.3, sinks=values, **fields)
 
 
 def prefill(case: Any, layer: Scoring) -> torch.Tensor:
