@@ -19,8 +19,9 @@ import torch
 from loadtest.csv_file import append_csv
 from loadtest.origin import RESULTS, Origin
 from manylora import Engine, EngineConfig
-from manylora.engine import runner, sampler
+from manylora.engine import sampler
 from manylora.engine.batch import Batch, BatchBuilder
+from manylora.engine.flight import Flight
 from manylora.model import attention, lora_layers
 from torch.profiler import ProfilerActivity, profile, record_function
 
@@ -56,7 +57,7 @@ def named(name: str, function: Callable[..., object]) -> Callable[..., object]:
 def name_parts() -> None:
     """Give the parts of a step their names before the engine is built."""
     BatchBuilder.build = named("part: build tensors", BatchBuilder.build)  # type: ignore[method-assign]
-    sampler.sample = named("part: sample", sampler.sample)  # type: ignore[assignment]
+    sampler.choose = named("part: sample", sampler.choose)  # type: ignore[assignment]
     lora_layers.add_lora = named("part: LoRA", lora_layers.add_lora)  # type: ignore[assignment]
     attention._attend = named("part: attend", attention._attend)  # type: ignore[assignment]
     make_product = lora_layers.make_product
@@ -67,24 +68,25 @@ class ProfiledSteps:
     """Profiles `count` full decode steps, after `skip` of them."""
 
     def __init__(
-        self, run: Callable[[runner.Runner, Batch], None], num_seqs: int, skip: int, count: int
+        self, launch: Callable[[Batch, Flight | None], Flight], num_seqs: int, skip: int, count: int
     ) -> None:
-        self.run = run
+        self.launch = launch
         self.num_seqs = num_seqs
         self.skip = skip
         self.count = count
         self.seen = 0
         self.profiler = profile(activities=[ProfilerActivity.CPU])
 
-    def __call__(self, batch: Batch) -> None:
+    def __call__(self, batch: Batch, previous: Flight | None) -> Flight:
         full = batch.num_tokens == len(batch.items) == self.num_seqs
         self.seen += full
         if full and self.seen == self.skip:
             self.profiler.start()
         with record_function("step"):
-            self.run(batch)  # type: ignore[call-arg]  # bound
+            flight = self.launch(batch, previous)
         if full and self.seen == self.skip + self.count - 1:
             self.profiler.stop()
+        return flight
 
 
 def main() -> None:
@@ -114,10 +116,10 @@ def main() -> None:
         prompts = torch.randint(100, 40000, (args.requests, 64), generator=generator).tolist()
         adapters = [names[i % len(names)] if names else "" for i in range(args.requests)]
         with Engine(config) as engine:
-            steps = ProfiledSteps(engine.runner.run, args.requests, skip=8, count=args.steps)
+            steps = ProfiledSteps(engine.runner.launch, args.requests, skip=8, count=args.steps)
             # Memory that is touched for the first time costs more than it ever will again.
             engine.generate(prompts, adapter_ids=adapters, max_tokens=32 + args.steps, ignore_eos=True)
-            engine.runner.run = steps  # type: ignore[assignment, method-assign]
+            engine.runner.launch = steps  # type: ignore[assignment, method-assign]
             engine.generate(prompts, adapter_ids=adapters, max_tokens=16 + args.steps, ignore_eos=True)
     rows = steps.profiler.key_averages()
     total_ms = next(row.cpu_time_total for row in rows if row.key == "step") / args.steps / 1000

@@ -15,6 +15,7 @@ from manylora.adapters import registry as registry_module
 from manylora.engine import engine as engine_module
 from manylora.engine import notes as notes_module
 from manylora.engine.batch import Batch
+from manylora.engine.flight import Flight
 from manylora.engine.sequence import Sequence, State
 from manylora.errors import UnavailableError
 from manylora.messages import Failed, Generate, SamplingParams, Tokens
@@ -162,15 +163,16 @@ def test_a_running_sequence_and_one_in_the_queue_end_within_a_step(
     for module in (engine_module, notes_module):
         monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: now.s))
     with Engine(make_config(base, adapter_root, max_num_seqs=1)) as engine:
-        run, num_steps = engine.runner.run, SimpleNamespace(done=0)
+        launch, num_steps = engine.runner.launch, SimpleNamespace(done=0)
 
-        def run_slowly(batch: Batch) -> None:
-            run(batch)
+        def launch_slowly(batch: Batch, previous: Flight | None) -> Flight:
+            flight = launch(batch, previous)
             num_steps.done += 1
             if num_steps.done == 3:
                 now.s += 10
+            return flight
 
-        monkeypatch.setattr(engine.runner, "run", run_slowly)
+        monkeypatch.setattr(engine.runner, "launch", launch_slowly)
         inbox = Inbox(engine)
         for i, deadline_s in enumerate((105.0, 105.0, 0.0)):
             params = PARAMS if i < 2 else SamplingParams(max_tokens=2, ignore_eos=True)

@@ -12,6 +12,9 @@ import peft
 import pytest
 import torch
 from manylora import Engine, EngineConfig
+from manylora.engine import runner
+from manylora.engine.batch import Batch
+from manylora.engine.flight import Flight
 from manylora.errors import InvalidArgumentError, NotFoundError, UnavailableError
 from manylora.messages import Cancel, Generate, SamplingParams, Tokens
 from transformers import AutoModelForCausalLM
@@ -36,6 +39,14 @@ KINDS: dict[str, dict[str, object]] = {
     "all-linear": {"r": 8, "target_modules": "all-linear"},
     "r64": {"r": 64, "target_modules": ALL},
 }
+
+
+@pytest.fixture(params=[False, True], ids=["step by step", "running ahead"], autouse=True)
+def runs_ahead(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Every test holds either way; running ahead is how a GPU is served."""
+    ahead = bool(request.param)
+    monkeypatch.setattr(runner, "_runs_ahead", lambda model: ahead)
+    return ahead
 
 
 @pytest.fixture(scope="module")
@@ -214,16 +225,16 @@ def test_a_fault_in_a_step_ends_its_requests_and_no_others(
     base: Path, adapter_root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with Engine(make_config(base, adapter_root)) as engine:
-        run = engine.runner.run
+        launch = engine.runner.launch
         broken = threading.Event()
 
-        def fail_once(batch: object) -> None:
+        def fail_once(batch: Batch, previous: Flight | None) -> Flight:
             if not broken.is_set():
                 broken.set()
                 raise RuntimeError("injected")
-            run(batch)
+            return launch(batch, previous)
 
-        monkeypatch.setattr(engine.runner, "run", fail_once)
+        monkeypatch.setattr(engine.runner, "launch", fail_once)
         inbox = Inbox(engine)
         inbox.session.send(Generate(id=0, input_ids=prompts()[0], adapter_id=""))
         assert inbox.until_end(0)[0].code == "INTERNAL"

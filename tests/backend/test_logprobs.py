@@ -11,11 +11,13 @@ import pytest
 import torch
 from manylora import Engine, EngineConfig
 from manylora.engine.generate import Completion
-from manylora.engine.logprobs import describe, distributions
-from manylora.messages import Generate, SamplingParams, Tokens
+from manylora.engine.logprobs import distributions
+from manylora.engine.sequence import Sequence as EngineSequence
+from manylora.messages import Generate, SamplingParams, TokenLogprobs, Tokens
 from transformers import AutoModelForCausalLM
 
 from .inbox import Inbox
+from .sampling import items
 from .test_penalties import sequence
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -25,21 +27,28 @@ TRAINED_ADAPTERS = ROOT / "examples" / "adapters"
 TOLERANCE = 2e-4
 
 
+def told(values: torch.Tensor, sequences: Sequence[EngineSequence], ids: list[int]) -> list[TokenLogprobs]:
+    """What is told of the chosen ids, of the rows that ask."""
+    asked = distributions(values, items(sequences))
+    assert asked is not None
+    found = asked.tell(torch.tensor(ids))
+    return list(found.on_host(found.tensors).values())
+
+
 def test_the_likeliest_come_best_first_and_equal_ones_by_id() -> None:
-    values = torch.tensor([[1.0, 3.0, 3.0, 0.0, 3.0, 2.0]])
-    (row,) = distributions(values, [sequence(3, 1, logprobs=4)]).values()
-    told = describe(row, 5, 4)
-    assert [i for i, _ in told.top] == [1, 2, 4, 5]
-    assert told.logprob == told.top[3][1] == pytest.approx(2.0 - values.exp().sum().log().item())
-    assert [i for i, _ in describe(row, 0, 2).top] == [1, 2]
-    assert len(describe(row, 0, 50).top) == 6
+    values = torch.tensor([[1.0, 3.0, 3.0, 0.0, 3.0, 2.0]]).expand(3, -1)
+    four, two, all_of_them = told(values, [sequence(3, 1, logprobs=n) for n in (4, 2, 50)], [5, 0, 0])
+    assert [i for i, _ in four.top] == [1, 2, 4, 5]
+    assert four.logprob == four.top[3][1] == pytest.approx(2.0 - values[0].exp().sum().log().item())
+    assert [i for i, _ in two.top] == [1, 2]
+    assert len(all_of_them.top) == 6
 
 
 def test_an_impossible_token_has_minus_infinity_and_the_others_are_right() -> None:
-    values = torch.tensor([[0.0, float("-inf"), 0.0]])
-    (row,) = distributions(values, [sequence(3, 1, logprobs=3)]).values()
-    assert describe(row, 1, 3).logprob == -math.inf
-    ids, logprobs = zip(*describe(row, 0, 3).top, strict=True)
+    values = torch.tensor([[0.0, float("-inf"), 0.0]]).expand(2, -1)
+    impossible, possible = told(values, [sequence(3, 1, logprobs=3)] * 2, [1, 0])
+    assert impossible.logprob == -math.inf
+    ids, logprobs = zip(*possible.top, strict=True)
     assert ids == (0, 2, 1)
     assert logprobs == pytest.approx((-math.log(2), -math.log(2), -math.inf))
 
@@ -47,8 +56,10 @@ def test_an_impossible_token_has_minus_infinity_and_the_others_are_right() -> No
 def test_rows_that_do_not_ask_are_left_out() -> None:
     values = torch.zeros(4, 5)
     sequences = [sequence(3, 1, logprobs=n) for n in (0, 2, 0, 1)]
-    assert list(distributions(values, sequences)) == [1, 3]
-    assert distributions(values[:1], sequences[:1]) == {}
+    asked = distributions(values, items(sequences))
+    assert asked is not None
+    assert asked.rows == [1, 3]
+    assert distributions(values[:1], items(sequences[:1])) is None
 
 
 def assert_told_by(

@@ -10,10 +10,11 @@ import pytest
 import torch
 from manylora import Engine, EngineConfig
 from manylora.engine.penalties import penalise
-from manylora.engine.sampler import sample
 from manylora.engine.sequence import Sequence
 from manylora.messages import SamplingParams
 from transformers import AutoModelForCausalLM, RepetitionPenaltyLogitsProcessor
+
+from .sampling import sample
 
 VOCAB = 97
 PENALTIES = [

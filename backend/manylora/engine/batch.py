@@ -5,7 +5,7 @@ Shape key: T tokens of the step, B sequences of a group, Q query tokens of each,
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import groupby
 from typing import TYPE_CHECKING
 
@@ -17,8 +17,10 @@ from manylora_kernels.paged import PagedBatch
 from manylora.errors import ManyloraError
 from manylora.messages import TokenLogprobs
 from manylora.model.attention import AttentionPlan, Group, LayerCache
+from manylora.transfer import upload
 
 if TYPE_CHECKING:
+    from manylora.engine.flight import Flight
     from manylora.engine.sequence import Sequence
 
 _DECODE_SPREAD_TOKENS = 64
@@ -33,6 +35,11 @@ class Item:
 
     sequence: Sequence
     num_tokens: int
+    start: int = field(init=False)
+    """The first token's position. From when the item is made, like `samples`: a sequence may have gone on
+    before the step is done."""
+    samples: bool = field(init=False)
+    """Whether this part ends where the next token is wanted."""
     next_id: int | None = None
     """Filled by the runner when the part reaches the sequence's end."""
     logprobs: TokenLogprobs | None = None
@@ -40,18 +47,14 @@ class Item:
     error: ManyloraError | None = None
     """Filled by the runner in place of `next_id` when no token can be chosen."""
 
-    @property
-    def start(self) -> int:
-        return self.sequence.num_computed
+    def __post_init__(self) -> None:
+        self.start = self.sequence.num_computed
+        self.samples = self.end == self.sequence.num_tokens
 
     @property
     def end(self) -> int:
-        return self.sequence.num_computed + self.num_tokens
-
-    @property
-    def samples(self) -> bool:
-        """Whether this part ends where the next token is wanted."""
-        return self.end == len(self.sequence.token_ids)
+        """The position behind the last token: that of the next one where this part samples."""
+        return self.start + self.num_tokens
 
 
 @dataclass(slots=True)
@@ -97,25 +100,48 @@ class BatchBuilder:
     paged: bool = False
     """Whether attention reads the caches through block tables: where its Triton kernels serve."""
 
-    def build(self, batch: Batch) -> StepTensors:
-        """Order the items so that each group is one run of rows, and make the step's tensors."""
+    def build(self, batch: Batch, previous: Flight | None = None) -> StepTensors:
+        """Order the items so that each group is one run of rows, and make the step's tensors.
+
+        Args:
+            batch: the step.
+            previous: the step before, where tokens of this one are still on the device.
+        """
         groups = [] if self.paged else self._group(batch.items)
         if self.paged:
             # Decodes first, all in one launch; prompts and chunks of any length in another.
             batch.items.sort(key=lambda item: item.num_tokens > 1)
         else:
             batch.items = [item for group in groups for item in group]
-        token_ids = [t for item in batch.items for t in item.sequence.token_ids[item.start : item.end]]
         positions = np.concatenate([np.arange(item.start, item.end) for item in batch.items])
         ends = np.cumsum([item.num_tokens for item in batch.items])
         sampled = [end - 1 for end, item in zip(ends, batch.items, strict=True) if item.samples]
         return StepTensors(
-            input_ids=self._tensor(np.asarray(token_ids))[None],
+            input_ids=self._input_ids(batch.items, previous)[None],
             positions=self._tensor(positions)[None],
             sample_rows=self._tensor(np.asarray(sampled or [0])),
             plan=self._plan_paged(batch.items) if self.paged else self._plan(groups),
             mix=self._mix(batch),
         )
+
+    def _input_ids(self, items: list[Item], previous: Flight | None) -> torch.Tensor:
+        """[T]. An item of one token whose id is not known here gets it from the step before."""
+        token_ids: list[int] = []
+        targets, sources = [], []
+        for item in items:
+            known = item.sequence.token_ids[item.start : item.end]
+            if not known:
+                assert previous is not None, "a token is pending of no step"
+                targets.append(len(token_ids))
+                sources.append(previous.row_of(item.sequence))
+                known = [0]
+            token_ids += known
+        input_ids = self._tensor(np.asarray(token_ids))
+        if targets:
+            assert previous is not None
+            places = self._tensor(np.array([targets, sources]))
+            input_ids.index_copy_(0, places[0], previous.ids_B.index_select(0, places[1]))
+        return input_ids
 
     def _plan_paged(self, items: list[Item]) -> AttentionPlan:
         paged = PagedBatch.build(
@@ -210,8 +236,7 @@ class BatchBuilder:
         return Mix.build(row_slots, row_scales, pages, self.max_loras, self.max_pages, self.device)
 
     def _tensor(self, array: np.ndarray[tuple[int, ...], np.dtype[np.int64]]) -> torch.Tensor:
-        tensor = torch.from_numpy(array)
-        return tensor if self.device.type == "cpu" else tensor.to(self.device, non_blocking=True)
+        return upload(array, self.device)
 
 
 def _to_float32(scale: float) -> float:

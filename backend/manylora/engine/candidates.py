@@ -1,18 +1,23 @@
-"""The best tokens of one row of logits.
+"""What the filters of a request leave of the vocabulary: top_k, top_p and min_p.
 
-Shape key: V vocabulary, N candidates.
+Shape key: V vocabulary, N candidates, F rows that filter.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence as Seq
 
+import numpy as np
 import torch
 
 from manylora.messages import SamplingParams
+from manylora.transfer import upload
 
 _FIRST_CANDIDATES = 512
 """Rows with top_p look at this many best tokens first, and at all only when these do not hold the mass."""
+_BELOW = 1 - 1e-9
+"""The token that first reaches top_p is the last one kept; what lacks less than this has reached it."""
 
 
 def best(values_V: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -31,6 +36,15 @@ def best(values_V: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor
     return values[:count], ids[order[:count]]
 
 
+def best_of_rows(values_FV: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """`best` of each row: [F, count] twice. On a GPU all rows are sorted, and the host waits for nothing."""
+    if values_FV.device.type == "cpu":
+        found = [best(values_V, count) for values_V in values_FV]
+        return torch.stack([values for values, _ in found]), torch.stack([ids for _, ids in found])
+    values, ids = values_FV.sort(dim=-1, descending=True, stable=True)
+    return values[:, :count], ids[:, :count]
+
+
 def candidates(scaled_V: torch.Tensor, params: SamplingParams) -> tuple[torch.Tensor, torch.Tensor]:
     """The tokens that top_k, top_p and min_p leave, best first: ids [N] and cumulated probability [N].
 
@@ -43,12 +57,48 @@ def candidates(scaled_V: torch.Tensor, params: SamplingParams) -> tuple[torch.Te
         params: with top_k above 0 or top_p below 1.
     """
     values, ids, mass = _most_probable(scaled_V, params.top_k, params.top_p)
-    # The token that first reaches top_p is the last one kept.
-    limit = params.top_p * (1 - 1e-9)
-    kept = min(int(torch.searchsorted(mass, limit)) + 1, len(values))
+    kept = min(int(torch.searchsorted(mass, params.top_p * _BELOW)) + 1, len(values))
     if params.min_p > 0:
         kept = min(kept, int((values >= math.log(params.min_p)).sum()))
     return ids[:kept], mass[:kept]
+
+
+def draw_sorted(scaled_FV: torch.Tensor, draws_F1: torch.Tensor, params: Seq[SamplingParams]) -> torch.Tensor:
+    """Draw one of each row's `candidates`, all rows at once and without a look at any number: [F].
+
+    Args:
+        scaled_FV: [F, V], as of `candidates`.
+        draws_F1: [F, 1], float64, in [0, 1).
+        params: F.
+    """
+    vocab = scaled_FV.shape[1]
+    limits = np.array(
+        [
+            [p.top_k or vocab, p.top_p * _BELOW, math.log(p.min_p) if p.min_p > 0 else -math.inf]
+            for p in params
+        ]
+    )
+    top_k, top_p, least = torch.split(upload(limits, scaled_FV.device), 1, dim=1)  # [F, 1] each
+    values, ids = scaled_FV.sort(dim=-1, descending=True, stable=True)
+    rank_V = torch.arange(vocab, device=scaled_FV.device)
+    mass = cumulated_mass(values.masked_fill(rank_V >= top_k, -math.inf))
+    kept = torch.minimum((mass < top_p * mass[:, -1:]).sum(-1, keepdim=True) + 1, top_k.long())
+    kept = torch.minimum(kept, (values >= least).sum(-1, keepdim=True)).clamp_(1, vocab)
+    return ids.gather(1, pick(mass, mass.gather(1, kept - 1), draws_F1)).squeeze(1)
+
+
+def cumulated_mass(scaled_FV: torch.Tensor) -> torch.Tensor:
+    """Cumulated probabilities times 2 ** 53, as whole numbers: [F, V], int64.
+
+    A sum of floats depends on the order of its terms, which on a GPU depends on the batch.
+    """
+    return scaled_FV.softmax(-1).double().mul_(1 << 53).long().cumsum(-1)
+
+
+def pick(mass_FV: torch.Tensor, total_F1: torch.Tensor, draws_F1: torch.Tensor) -> torch.Tensor:
+    """Where the draws, as parts of `total`, fall among the cumulated masses: [F, 1]."""
+    target = torch.minimum((draws_F1 * total_F1).long(), total_F1 - 1)
+    return torch.searchsorted(mass_FV, target, right=True)
 
 
 def _most_probable(

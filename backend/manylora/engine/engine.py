@@ -1,6 +1,7 @@
 """The engine: one thread that owns the model, the queues and the caches, and turns messages into tokens.
 
-A step is `schedule -> build -> run -> sample -> finish -> deliver`. Other threads only fill the inbox.
+A step is `schedule -> build -> launch -> land -> finish -> deliver` (steps.py). Other threads only fill the
+inbox.
 """
 
 from __future__ import annotations
@@ -17,14 +18,14 @@ from manylora.adapters.device_pool import DevicePool, pool_dtype
 from manylora.adapters.registry import Registry
 from manylora.config import EngineConfig
 from manylora.engine import report
-from manylora.engine.batch import Batch
 from manylora.engine.generate import Completion, Prompt, generate
 from manylora.engine.kv_cache import BlockPool
 from manylora.engine.notes import Notes
 from manylora.engine.runner import Runner
-from manylora.engine.scheduler import Limits, Scheduler
+from manylora.engine.scheduler import Finished, Limits, Scheduler
 from manylora.engine.sequence import Sequence, State
 from manylora.engine.session import Asked, Closed, Deliver, Note, Sent, Session, Wake
+from manylora.engine.steps import Steps
 from manylora.errors import CancelledRequestError, InternalError, ManyloraError, UnavailableError
 from manylora.memory import keep_freed_memory
 from manylora.messages import EngineInfo, Generate, Status, Tokens
@@ -53,9 +54,7 @@ class Engine:
         self.config = config
         self._inbox = Notes()
         self._sessions: set[Session] = set()
-        self._counters = dict.fromkeys(
-            ("steps", "prompt_tokens", "generated_tokens", "accepted", "finished", "cancelled", "failed"), 0
-        )
+        self._counters = dict.fromkeys(("accepted", "finished", "cancelled", "failed"), 0)
         self.num_turns = 0
         """Of the thread's loop; for those who watch whether it hangs."""
         self._closing = threading.Event()
@@ -179,6 +178,7 @@ class Engine:
             self.registry,
             self.model.eos_token_ids,
         )
+        self.steps = Steps(self.runner, self.scheduler, self._take_result)
         for line in report.capacity(self.pool, self.blocks, config, self.model):
             log.info(line)
         self.info = EngineInfo(
@@ -199,11 +199,8 @@ class Engine:
                 self.scheduler.expire(time.monotonic())
                 self._report_failed()
                 self.registry.poll()
-                batch = self.scheduler.schedule()
+                idle = not self.steps.turn()
                 self._report_failed()
-                idle = batch is None
-                if batch is not None:
-                    self._step(batch)
                 self._flush()
             error: ManyloraError = UnavailableError("the engine is shutting down")
         except Exception:
@@ -212,37 +209,20 @@ class Engine:
         self._closing.set()
         self._end_all(error)
 
-    def _step(self, batch: Batch) -> None:
-        try:
-            self.runner.run(batch)
-        except Exception:
-            log.exception("a step failed; its %d sequences end with INTERNAL", len(batch.items))
-            for item in batch.items:
-                self.scheduler.remove(item.sequence)
-                self._fail(
-                    item.sequence,
-                    InternalError("the engine failed while computing this request; see its log"),
-                )
-            return
-        self._counters["steps"] += 1
-        for item in batch.items:
-            self._counters["prompt_tokens"] += max(0, min(item.end, item.sequence.num_prompt) - item.start)
-        for result in self.scheduler.finish(batch):
-            sequence = result.sequence
-            self._counters["generated_tokens"] += 1
-            sequence.session.events.append(
-                Tokens(
-                    id=sequence.id,
-                    token_ids=[result.token_id],
-                    finish_reason=result.finish_reason,
-                    adapter_version=sequence.version,
-                    logprobs=[result.logprobs] if result.logprobs is not None else [],
-                )
+    def _take_result(self, result: Finished) -> None:
+        sequence = result.sequence
+        sequence.session.events.append(
+            Tokens(
+                id=sequence.id,
+                token_ids=[result.token_id],
+                finish_reason=result.finish_reason,
+                adapter_version=sequence.version,
+                logprobs=[result.logprobs] if result.logprobs is not None else [],
             )
-            if result.finish_reason:
-                self._counters["finished"] += 1
-                self._forget(sequence)
-        self._report_failed()
+        )
+        if result.finish_reason:
+            self._counters["finished"] += 1
+            self._forget(sequence)
 
     def _take(self, note: Note) -> None:
         if isinstance(note, Asked):
@@ -322,7 +302,8 @@ class Engine:
             session.flush()
 
     def _status(self) -> Status:
-        return report.status(self.scheduler, self.blocks, self.registry, dict(self._counters), self.check())
+        counters = {**self.steps.counters, **self._counters}
+        return report.status(self.scheduler, self.blocks, self.registry, counters, self.check())
 
     def check(self) -> list[str]:
         """Broken invariants of every part. Engine thread only; others ask `status`."""

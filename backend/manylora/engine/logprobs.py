@@ -1,37 +1,79 @@
 """The model's own log probabilities of chosen tokens and of the likeliest ones.
 
-Shape key: B sequences, V vocabulary.
+Shape key: B sampling items, A of them that ask, V vocabulary, N the most alternatives that one asks for.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence as Seq
+from dataclasses import dataclass
 
+import numpy as np
 import torch
 
-from manylora.engine.candidates import best
-from manylora.engine.sequence import Sequence
+from manylora.engine.batch import Item
+from manylora.engine.candidates import best_of_rows
 from manylora.messages import TokenLogprobs
+from manylora.transfer import upload
 
 
-def distributions(logits_BV: torch.Tensor, sequences: Seq[Sequence]) -> dict[int, torch.Tensor]:
-    """Log-softmax of the rows that ask for log probabilities, in float32.
+@dataclass(frozen=True, slots=True)
+class Distributions:
+    """Log-softmax of the rows that ask for log probabilities, in float32."""
+
+    rows: list[int]
+    """A of the B."""
+    num_top: list[int]
+    """[A] alternatives that each asks for."""
+    logprobs_AV: torch.Tensor
+
+    def tell(self, ids_B: torch.Tensor) -> Told:
+        """Look up what is told once all rows' tokens are chosen; waits for nothing.
+
+        Args:
+            ids_B: [B], int64.
+        """
+        ids_A1 = ids_B.index_select(0, upload(np.asarray(self.rows), ids_B.device))[:, None]
+        most = min(max(self.num_top), self.logprobs_AV.shape[1])
+        values_AN, ids_AN = best_of_rows(self.logprobs_AV, most)
+        own_A = self.logprobs_AV.gather(1, ids_A1).squeeze(1)
+        return Told(self.rows, self.num_top, (own_A, values_AN, ids_AN))
+
+
+@dataclass(frozen=True, slots=True)
+class Told:
+    """Log probabilities of the chosen tokens and of the best ones, equal ones by id."""
+
+    rows: list[int]
+    num_top: list[int]
+    tensors: tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+    """The chosen token's [A], the best ones' [A, N] and these ones' ids [A, N]."""
+
+    def on_host(self, tensors: Seq[torch.Tensor]) -> dict[int, TokenLogprobs]:
+        """What is told, by row.
+
+        Args:
+            tensors: copies of `tensors` on the host.
+        """
+        own, values, ids = (tensor.tolist() for tensor in tensors)
+        return {
+            row: TokenLogprobs(logprob=own[a], top=list(zip(ids[a][:num], values[a][:num], strict=True)))
+            for a, (row, num) in enumerate(zip(self.rows, self.num_top, strict=True))
+        }
+
+
+def distributions(logits_BV: torch.Tensor, items: Seq[Item]) -> Distributions | None:
+    """Take the distributions of the rows that ask; None where nobody does.
 
     Args:
         logits_BV: [B, V], the model's own: before penalties, forbidden ends and temperature.
-        sequences: B, in row order.
-
-    Returns:
-        [V] by row, of the rows that ask only.
+        items: B, in row order.
     """
-    rows = [row for row, s in enumerate(sequences) if s.params.logprobs > 0]
+    rows = [row for row, item in enumerate(items) if item.sequence.params.logprobs > 0]
     if not rows:
-        return {}
-    return dict(zip(rows, logits_BV[rows].float().log_softmax(-1), strict=True))
-
-
-def describe(logprobs_V: torch.Tensor, token_id: int, num_top: int) -> TokenLogprobs:
-    """What is told of one token: its own log probability and the `num_top` best, equal ones by id."""
-    values, ids = best(logprobs_V, min(num_top, len(logprobs_V)))
-    top = zip(ids.tolist(), values.tolist(), strict=True)
-    return TokenLogprobs(logprob=float(logprobs_V[token_id]), top=list(top))
+        return None
+    asked = logits_BV.index_select(0, upload(np.asarray(rows), logits_BV.device))
+    num_top = [items[row].sequence.params.logprobs for row in rows]
+    logprobs_AV = asked.float().log_softmax(-1)
+    # Of a row that is not sound nothing is told, but its numbers are sorted with the others'.
+    return Distributions(rows, num_top, logprobs_AV.masked_fill_(logprobs_AV.isnan(), float("-inf")))

@@ -13,6 +13,7 @@ import torch
 from manylora.engine.sequence import Sequence
 from manylora.engine.token_counts import TokenCounts
 from manylora.messages import SamplingParams
+from manylora.transfer import upload
 
 _MOST = torch.finfo(torch.float32).max
 
@@ -31,7 +32,7 @@ def penalise(logits_BV: torch.Tensor, sequences: Seq[Sequence]) -> torch.Tensor:
     Returns:
         The logits: the very tensor when nobody asks, else in float32.
     """
-    asking = [(row, s) for row, s in enumerate(sequences) if _asks(s.params)]
+    asking = [(row, s) for row, s in enumerate(sequences) if asks(s.params)]
     if not asking:
         return logits_BV
     # A penalty is often smaller than the step between two 16-bit numbers.
@@ -48,10 +49,10 @@ def penalise(logits_BV: torch.Tensor, sequences: Seq[Sequence]) -> torch.Tensor:
     def spread(values: Seq[float], dtype: torch.dtype) -> torch.Tensor:
         """[E] one value of each sequence, for each of its tokens."""
         repeated = np.repeat(np.asarray(values), lengths)
-        return torch.from_numpy(repeated).to(logits_BV.device, dtype)
+        return upload(repeated, logits_BV.device).to(dtype)
 
     def joined(arrays: list[np.ndarray[tuple[int], np.dtype[np.int64]]]) -> torch.Tensor:
-        return torch.from_numpy(np.concatenate(arrays)).to(logits_BV.device)
+        return upload(np.concatenate(arrays), logits_BV.device)
 
     params = [s.params for _, s in asking]
     repetition = spread([p.repetition_penalty for p in params], torch.float32)
@@ -66,7 +67,8 @@ def penalise(logits_BV: torch.Tensor, sequences: Seq[Sequence]) -> torch.Tensor:
     return logits_BV
 
 
-def _asks(params: SamplingParams) -> bool:
+def asks(params: SamplingParams) -> bool:
+    """Whether a token is made less likely, or likelier, by those that are there."""
     return bool(params.repetition_penalty != 1 or params.presence_penalty or params.frequency_penalty)
 
 

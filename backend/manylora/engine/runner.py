@@ -16,8 +16,9 @@ from manylora.config import EngineConfig
 from manylora.engine import logprobs, sampler
 from manylora.engine.batch import Batch, BatchBuilder, Item
 from manylora.engine.capacity import num_kv_blocks
+from manylora.engine.flight import Flight, nothing_chosen
 from manylora.engine.sequence import Sequence
-from manylora.errors import InternalError, InvalidArgumentError, ManyloraError, UnsupportedError
+from manylora.errors import UnsupportedError
 from manylora.memory import zeros
 from manylora.messages import SamplingParams
 from manylora.model.attention import LayerCache
@@ -31,6 +32,8 @@ class Runner:
 
     def __init__(self, model: LoadedModel, config: EngineConfig, pool: DevicePool) -> None:
         self.model = model
+        self.runs_ahead = _runs_ahead(model)
+        """Whether a step is launched before the one in front of it has landed."""
         self.num_blocks = num_kv_blocks(config, model.max_model_len, model.cache_bytes_per_token())
         warmup(model.device)
         caches = {
@@ -52,27 +55,26 @@ class Runner:
         )
 
     @torch.inference_mode()
-    def run(self, batch: Batch) -> None:
-        """Compute one step and fill what the items that sample get: `next_id` and `logprobs`, or `error`."""
-        logits = self.logits(batch)
+    def launch(self, batch: Batch, previous: Flight | None = None) -> Flight:
+        """Give a step to the device, up to its tokens. On CUDA the host waits for nothing.
+
+        Args:
+            batch: the step.
+            previous: the step before, where it has not landed and its tokens are read by this one.
+        """
+        logits = self.logits(batch, previous)
         items = batch.sampling_items
         if not items:
-            return
-        sequences = [item.sequence for item in items]
+            return Flight(batch, nothing_chosen(self.model.device), None)
         # Before the sampler: it changes logits in place.
-        distributions = logprobs.distributions(logits, sequences)
-        chosen = sampler.sample(logits, sequences, self.model.eos_token_ids)
-        for row, (item, token_id) in enumerate(zip(items, chosen, strict=True)):
-            if token_id is None:
-                item.error = _overflow(item.sequence)
-                continue
-            item.next_id = token_id
-            if row in distributions:
-                item.logprobs = logprobs.describe(distributions[row], token_id, item.sequence.params.logprobs)
+        distributions = logprobs.distributions(logits, items)
+        chosen = sampler.choose(logits, items, self.model.eos_token_ids)
+        told = None if distributions is None else distributions.tell(chosen.ids_B)
+        return Flight(batch, chosen, told)
 
-    def logits(self, batch: Batch) -> torch.Tensor:
+    def logits(self, batch: Batch, previous: Flight | None = None) -> torch.Tensor:
         """[number of sampling items, V], in the order that `batch` has afterwards (at least one row)."""
-        step = self.builder.build(batch)
+        step = self.builder.build(batch, previous)
         self.model.holder.mix = step.mix
         try:
             output = self.model.module(
@@ -132,16 +134,6 @@ class Runner:
         return results
 
 
-def _overflow(sequence: Sequence) -> ManyloraError:
-    after = f"logits that are not finite after {sequence.num_generated} tokens"
-    if sequence.lease is None:
-        return InternalError(f"the base model gave {after}")
-    return InvalidArgumentError(
-        f"adapter {sequence.adapter_id!r} with adapter_scale={sequence.adapter_scale:g} gave {after}; "
-        "its weights, so scaled, are too large for this model"
-    )
-
-
 def _probe_sequence(index: int, tokens: list[int], table: list[int]) -> Sequence:
     return Sequence(
         id=index,
@@ -153,6 +145,11 @@ def _probe_sequence(index: int, tokens: list[int], table: list[int]) -> Sequence
         lease=None,
         table=table,
     )
+
+
+def _runs_ahead(model: LoadedModel) -> bool:
+    """On CUDA the host has the next step ready when the device is; on a CPU both are the same threads."""
+    return model.device.type == "cuda"
 
 
 def _serves_paged(model: LoadedModel) -> bool:

@@ -1,6 +1,6 @@
-"""Chooses the next token of every sequence of a step at once.
+"""Chooses the next token of every sequence of a step at once, on the device and without waiting for it.
 
-Shape key: B sequences, V vocabulary.
+Shape key: B sampling items, V vocabulary, F rows that draw in one way.
 
 In this order: ends that `min_tokens` forbids, penalties, then the best token, or with a temperature a draw
 among those that top_k, top_p and min_p leave. Each draw takes one uniform number that depends on the
@@ -14,12 +14,15 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Sequence as Seq
+from dataclasses import dataclass
 
+import numpy as np
 import torch
 
-from manylora.engine.candidates import candidates
+from manylora.engine.batch import Item
+from manylora.engine.candidates import candidates, cumulated_mass, draw_sorted, pick
 from manylora.engine.penalties import penalise
-from manylora.engine.sequence import Sequence
+from manylora.transfer import upload
 
 _LEAST_TEMPERATURE = 1e-30
 """Below this float32 cannot divide; long before, only the best token is left."""
@@ -35,77 +38,97 @@ def uniform(seed: int, position: int) -> float:
     return (int.from_bytes(digest, "little") >> 11) / (1 << 53)
 
 
-def sample(logits_BV: torch.Tensor, sequences: Seq[Sequence], eos_token_ids: Seq[int]) -> list[int | None]:
-    """The next token id of each sequence; None where a row has no best finite logit to choose by.
+@dataclass(frozen=True, slots=True)
+class Chosen:
+    """The next tokens, on the device of the logits."""
+
+    ids_B: torch.Tensor
+    """[B], int64."""
+    is_sound_B: torch.Tensor
+    """[B], bool: False where a row has no best finite logit to choose by; its id means nothing."""
+
+
+def choose(logits_BV: torch.Tensor, items: Seq[Item], eos_token_ids: Seq[int]) -> Chosen:
+    """Choose the next token of each item.
 
     Args:
         logits_BV: [B, V], any float type; may be changed in place where `min_tokens` forbids an end and where
             penalties apply.
-        sequences: B, in row order.
+        items: B, in row order. With penalties, all their sequences' tokens are known.
         eos_token_ids: ids that end a sequence.
     """
-    _forbid_ends(logits_BV, sequences, eos_token_ids)
-    logits_BV = penalise(logits_BV, sequences)
-    best_B = logits_BV.argmax(-1)
+    _forbid_ends(logits_BV, items, eos_token_ids)
+    logits_BV = penalise(logits_BV, [item.sequence for item in items])
+    ids_B = logits_BV.argmax(-1)
     # NaN counts as the greatest, so one look at the best tells of the whole row.
-    is_sound_B = logits_BV.gather(1, best_B[:, None]).squeeze(1).isfinite()
-    ids, sound = torch.stack((best_B, is_sound_B.long())).tolist()
-    next_ids: list[int | None] = [i if ok else None for i, ok in zip(ids, sound, strict=True)]
+    is_sound_B = logits_BV.gather(1, ids_B[:, None]).squeeze(1).isfinite()
     plain: list[int] = []
     filtered: list[int] = []
-    for row, s in enumerate(sequences):
-        if s.params.temperature > 0 and sound[row]:
-            (filtered if s.params.top_k or s.params.top_p < 1 else plain).append(row)
+    for row, item in enumerate(items):
+        params = item.sequence.params
+        if params.temperature > 0:
+            (filtered if params.top_k or params.top_p < 1 else plain).append(row)
     for rows, draw in ((plain, _draw_all), (filtered, _draw_filtered)):
         if rows:
-            chosen = [sequences[row] for row in rows]
-            values = [min(max(s.params.temperature, _LEAST_TEMPERATURE), _MOST_TEMPERATURE) for s in chosen]
-            temperatures = torch.tensor(values, device=logits_BV.device)
-            chosen_logits = logits_BV[rows].float()
-            # Measured from the best one, so that the smallest temperature makes no infinity of it.
-            scaled = (chosen_logits - chosen_logits.amax(-1, keepdim=True)) / temperatures[:, None]
-            for row, token in zip(rows, draw(scaled, chosen), strict=True):
-                next_ids[row] = token
-    return next_ids
+            chosen = [items[row] for row in rows]
+            rows_F, temperatures_F, draws_F = _uploads(rows, chosen, logits_BV.device)
+            best_F1 = logits_BV.index_select(0, rows_F).gather(1, ids_B.index_select(0, rows_F)[:, None])
+            scaled = logits_BV.index_select(0, rows_F).float().sub_(best_F1.float())
+            # Measured from the best one, so that the smallest temperature makes no infinity of it. What is
+            # not sound draws, too, but from nothing that could stop the others.
+            scaled = scaled.masked_fill_(~is_sound_B.index_select(0, rows_F)[:, None], 0.0)
+            scaled /= temperatures_F[:, None].float()
+            ids_B.index_copy_(0, rows_F, draw(scaled, draws_F[:, None], chosen))
+    return Chosen(ids_B, is_sound_B)
 
 
-def _forbid_ends(logits_BV: torch.Tensor, sequences: Seq[Sequence], eos_token_ids: Seq[int]) -> None:
+def _uploads(
+    rows: Seq[int], items: Seq[Item], device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """[F] each: row numbers, temperatures, uniform numbers in float64."""
+    temperatures = [
+        min(max(i.sequence.params.temperature, _LEAST_TEMPERATURE), _MOST_TEMPERATURE) for i in items
+    ]
+    draws = [uniform(i.sequence.seed, i.end) for i in items]
+    packed = upload(np.array([rows, temperatures, draws]), device)
+    return packed[0].long(), packed[1], packed[2]
+
+
+def _forbid_ends(logits_BV: torch.Tensor, items: Seq[Item], eos_token_ids: Seq[int]) -> None:
     held = [
         row
-        for row, s in enumerate(sequences)
-        if s.num_generated < s.params.min_tokens and not s.params.ignore_eos
+        for row, item in enumerate(items)
+        if item.end - item.sequence.num_prompt < item.sequence.params.min_tokens
+        and not item.sequence.params.ignore_eos
     ]
     if held and eos_token_ids:
-        index = (torch.tensor(held)[:, None], torch.tensor(list(eos_token_ids)))
+        packed = upload(np.array([*held, *eos_token_ids], dtype=np.int64), logits_BV.device)
+        index = (packed[: len(held), None], packed[len(held) :])
         ends = logits_BV[index]
         # What is not finite stays, for it tells that the row is not sound.
         logits_BV[index] = ends.masked_fill(ends < float("inf"), float("-inf"))
 
 
-def _draws(sequences: Seq[Sequence], device: torch.device) -> torch.Tensor:
-    """[B, 1] uniform numbers, float64."""
-    values = [[uniform(s.seed, len(s.token_ids))] for s in sequences]
-    return torch.tensor(values, dtype=torch.float64, device=device)
-
-
-def _draw_all(scaled_BV: torch.Tensor, sequences: Seq[Sequence]) -> list[int]:
+def _draw_all(scaled_FV: torch.Tensor, draws_F1: torch.Tensor, items: Seq[Item]) -> torch.Tensor:
     """Temperature, and min_p: no sorting, the distribution is walked in vocabulary order."""
-    if any(s.params.min_p > 0 for s in sequences):
-        least = [math.log(s.params.min_p) if s.params.min_p > 0 else -math.inf for s in sequences]
-        limits = torch.tensor(least, device=scaled_BV.device)[:, None]
-        scaled_BV.masked_fill_(scaled_BV < limits, -math.inf)
-    mass_BV = scaled_BV.softmax(-1).cumsum(-1, dtype=torch.float64)
-    target = _draws(sequences, scaled_BV.device) * mass_BV[:, -1:]
-    found = torch.searchsorted(mass_BV, target, right=True).squeeze(1)
-    return [int(i) for i in found.clamp_(max=scaled_BV.shape[1] - 1)]
+    least = [i.sequence.params.min_p for i in items]
+    if any(least):
+        logs = np.array([[math.log(p) if p > 0 else -math.inf] for p in least], dtype=np.float32)
+        limits = upload(logs, scaled_FV.device)
+        scaled_FV.masked_fill_(scaled_FV < limits, -math.inf)
+    mass = cumulated_mass(scaled_FV)
+    return pick(mass, mass[:, -1:], draws_F1).squeeze(1)
 
 
-def _draw_filtered(scaled_BV: torch.Tensor, sequences: Seq[Sequence]) -> list[int]:
+def _draw_filtered(scaled_FV: torch.Tensor, draws_F1: torch.Tensor, items: Seq[Item]) -> torch.Tensor:
     """Among each row's candidates, best first."""
-    draws = _draws(sequences, scaled_BV.device)
+    params = [item.sequence.params for item in items]
+    if scaled_FV.device.type != "cpu":
+        return draw_sorted(scaled_FV, draws_F1, params)
     results = []
-    for scaled_V, sequence, draw in zip(scaled_BV, sequences, draws, strict=True):
-        ids, mass = candidates(scaled_V, sequence.params)
-        chosen = torch.searchsorted(mass, draw * mass[-1], right=True)
-        results.append(int(ids[min(int(chosen), len(ids) - 1)]))
-    return results
+    for scaled_V, draw, one in zip(scaled_FV, draws_F1, params, strict=True):
+        # Few numbers are looked at, where all rows at once would sort the whole vocabulary.
+        ids, mass = candidates(scaled_V, one)
+        chosen = int(torch.searchsorted(mass, draw * mass[-1], right=True))
+        results.append(ids[min(chosen, len(ids) - 1)])
+    return torch.stack(results)

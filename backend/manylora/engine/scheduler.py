@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Protocol
 from manylora.engine.batch import Batch, Item
 from manylora.engine.deadlines import Deadlines, error_of
 from manylora.engine.kv_cache import BlockPool
+from manylora.engine.penalties import asks
 from manylora.engine.sequence import Sequence, State
 from manylora.errors import ManyloraError, UnavailableError
 from manylora.messages import TokenLogprobs
@@ -114,16 +115,35 @@ class Scheduler:
             self.waiting.remove(sequence)
         sequence.state = State.ENDED
 
+    def fail(self, sequence: Sequence, error: ManyloraError) -> None:
+        """Take out a sequence and put its error where the engine finds it."""
+        self.remove(sequence)
+        self.failed.append((sequence, error))
+
     def expire(self, now_s: float) -> None:
         """End the sequences whose deadline has passed."""
         for sequence in self.deadlines.take_missed(itertools.chain(self.running, self.waiting), now_s):
-            self._fail(sequence, error_of(sequence))
+            self.fail(sequence, error_of(sequence))
+
+    def can_run_ahead(self) -> bool:
+        """Whether the next step can be chosen before the tokens of the one that runs are known.
+
+        Not where a sequence might be preempted, which could have ended with its pending token, nor where a
+        pending token counts for penalties.
+        """
+        if any(s.num_pending and asks(s.params) for s in self.running):
+            return False
+        lacking = sum(self.blocks.num_needed(s.num_tokens) - len(s.table) for s in self.running)
+        return lacking <= self.blocks.num_free
 
     def schedule(self) -> Batch | None:
-        """Choose the next step; None when nothing can run now."""
+        """Choose the next step; None when nothing can run now.
+
+        From here on its tokens count as computed, and what it samples as pending, until `finish`.
+        """
         items: list[Item] = []
         budget = self.limits.max_batched_tokens
-        decodes = [s for s in self.running if s.num_to_compute == 1]
+        decodes = [s for s in self.running if s.num_to_compute == 1 and not self._ends_when_known(s)]
         chunks = [s for s in self.running if s.num_to_compute > 1]
         for sequence in decodes + chunks:
             if sequence.state is not State.RUNNING or budget == 0:
@@ -133,23 +153,31 @@ class Scheduler:
                 items.append(Item(sequence, num_tokens))
                 budget -= num_tokens
         self._admit(items, budget)
+        for item in items:
+            item.sequence.num_computed = item.end
+            item.sequence.num_pending += item.samples
         return Batch(items) if items else None
 
     def finish(self, batch: Batch) -> list[Finished]:
-        """Take over a step's tokens: grow the sequences, end those that are done."""
+        """Take over a step's tokens: grow the sequences, end those that are done.
+
+        What has ended meanwhile stays as it is; a step that was scheduled before that was known is in vain.
+        """
         results = []
         for item in batch.items:
             sequence = item.sequence
-            if item.error is not None:
-                self._fail(sequence, item.error)
+            if sequence.state is not State.RUNNING:
                 continue
-            sequence.num_computed += item.num_tokens
+            if item.error is not None:
+                self.fail(sequence, item.error)
+                continue
             keys = self.blocks.prefix_keys(sequence.namespace, sequence.token_ids, sequence.keys)
-            self.blocks.mark_computed(sequence.table, keys, item.num_tokens, sequence.num_computed)
-            if sequence.num_to_compute:
+            self.blocks.mark_computed(sequence.table, keys, item.num_tokens, item.end)
+            if not item.samples:
                 continue
             assert item.next_id is not None, "a step left a finished prompt without a token"
             sequence.token_ids.append(item.next_id)
+            sequence.num_pending -= 1
             reason = self._finish_reason(sequence, item.next_id)
             if reason:
                 self._stop(sequence)
@@ -188,7 +216,7 @@ class Scheduler:
             if lease is not None:
                 if lease.state == "failed":
                     assert lease.error is not None, "a failed lease without a reason"
-                    self._fail(sequence, lease.error)
+                    self.fail(sequence, lease.error)
                     continue
                 if lease.state == "loading":
                     continue
@@ -248,6 +276,7 @@ class Scheduler:
             # Never one that has its part of this step already: only decodes need room, they come in order
             # before all chunks, and the last is not before the one that asks.
             victim = self.running[-1]
+            assert not victim.num_pending, "preempted before its last token was known"
             self._stop(victim)
             victim.state = State.WAITING
             victim.num_computed = 0
@@ -262,9 +291,12 @@ class Scheduler:
         self.blocks.release(sequence.table)
         self._deactivate(sequence)
 
-    def _fail(self, sequence: Sequence, error: ManyloraError) -> None:
-        self.remove(sequence)
-        self.failed.append((sequence, error))
+    def _ends_when_known(self, sequence: Sequence) -> bool:
+        """Whether its pending token is its last one, whatever it is."""
+        return bool(sequence.num_pending) and (
+            sequence.num_tokens - sequence.num_prompt >= sequence.params.max_tokens
+            or sequence.num_tokens >= self.limits.max_model_len
+        )
 
     def _finish_reason(self, sequence: Sequence, token_id: int) -> str:
         params = sequence.params

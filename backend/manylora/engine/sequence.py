@@ -23,7 +23,11 @@ class State(enum.Enum):
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class Sequence:
-    """Owned by the engine thread. Token ids only grow; a preempted sequence computes its tokens anew."""
+    """Owned by the engine thread. Token ids only grow; a preempted sequence computes its tokens anew.
+
+    A step can be scheduled while the one before it still runs on the device: it then reads that one's tokens
+    there, and here they are pending.
+    """
 
     id: int
     """The session's own number."""
@@ -48,7 +52,9 @@ class Sequence:
     """Counts up in the order in which sequences came. Filled by the scheduler."""
     state: State = State.WAITING
     num_computed: int = 0
-    """Tokens whose keys and values are in the cache."""
+    """Tokens whose keys and values are in the cache once the steps that were scheduled are done."""
+    num_pending: int = 0
+    """Tokens behind `token_ids` that scheduled steps will give: their ids are not known here yet."""
     table: list[int] = field(default_factory=list)
     """KV blocks, in order."""
     keys: list[Key] = field(default_factory=list)
@@ -65,12 +71,18 @@ class Sequence:
 
     @property
     def num_generated(self) -> int:
+        """Tokens that are known."""
         return len(self.token_ids) - self.num_prompt
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens, known and pending."""
+        return len(self.token_ids) + self.num_pending
 
     @property
     def num_to_compute(self) -> int:
         """1 when decoding, more while the prompt is not done."""
-        return len(self.token_ids) - self.num_computed
+        return self.num_tokens - self.num_computed
 
     @property
     def version(self) -> str:

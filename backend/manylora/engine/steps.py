@@ -1,0 +1,92 @@
+"""Runs step after step: where that pays, the next is launched before the one in front of it has landed."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+
+import torch
+
+from manylora.engine.batch import Batch
+from manylora.engine.flight import Flight
+from manylora.engine.runner import Runner
+from manylora.engine.scheduler import Finished, Scheduler
+from manylora.engine.sequence import State
+from manylora.errors import InternalError
+
+log = logging.getLogger(__name__)
+
+_BROKEN_DEVICE: tuple[type[BaseException], ...] = tuple(
+    filter(None, [getattr(torch, "AcceleratorError", None)])
+)
+"""Raised once a device's context is of no more use; memory that ran out is another error."""
+
+
+class Steps:
+    """The steps of one engine. Owned by the engine thread.
+
+    Args:
+        runner: computes.
+        scheduler: chooses; sequences of a step that fails are found in its `failed`.
+        take: called with what a step gave to each sequence.
+    """
+
+    def __init__(self, runner: Runner, scheduler: Scheduler, take: Callable[[Finished], None]) -> None:
+        self.runner = runner
+        self.scheduler = scheduler
+        self.counters = dict.fromkeys(("steps", "steps_ahead", "prompt_tokens", "generated_tokens"), 0)
+        self._take = take
+        self._flight: Flight | None = None
+
+    def turn(self) -> bool:
+        """Launch the next step and land the one before. False: there was nothing to do.
+
+        Raises:
+            Exception: the device is broken; the engine cannot go on.
+        """
+        is_flying = self._flight is not None
+        if self._flight is not None and not self.scheduler.can_run_ahead():
+            self._land(self._flight)
+            self._flight = None
+        before = self._flight
+        batch = self.scheduler.schedule()
+        self._flight = None if batch is None else self._launch(batch, before)
+        if before is not None:
+            self._land(before)
+        if self._flight is not None and not self.runner.runs_ahead:
+            self._land(self._flight)
+            self._flight = None
+        return is_flying or batch is not None
+
+    def _launch(self, batch: Batch, before: Flight | None) -> Flight | None:
+        try:
+            flight = self.runner.launch(batch, before)
+        except Exception as error:
+            self._fail(batch, error)
+            return None
+        self.counters["steps_ahead"] += before is not None
+        return flight
+
+    def _land(self, flight: Flight) -> None:
+        try:
+            flight.land()
+        except Exception as error:
+            self._fail(flight.batch, error)
+            return
+        self.counters["steps"] += 1
+        for item in flight.batch.items:
+            self.counters["prompt_tokens"] += max(0, min(item.end, item.sequence.num_prompt) - item.start)
+        for result in self.scheduler.finish(flight.batch):
+            self.counters["generated_tokens"] += 1
+            self._take(result)
+
+    def _fail(self, batch: Batch, error: Exception) -> None:
+        log.error("a step failed; its %d sequences end with INTERNAL", len(batch.items), exc_info=error)
+        if isinstance(error, _BROKEN_DEVICE):
+            raise error
+        for item in batch.items:
+            if item.sequence.state is State.RUNNING:
+                self.scheduler.fail(
+                    item.sequence,
+                    InternalError("the engine failed while computing this request; see its log"),
+                )
