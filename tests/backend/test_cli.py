@@ -99,6 +99,26 @@ def test_a_plan_reads_well_on_a_narrow_terminal(run: Run) -> None:
     assert "q_proj+k_proj+v_proj" in out
 
 
+def test_a_plan_for_cuda_has_room_to_copy_through(run: Run) -> None:
+    """As much as the largest adapter takes, and what aligns its eight tensors."""
+    words = ("plan", f"--base-model={BASE_MODEL}", "--set=max_lora_rank=40")
+    on_cpu, on_cuda = (
+        json.loads(run(*words, "--json", f"--set=device={device}")[1]) for device in ("cpu", "cuda")
+    )
+    largest = on_cpu["adapter_bytes"]["40"]
+    assert on_cpu["staging_bytes"] == 0
+    assert largest <= on_cuda["staging_bytes"] < largest + 8 * 256
+    for total in ("pool_bytes", "device_bytes"):
+        assert on_cuda[total] - on_cpu[total] == on_cuda["staging_bytes"]
+    block = on_cuda["host_cache_bytes"] // on_cuda["max_cpu_loras"]
+    assert block & (block - 1) == 0
+    assert on_cuda["staging_bytes"] <= block < 2 * on_cuda["staging_bytes"]
+    status, out, _ = run(*words, "--set=device=cuda")
+    assert status == 0
+    assert "to copy through" in out
+    assert "to copy through" not in run(*words, "--set=device=cpu")[1]
+
+
 def test_a_cache_too_small_is_told_before_anything_is_loaded(run: Run) -> None:
     status, out, err = run("plan", f"--base-model={BASE_MODEL}", "--set=kv_cache_bytes=1M")
     assert (status, out) == (2, "")

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from manylora.adapters.device_pool import DevicePool
 from manylora.adapters.lease import Stage
 from manylora.adapters.registry import Registry
-from manylora.adapters.weights import AdapterWeights, KindWeights
+from manylora.adapters.weights import AdapterWeights, allocate
 from manylora.config import EngineConfig
 from manylora.engine.kv_cache import BlockPool
 from manylora.engine.scheduler import Limits, Scheduler
@@ -86,9 +86,9 @@ class World:
     def read(self, directory: Path) -> AdapterWeights:
         """On a loader's thread: rank 16, or 32 for `d`."""
         self.may_read.wait()
-        pages = 2 if directory.name == "d" else 1
-        kind = KindWeights(rank=16 * pages, a=torch.zeros(1, pages, 1, 16, 1), b=torch.zeros(1, pages, 16, 1))
-        return AdapterWeights(version=directory.name, scale=1.0, max_rank=16 * pages, kinds=(kind,))
+        rank = 32 if directory.name == "d" else 16
+        buffer, kinds = allocate(SPEC.kinds, (rank,), torch.float32, pin=False)
+        return AdapterWeights(version=directory.name, scale=1.0, max_rank=rank, buffer=buffer, kinds=kinds)
 
     def add(self, wanted: Wanted) -> Sequence:
         lease = self.registry.acquire(wanted.adapter, wanted.priority) if wanted.adapter else None

@@ -1,9 +1,13 @@
 """Adapters in device memory, in pages of 16 rank rows.
 
-Shape key: L layers of a kind, P pages of a kind, S linears of a site, K inputs, N outputs of all S linears.
+Shape key: L layers of a kind, P pages of a kind, S linears of a site, K inputs, N outputs of all S linears,
+E elements of an adapter's buffer.
 
 A page of a kind is the same 16 rows in that site of every layer. An adapter takes pages of the kinds it
 targets only, all or nothing.
+
+From host to device an adapter goes in one transfer, which nothing but the host's link bounds; from there
+into its pages, at the speed of the device's memory, in two copies a kind and run of pages.
 """
 
 from __future__ import annotations
@@ -13,11 +17,13 @@ from dataclasses import dataclass
 
 import torch
 
+from manylora.adapters.copy_stream import Copied, copy_stream
+from manylora.adapters.layout import AdapterLayout, words_of
 from manylora.adapters.pages import PageAllocator
 from manylora.adapters.weights import PAGE_ROWS, AdapterWeights
 from manylora.config import EngineConfig
 from manylora.memory import zeros
-from manylora.model.spec import ModelSpec
+from manylora.model.spec import ModelSpec, SiteKind
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,8 +42,8 @@ class Placement:
 
     pages: tuple[tuple[int, ...], ...]
     """Ascending page numbers by kind; empty where the adapter targets nothing of the kind."""
-    copied: torch.cuda.Event | None
-    """On CUDA: recorded behind the copy."""
+    copied: Copied
+    """Behind the copy."""
 
 
 class DevicePool:
@@ -48,10 +54,18 @@ class DevicePool:
         max_loras: with `max_lora_rank`, the number of pages of each kind:
             max_loras * ceil(max_lora_rank / 16).
         dtype: of all tensors, and of the adapters that are placed.
+        staged: whether adapters go through a buffer on the device, of the size of the largest one that
+            `max_lora_rank` admits. None: on CUDA only. Without one, each page is copied from the host.
     """
 
     def __init__(
-        self, spec: ModelSpec, max_loras: int, max_lora_rank: int, dtype: torch.dtype, device: torch.device
+        self,
+        spec: ModelSpec,
+        max_loras: int,
+        max_lora_rank: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        staged: bool | None = None,
     ) -> None:
         self.spec = spec
         self.dtype = dtype
@@ -66,17 +80,31 @@ class DevicePool:
         )
         self._allocators = tuple(PageAllocator(self.num_pages) for _ in spec.kinds)
         self._placements: set[Placement] = set()
-        self._side: torch.cuda.Stream | None = None
-        self._freed: torch.cuda.Event | None = None
-        if self.device.type == "cuda":
-            # The first copy waits until the zeros are written.
-            self._freed = torch.cuda.current_stream(self.device).record_event()
-            self._side = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]  # torch has no stub
+        # The same memory as `kinds`, as it is copied.
+        self._words = tuple((words_of(kind.a), words_of(kind.b)) for kind in self.kinds)
+        self._stream = copy_stream(self.device)
+        self._staging: torch.Tensor | None = None
+        if self.device.type == "cuda" if staged is None else staged:
+            num_elements = staging_elements(spec.kinds, max_lora_rank, dtype)
+            # Memory of the copies' stream: what used it before them is over when they begin.
+            with self._stream.running():
+                self._staging = torch.empty(num_elements, dtype=dtype, device=self.device)
+        for kind in self.kinds:
+            self._stream.share(kind.a)
+            self._stream.share(kind.b)
+        # No page is written before its zeros.
+        self._stream.mark_freed()
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of the pool's tensors."""
-        return sum(t.numel() * t.element_size() for kind in self.kinds for t in (kind.a, kind.b))
+        """Bytes on the device: the pages, and `staging_bytes`."""
+        pages = sum(t.numel() * t.element_size() for kind in self.kinds for t in (kind.a, kind.b))
+        return pages + self.staging_bytes
+
+    @property
+    def staging_bytes(self) -> int:
+        """Bytes of the buffer that adapters go through; 0 without one."""
+        return 0 if self._staging is None else self._staging.numel() * self._staging.element_size()
 
     @property
     def num_free(self) -> tuple[int, ...]:
@@ -98,6 +126,7 @@ class DevicePool:
 
         On CUDA the copy runs beside the steps; `await_copy` orders a step behind it.
         """
+        assert weights.buffer.dtype == self.dtype, "the adapter is not in the pool's dtype"
         counts = needed_pages(weights)
         if any(count > free for count, free in zip(counts, self.num_free, strict=True)):
             return None
@@ -113,14 +142,12 @@ class DevicePool:
         self._placements.remove(placement)
         for allocator, pages in zip(self._allocators, placement.pages, strict=True):
             allocator.free(pages)
-        if self._side is not None:
-            # A step that still runs may read these pages: the next copy waits for it.
-            self._freed = torch.cuda.current_stream(self.device).record_event()
+        # A step that still runs may read these pages: the next copy waits for it.
+        self._stream.mark_freed()
 
     def await_copy(self, placement: Placement) -> None:
         """Order the current stream's further work behind the adapter's copy. Does not block the host."""
-        if placement.copied is not None:
-            torch.cuda.current_stream(self.device).wait_event(placement.copied)
+        self._stream.await_copied(placement.copied)
 
     def check(self) -> list[str]:
         """Broken invariants."""
@@ -130,25 +157,28 @@ class DevicePool:
             wrong += [f"pool, {kind.name}: {text}" for text in allocator.check(used)]
         return wrong
 
-    def _copy(self, weights: AdapterWeights, pages: Sequence[Sequence[int]]) -> torch.cuda.Event | None:
-        if self._side is None:
-            self._fill(weights, pages)
-            return None
-        if self._freed is not None:
-            self._side.wait_event(self._freed)
-        with torch.cuda.stream(self._side):
-            self._fill(weights, pages)
-            copied: torch.cuda.Event = self._side.record_event()
-            return copied
+    def _copy(self, weights: AdapterWeights, pages: Sequence[Sequence[int]]) -> Copied:
+        layout = AdapterLayout.of(self.spec.kinds, needed_pages(weights), self.dtype)
+        assert weights.buffer.shape == (layout.num_elements,), "the adapter's buffer is of another layout"
+        source = weights.buffer
+        with self._stream.running():
+            if self._staging is not None:
+                # Waits for no step, only for the copies before: on their stream, those have read the buffer.
+                assert layout.num_elements <= self._staging.numel(), "an adapter above max_lora_rank"
+                source = self._staging[: layout.num_elements].copy_(source, non_blocking=True)
+            self._stream.await_freed()
+            self._fill(source, layout, pages)
+            return self._stream.mark_copied()
 
-    def _fill(self, weights: AdapterWeights, pages: Sequence[Sequence[int]]) -> None:
-        for source, target, taken in zip(weights.kinds, self.kinds, pages, strict=True):
-            if source is None:
+    def _fill(self, source: torch.Tensor, layout: AdapterLayout, pages: Sequence[Sequence[int]]) -> None:
+        """Copy an adapter's buffer [E], on host or device, into its pages."""
+        for parts, targets, taken in zip(layout.parts, self._words, pages, strict=True):
+            if parts is None:
                 continue
-            assert source.a.dtype == source.b.dtype == self.dtype, "the adapter is not in the pool's dtype"
-            for first, page, count in runs_of(taken):
-                target.a[:, page : page + count].copy_(source.a[:, first : first + count], non_blocking=True)
-                target.b[:, page : page + count].copy_(source.b[:, first : first + count], non_blocking=True)
+            for part, target in zip(parts, targets, strict=True):
+                words = words_of(part.of(source))
+                for first, page, count in runs_of(taken):
+                    target[:, page : page + count].copy_(words[:, first : first + count], non_blocking=True)
 
     def _zeros(self, *shape: int) -> torch.Tensor:
         return zeros(shape, self.dtype, self.device)
@@ -163,6 +193,12 @@ def pool_dtype(config: EngineConfig, base_dtype: torch.dtype) -> torch.dtype:
 def num_pages_of(rank: int) -> int:
     """Pages that `rank` rows take."""
     return -(-rank // PAGE_ROWS)
+
+
+def staging_elements(kinds: Sequence[SiteKind], max_lora_rank: int, dtype: torch.dtype) -> int:
+    """E of the largest adapter that `max_lora_rank` admits: of that rank on every kind of site."""
+    pages = [num_pages_of(max_lora_rank)] * len(kinds)
+    return AdapterLayout.of(kinds, pages, dtype).num_elements
 
 
 def needed_pages(weights: AdapterWeights) -> tuple[int, ...]:

@@ -26,7 +26,7 @@ from manylora.adapters.safetensors_file import (
     tensor_of,
 )
 from manylora.adapters.targets import Targets, find_targets
-from manylora.adapters.weights import PAGE_ROWS, AdapterWeights, KindWeights
+from manylora.adapters.weights import PAGE_ROWS, AdapterWeights, allocate
 from manylora.errors import InvalidArgumentError, NotFoundError, UnavailableError
 from manylora.model.spec import ModelSpec
 
@@ -222,29 +222,19 @@ def _lay_out(
     for bound in bounds:
         if abs(bound.target.scaling) > _MAX_SCALING:
             reasons.invalid("the scaling is beyond what float32 holds", bound.linear.path)
-    kinds: list[KindWeights | None] = []
+    ranks = [
+        max((bound.target.rank for bound in bounds if bound.linear.kind == kind), default=0)
+        for kind in range(len(spec.kinds))
+    ]
+    buffer, kinds = allocate(spec.kinds, ranks, dtype, pin=pin)
     modules: dict[str, ModuleBinding] = {}
-    for index, kind in enumerate(spec.kinds):
-        members = [bound for bound in bounds if bound.linear.kind == index]
-        if not members:
-            kinds.append(None)
-            continue
-        rank = max(bound.target.rank for bound in members)
-        num_pages = -(-rank // PAGE_ROWS)
-        pages = (kind.num_layers, num_pages)
-        a = torch.zeros(*pages, kind.num_slices, PAGE_ROWS, kind.in_features, dtype=dtype, pin_memory=pin)
-        b = torch.zeros(*pages, PAGE_ROWS, sum(kind.out_features), dtype=dtype, pin_memory=pin)
-        for bound in members:
-            column = sum(kind.out_features[: bound.linear.slice])
-            modules[bound.linear.path] = _fill(a, b, bound, column, data, scale, reasons)
-        kinds.append(KindWeights(rank=rank, a=a, b=b))
+    for bound in sorted(bounds, key=lambda bound: bound.linear.kind):
+        into = kinds[bound.linear.kind]
+        assert into is not None, f"no memory for {bound.linear.path}"
+        column = sum(spec.kinds[bound.linear.kind].out_features[: bound.linear.slice])
+        modules[bound.linear.path] = _fill(into.a, into.b, bound, column, data, scale, reasons)
     reasons.raise_if_any()
-    weights = AdapterWeights(
-        version=version,
-        scale=scale,
-        max_rank=max(kind.rank for kind in kinds if kind is not None),
-        kinds=tuple(kinds),
-    )
+    weights = AdapterWeights(version=version, scale=scale, max_rank=max(ranks), buffer=buffer, kinds=kinds)
     return weights, [modules[bound.linear.path] for bound in bounds]
 
 

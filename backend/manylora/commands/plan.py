@@ -43,6 +43,9 @@ class Plan:
     weight_bytes: int
     kinds: list[Kind]
     pool_bytes: int
+    """With `staging_bytes`."""
+    staging_bytes: int
+    """Of the buffer on a CUDA device that adapters are copied through; 0 on a CPU."""
     adapters_that_fit: dict[int, int]
     """By rank, on all linears."""
     adapter_bytes: dict[int, int]
@@ -50,7 +53,8 @@ class Plan:
     max_loras: int
     max_cpu_loras: int
     host_cache_bytes: int
-    """With every slot taken by an adapter of max_lora_rank on all linears."""
+    """With every slot taken by an adapter of max_lora_rank on all linears. For CUDA in blocks of a power of
+    two, which is how torch takes page-locked memory."""
     kv_bytes: int
     kv_tokens: int
     kv_bytes_per_token: int
@@ -94,25 +98,26 @@ def make_plan(config: EngineConfig, model: ModelOutline) -> Plan:
     Raises:
         InvalidArgumentError: the KV cache is too small to start.
     """
-    from manylora.adapters.device_pool import num_pages_of, pool_dtype
+    from manylora.adapters.device_pool import num_pages_of, pool_dtype, staging_elements
     from manylora.engine.capacity import num_kv_blocks
 
     lora_dtype = pool_dtype(config, model.dtype)
-    num_pages = config.max_loras * num_pages_of(config.max_lora_rank)
+    largest = num_pages_of(config.max_lora_rank)
+    num_pages = config.max_loras * largest
+    itemsize = lora_dtype.itemsize
     kinds = [
-        Kind(
-            site=kind.name,
-            layers=kind.num_layers,
-            pages=num_pages,
-            page_bytes=kind.page_elements * lora_dtype.itemsize,
-        )
-        for kind in model.spec.kinds
+        Kind(site=k.name, layers=k.num_layers, pages=num_pages, page_bytes=k.page_elements * itemsize)
+        for k in model.spec.kinds
     ]
     page_set = sum(kind.page_bytes for kind in kinds)
     ranks = sorted({*(r for r in RANKS if r <= config.max_lora_rank), config.max_lora_rank})
     num_blocks = num_kv_blocks(config, model.max_model_len, model.cache_bytes_per_token)
     kv_tokens = num_blocks * config.kv_block_size
-    pool_bytes, kv_bytes = num_pages * page_set, kv_tokens * model.cache_bytes_per_token
+    staging = staging_elements(model.spec.kinds, config.max_lora_rank, lora_dtype)
+    staging_bytes = itemsize * staging if _is_cuda(config.device) else 0
+    host_bytes = 1 << (staging_bytes - 1).bit_length() if staging_bytes else largest * page_set
+    pool_bytes = num_pages * page_set + staging_bytes
+    kv_bytes = kv_tokens * model.cache_bytes_per_token
     return Plan(
         base_model=str(model.directory),
         architecture=model.architecture,
@@ -121,11 +126,12 @@ def make_plan(config: EngineConfig, model: ModelOutline) -> Plan:
         weight_bytes=model.weight_bytes,
         kinds=kinds,
         pool_bytes=pool_bytes,
+        staging_bytes=staging_bytes,
         adapters_that_fit={rank: num_pages // num_pages_of(rank) for rank in ranks},
         adapter_bytes={rank: num_pages_of(rank) * page_set for rank in ranks},
         max_loras=config.max_loras,
         max_cpu_loras=config.num_cpu_loras,
-        host_cache_bytes=config.num_cpu_loras * num_pages_of(config.max_lora_rank) * page_set,
+        host_cache_bytes=config.num_cpu_loras * host_bytes,
         kv_bytes=kv_bytes,
         kv_tokens=kv_tokens,
         kv_bytes_per_token=model.cache_bytes_per_token,
@@ -153,6 +159,7 @@ def describe(plan: Plan) -> str:
     totals: list[tuple[Any, ...]] = [
         ("base model weights", size(plan.weight_bytes), plan.dtype),
         ("device pool", size(plan.pool_bytes), f"{plan.lora_dtype}, {plan.max_loras} adapters in one step"),
+        *([("  to copy through", size(plan.staging_bytes), "of it")] if plan.staging_bytes else []),
         ("KV cache", size(plan.kv_bytes), f"{plan.kv_tokens} tokens: {', '.join(sequences)} tokens"),
         ("on the device", size(plan.device_bytes), "and a step's temporaries"),
         (
@@ -175,6 +182,13 @@ def describe(plan: Plan) -> str:
             "and targets: one of fewer linears takes less than the table says.",
         ]
     )
+
+
+def _is_cuda(device: str) -> bool:
+    """Of the setting `device`. One that names CUDA is believed where there is none: a plan needs no GPU."""
+    import torch
+
+    return torch.cuda.is_available() if device == "auto" else device.startswith("cuda")
 
 
 def _short(kind: str) -> str:

@@ -16,6 +16,7 @@ _RANKS = (8, 16, 32, 64, 128, 256)
 def capacity(pool: DevicePool, blocks: BlockPool, config: EngineConfig, model: LoadedModel) -> list[str]:
     """Lines for the start-up log: what fits."""
     num_tokens = len(blocks.blocks) * blocks.block_size
+    staging = pool.staging_bytes
     fits = ", ".join(f"{pool.plan(r)} of rank {r}" for r in _RANKS if r <= config.max_lora_rank)
     return [
         f"base model {model.directory.name}: {type(model.module).__name__}, {model.dtype} on {model.device}, "
@@ -23,6 +24,7 @@ def capacity(pool: DevicePool, blocks: BlockPool, config: EngineConfig, model: L
         f"KV cache: {num_tokens} tokens, {_mib(num_tokens * model.cache_bytes_per_token())}",
         f"device pool: {_mib(pool.num_bytes)}, holds adapters on all linears: {fits}; "
         f"{config.max_loras} at most in one step; host cache: {config.num_cpu_loras} adapters",
+        *([f"of the pool, adapters are copied through {_mib(staging)}"] if staging else []),
     ]
 
 

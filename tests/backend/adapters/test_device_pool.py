@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 from manylora.adapters.device_pool import DevicePool, Placement, runs_of
 from manylora.adapters.residents import Residents
-from manylora.adapters.weights import AdapterWeights, KindWeights
+from manylora.adapters.weights import AdapterWeights, allocate
 from manylora.model.spec import ModelSpec, SiteKind
 
 CPU = torch.device("cpu")
@@ -27,21 +27,9 @@ def make_weights(
     ranks: tuple[int, ...], value: float = 1.0, dtype: torch.dtype = torch.float32
 ) -> AdapterWeights:
     """An adapter of these ranks by kind (0: not targeted), every element `value`."""
-    kinds: list[KindWeights | None] = []
-    for kind, rank in zip(SPEC.kinds, ranks, strict=True):
-        pages = -(-rank // 16)
-        a_shape = (kind.num_layers, pages, kind.num_slices, 16, kind.in_features)
-        b_shape = (kind.num_layers, pages, 16, sum(kind.out_features))
-        kinds.append(
-            KindWeights(
-                rank=rank,
-                a=torch.full(a_shape, value, dtype=dtype),
-                b=torch.full(b_shape, value, dtype=dtype),
-            )
-            if rank
-            else None
-        )
-    return AdapterWeights(version=str(value), scale=1.0, max_rank=max(ranks), kinds=tuple(kinds))
+    buffer, kinds = allocate(SPEC.kinds, ranks, dtype, pin=False)
+    buffer.fill_(value)
+    return AdapterWeights(version=str(value), scale=1.0, max_rank=max(ranks), buffer=buffer, kinds=kinds)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)

@@ -15,7 +15,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from manylora.adapters.device_pool import DevicePool
 from manylora.adapters.lease import Stage
 from manylora.adapters.registry import Lease, Registry
-from manylora.adapters.weights import AdapterWeights, KindWeights
+from manylora.adapters.weights import AdapterWeights, allocate
 from manylora.config import EngineConfig
 from manylora.errors import InvalidArgumentError, UnavailableError
 from manylora.model.spec import ModelSpec, SiteKind
@@ -55,13 +55,9 @@ class FakeDisk:
 
 
 def make_weights(ranks: tuple[int, ...], value: int) -> AdapterWeights:
-    kinds: list[KindWeights | None] = []
-    for kind, rank in zip(SPEC.kinds, ranks, strict=True):
-        pages = -(-rank // 16)
-        a = torch.full((1, pages, kind.num_slices, 16, kind.in_features), float(value))
-        b = torch.full((1, pages, 16, sum(kind.out_features)), float(value))
-        kinds.append(KindWeights(rank=rank, a=a, b=b) if rank else None)
-    return AdapterWeights(version=str(value), scale=1.0, max_rank=max(ranks), kinds=tuple(kinds))
+    buffer, kinds = allocate(SPEC.kinds, ranks, torch.float32, pin=False)
+    buffer.fill_(float(value))
+    return AdapterWeights(version=str(value), scale=1.0, max_rank=max(ranks), buffer=buffer, kinds=kinds)
 
 
 class Machine(RuleBasedStateMachine):
