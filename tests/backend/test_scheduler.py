@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from manylora.engine.kv_cache import BlockPool
-from manylora.engine.scheduler import Limits, Scheduler
+from manylora.engine.limits import Limits
+from manylora.engine.scheduler import Scheduler
 from manylora.engine.sequence import Sequence, State
 from manylora.errors import ManyloraError, NotFoundError, UnavailableError
 from manylora.messages import SamplingParams
@@ -35,6 +36,10 @@ class FakeRegistry:
     num_places: int
     resident: list[str] = field(default_factory=list)
     uses: dict[str, int] = field(default_factory=dict)
+    copying: set[str] = field(default_factory=set)
+    """Adapters whose copy to the device goes on."""
+    awaited: list[str] = field(default_factory=list)
+    """Adapters whose copy a step waits for."""
 
     def try_activate(self, lease: FakeLease) -> bool:
         if lease.name not in self.resident:
@@ -46,6 +51,12 @@ class FakeRegistry:
             self.resident.append(lease.name)
         self.uses[lease.name] = self.uses.get(lease.name, 0) + 1
         return True
+
+    def is_copied(self, lease: FakeLease) -> bool:
+        return lease.name not in self.copying
+
+    def await_copy(self, lease: FakeLease) -> None:
+        self.awaited.append(lease.name)
 
     def deactivate(self, lease: FakeLease) -> None:
         assert self.uses[lease.name] > 0
@@ -94,6 +105,32 @@ def test_a_long_prompt_is_computed_in_chunks_beside_running_decodes() -> None:
     assert step(scheduler) == [(0, 1), (1, 7)]
     assert step(scheduler) == [(0, 1), (1, 5)]
     assert step(scheduler) == [(0, 1), (1, 1)]
+
+
+def test_nobody_waits_for_the_copy_of_an_adapter_that_others_use() -> None:
+    scheduler = make()
+    registry = scheduler.registry
+    assert isinstance(registry, FakeRegistry)
+    scheduler.add(sequence(0, adapter="here"))
+    assert step(scheduler) == [(0, 3)]
+    registry.copying.add("coming")
+    scheduler.add(sequence(1, adapter="coming"))
+    scheduler.add(sequence(2))
+    assert step(scheduler) == [(0, 1), (2, 3)]
+    assert step(scheduler) == [(0, 1), (2, 1)]
+    registry.copying.clear()
+    assert step(scheduler) == [(0, 1), (2, 1), (1, 3)]
+    assert registry.awaited == []
+
+
+def test_with_nothing_else_to_do_a_step_waits_for_the_copy() -> None:
+    scheduler = make()
+    registry = scheduler.registry
+    assert isinstance(registry, FakeRegistry)
+    registry.copying.add("coming")
+    scheduler.add(sequence(0, adapter="coming"))
+    assert step(scheduler) == [(0, 3)]
+    assert registry.awaited == ["coming"]
 
 
 def test_eos_ends_a_sequence_unless_it_is_ignored_or_too_early() -> None:

@@ -20,7 +20,8 @@ from manylora.adapters.registry import Registry
 from manylora.adapters.weights import AdapterWeights, allocate
 from manylora.config import EngineConfig
 from manylora.engine.kv_cache import BlockPool
-from manylora.engine.scheduler import Limits, Scheduler
+from manylora.engine.limits import Limits
+from manylora.engine.scheduler import Scheduler
 from manylora.engine.sequence import Sequence, State
 from manylora.messages import SamplingParams
 from manylora.model.spec import ModelSpec, SiteKind

@@ -145,6 +145,13 @@ class DevicePool:
         # A step that still runs may read these pages: the next copy waits for it.
         self._stream.mark_freed()
 
+    def is_copied(self, placement: Placement) -> bool:
+        """Whether the adapter is in its pages, so that a step would not wait for it."""
+        if placement.copied is None:
+            return True
+        is_over: bool = placement.copied.query()  # type: ignore[no-untyped-call]  # torch has no stub
+        return is_over
+
     def await_copy(self, placement: Placement) -> None:
         """Order the current stream's further work behind the adapter's copy. Does not block the host."""
         self._stream.await_copied(placement.copied)

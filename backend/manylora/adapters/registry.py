@@ -116,7 +116,10 @@ class Registry:
             self._try_due_pin(name)
 
     def try_activate(self, lease: Lease) -> bool:
-        """Make the adapter resident in the device pool and count a use; False if pages lack now."""
+        """Make the adapter resident in the device pool and count a use; False if pages lack now.
+
+        On CUDA its copy may go on: a step that uses it before `is_copied` comes behind `await_copy`.
+        """
         entry = lease.entry
         assert entry is not None, f"lease {lease.number} has failed or ended"
         assert entry.weights is not None, f"{entry.name} is {lease.state}, not ready"
@@ -129,6 +132,16 @@ class Registry:
         lease.is_active = True
         lease.used_version = entry.weights.version
         return True
+
+    def is_copied(self, lease: Lease) -> bool:
+        """Whether a step that uses the adapter of an active lease would wait for no copy."""
+        assert lease.placement is not None, f"lease {lease.number} is not active"
+        return self._residents.pool.is_copied(lease.placement)
+
+    def await_copy(self, lease: Lease) -> None:
+        """Order further steps behind the copy of an active lease's adapter. Does not block the host."""
+        assert lease.placement is not None, f"lease {lease.number} is not active"
+        self._residents.pool.await_copy(lease.placement)
 
     def deactivate(self, lease: Lease) -> None:
         """End an active use. The adapter stays on the device until its pages are wanted."""

@@ -73,7 +73,6 @@ class Residents:
         resident = self._residents[name]
         resident.num_uses += 1
         self._residents.move_to_end(name)
-        self.pool.await_copy(resident.placement)
 
     def unuse(self, name: str) -> None:
         resident = self._residents[name]

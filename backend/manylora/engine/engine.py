@@ -20,9 +20,10 @@ from manylora.config import EngineConfig
 from manylora.engine import report
 from manylora.engine.generate import Completion, Prompt, generate
 from manylora.engine.kv_cache import BlockPool
+from manylora.engine.limits import Limits
 from manylora.engine.notes import Notes
 from manylora.engine.runner import Runner
-from manylora.engine.scheduler import Finished, Limits, Scheduler
+from manylora.engine.scheduler import Finished, Scheduler
 from manylora.engine.sequence import Sequence, State
 from manylora.engine.session import Asked, Closed, Deliver, Note, Sent, Session, Wake
 from manylora.engine.steps import Steps

@@ -13,7 +13,9 @@ Plain Python. Rules, in this order:
    adapter waits for ever. What has higher priority may come before it without end.
 3. The registry gives out host slots in the same order (`Lease.order`). An order of our own here would let the
    two wait for each other: each would keep for its own first one what the other's first one lacks.
-4. A sequence whose deadline has passed ends at the next step, wherever it is, and is not admitted.
+4. What was admitted stays out of the steps until its adapter's copy to the device is over, unless there is
+   nothing else to do: those who use other adapters do not wait for it.
+5. A sequence whose deadline has passed ends at the next step, wherever it is, and is not admitted.
 """
 
 from __future__ import annotations
@@ -28,6 +30,7 @@ from typing import TYPE_CHECKING, Protocol
 from manylora.engine.batch import Batch, Item
 from manylora.engine.deadlines import Deadlines, error_of
 from manylora.engine.kv_cache import BlockPool
+from manylora.engine.limits import Limits
 from manylora.engine.penalties import asks
 from manylora.engine.sequence import Sequence, State
 from manylora.errors import ManyloraError, UnavailableError
@@ -42,6 +45,8 @@ class Activator(Protocol):
 
     def try_activate(self, lease: Lease, /) -> bool: ...
     def deactivate(self, lease: Lease, /) -> None: ...
+    def is_copied(self, lease: Lease, /) -> bool: ...
+    def await_copy(self, lease: Lease, /) -> None: ...
 
 
 @dataclass(slots=True)
@@ -52,19 +57,6 @@ class Finished:
     token_id: int
     finish_reason: str = ""
     logprobs: TokenLogprobs | None = None
-
-
-@dataclass(slots=True, kw_only=True)
-class Limits:
-    """The scheduler's share of EngineConfig, resolved."""
-
-    max_loras: int
-    max_num_seqs: int
-    max_batched_tokens: int
-    max_waiting: int
-    max_model_len: int
-    max_passes: int
-    """Later sequences of the same priority that may pass one whose adapter finds no room."""
 
 
 class Scheduler:
@@ -88,6 +80,11 @@ class Scheduler:
         self._active: Counter[str] = Counter()
         """Running sequences by adapter."""
         self._num_added = 0
+        # Of the step that is being chosen: its items, running sequences whose adapter is still copied, and
+        # tokens that are left.
+        self._items: list[Item] = []
+        self._late: list[Sequence] = []
+        self._budget = 0
 
     def add(self, sequence: Sequence) -> None:
         """Queue a sequence.
@@ -141,22 +138,25 @@ class Scheduler:
 
         From here on its tokens count as computed, and what it samples as pending, until `finish`.
         """
-        items: list[Item] = []
-        budget = self.limits.max_batched_tokens
+        self._items, self._late, self._budget = [], [], self.limits.max_batched_tokens
         decodes = [s for s in self.running if s.num_to_compute == 1 and not self._ends_when_known(s)]
         chunks = [s for s in self.running if s.num_to_compute > 1]
         for sequence in decodes + chunks:
-            if sequence.state is not State.RUNNING or budget == 0:
+            if sequence.state is not State.RUNNING or self._budget == 0:
                 continue
-            num_tokens = min(sequence.num_to_compute, budget)
+            num_tokens = min(sequence.num_to_compute, self._budget)
             if self._make_room(sequence, sequence.num_computed + num_tokens):
-                items.append(Item(sequence, num_tokens))
-                budget -= num_tokens
-        self._admit(items, budget)
-        for item in items:
+                self._take_part(sequence)
+        self._admit()
+        if not self._items:
+            for sequence in self._late:
+                if self._budget and sequence.lease is not None:
+                    self.registry.await_copy(sequence.lease)
+                    self._add_item(sequence)
+        for item in self._items:
             item.sequence.num_computed = item.end
             item.sequence.num_pending += item.samples
-        return Batch(items) if items else None
+        return Batch(self._items) if self._items else None
 
     def finish(self, batch: Batch) -> list[Finished]:
         """Take over a step's tokens: grow the sequences, end those that are done.
@@ -207,10 +207,22 @@ class Scheduler:
             wrong.append(f"{len(counted)} adapters run, max_loras={self.limits.max_loras}")
         return wrong
 
-    def _admit(self, items: list[Item], budget: int) -> None:
+    def _take_part(self, sequence: Sequence) -> None:
+        """Put a running sequence into the step, or aside while its adapter is still copied."""
+        if sequence.lease is not None and not self.registry.is_copied(sequence.lease):
+            self._late.append(sequence)
+        else:
+            self._add_item(sequence)
+
+    def _add_item(self, sequence: Sequence) -> None:
+        item = Item(sequence, min(sequence.num_to_compute, self._budget))
+        self._items.append(item)
+        self._budget -= item.num_tokens
+
+    def _admit(self) -> None:
         blocked: list[Sequence] = []
         for sequence in list(self.waiting):
-            if budget == 0 or len(self.running) >= self.limits.max_num_seqs:
+            if self._budget == 0 or len(self.running) >= self.limits.max_num_seqs:
                 break
             lease = sequence.lease
             if lease is not None:
@@ -225,9 +237,7 @@ class Scheduler:
                     continue
             if not self._try_start(sequence):
                 break
-            num_tokens = min(sequence.num_to_compute, budget)
-            items.append(Item(sequence, num_tokens))
-            budget -= num_tokens
+            self._take_part(sequence)
             if lease is not None:
                 for earlier in blocked:
                     earlier.num_passed += 1
