@@ -17,6 +17,7 @@ import numpy.typing as npt
 import torch
 
 from manylora_kernels.pool import PAGE_ROWS, SitePool
+from manylora_kernels.upload import upload
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +52,7 @@ class OneAdapter:
         for table in pages:
             key = tuple(table[slot])
             if key not in tables:
-                tables[key] = torch.tensor(key, dtype=torch.int64, device=device)
+                tables[key] = upload(np.array(key, dtype=np.int64), device)
         return cls(mine, scale, tuple(tables[tuple(table[slot])] for table in pages))
 
     def serves(self, y: torch.Tensor, x: torch.Tensor, pool: SitePool) -> bool:

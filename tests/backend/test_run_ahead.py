@@ -11,9 +11,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from manylora import Engine, EngineConfig
 from manylora.engine import runner
 from manylora.engine.batch import Batch
+from manylora.engine.flight import Flight
 from manylora.engine.scheduler import Scheduler
 from manylora.engine.sequence import State
 from manylora.messages import Generate, SamplingParams, Tokens
@@ -125,6 +127,30 @@ def test_penalties_wait_for_the_token_before(
     wanted, *_ = answers(monkeypatch, config, asked, ahead=False)
     found, *_ = answers(monkeypatch, config, asked, ahead=True)
     assert found == wanted
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_no_launch_makes_the_host_wait(
+    base: Path, adapter_root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torch raises where an operator waits for the device."""
+    launch = runner.Runner.launch
+
+    def strict(self: runner.Runner, batch: Batch, previous: Flight | None) -> Flight:
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            return launch(self, batch, previous)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    monkeypatch.setattr(runner.Runner, "launch", strict)
+    config = EngineConfig(
+        base_model=str(base), adapter_root=str(adapter_root), device="cuda", dtype="float32"
+    )
+    # Whatever waits ends its step with an error, which `answers` does not take.
+    _, _, counters = answers(monkeypatch, config, requests(24, (*PARAMS, PENALTIES)), ahead=True)
+    assert counters["steps_ahead"] > 0
 
 
 class Ahead:

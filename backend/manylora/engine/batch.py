@@ -13,11 +13,11 @@ import numpy as np
 import torch
 from manylora_kernels import Mix
 from manylora_kernels.paged import PagedBatch
+from manylora_kernels.upload import upload
 
 from manylora.errors import ManyloraError
 from manylora.messages import TokenLogprobs
 from manylora.model.attention import AttentionPlan, Group, LayerCache
-from manylora.transfer import upload
 
 if TYPE_CHECKING:
     from manylora.engine.flight import Flight

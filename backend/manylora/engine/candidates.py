@@ -10,9 +10,9 @@ from collections.abc import Sequence as Seq
 
 import numpy as np
 import torch
+from manylora_kernels.upload import upload
 
 from manylora.messages import SamplingParams
-from manylora.transfer import upload
 
 _FIRST_CANDIDATES = 512
 """Rows with top_p look at this many best tokens first, and at all only when these do not hold the mass."""

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import torch
 
+from manylora.download import Download
 from manylora.engine.batch import Batch, Item
 from manylora.engine.logprobs import Told
 from manylora.engine.sampler import Chosen
 from manylora.engine.sequence import Sequence
 from manylora.errors import InternalError, InvalidArgumentError, ManyloraError
-from manylora.transfer import Download
 
 
 class Flight:

@@ -10,11 +10,11 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from manylora_kernels.upload import upload
 
 from manylora.engine.batch import Item
 from manylora.engine.candidates import best_of_rows
 from manylora.messages import TokenLogprobs
-from manylora.transfer import upload
 
 
 @dataclass(frozen=True, slots=True)

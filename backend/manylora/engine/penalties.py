@@ -9,11 +9,11 @@ from collections.abc import Sequence as Seq
 
 import numpy as np
 import torch
+from manylora_kernels.upload import upload
 
 from manylora.engine.sequence import Sequence
 from manylora.engine.token_counts import TokenCounts
 from manylora.messages import SamplingParams
-from manylora.transfer import upload
 
 _MOST = torch.finfo(torch.float32).max
 

@@ -18,11 +18,11 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from manylora_kernels.upload import upload
 
 from manylora.engine.batch import Item
 from manylora.engine.candidates import candidates, cumulated_mass, draw_sorted, pick
 from manylora.engine.penalties import penalise
-from manylora.transfer import upload
 
 _LEAST_TEMPERATURE = 1e-30
 """Below this float32 cannot divide; long before, only the best token is left."""

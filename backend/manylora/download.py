@@ -1,23 +1,8 @@
-"""Copies between host and device that nobody waits for."""
+"""Copies from device to host that are waited for once their tensors are wanted."""
 
 from __future__ import annotations
 
-from typing import Any
-
-import numpy.typing as npt
 import torch
-
-
-def upload(array: npt.NDArray[Any], device: torch.device) -> torch.Tensor:
-    """Copy an array to a device, on the current stream.
-
-    On CUDA through pinned memory: a copy from any other memory stops the host until the stream has come to
-    it. torch keeps pinned memory until the copies that read it are done.
-    """
-    tensor = torch.from_numpy(array)
-    if device.type == "cpu":
-        return tensor
-    return tensor.pin_memory().to(device, non_blocking=True)
 
 
 class Download:
