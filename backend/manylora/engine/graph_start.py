@@ -83,7 +83,7 @@ def _differences(
     model: LoadedModel, builder: BatchBuilder, forward: Forward, probe: Batch, graphs: StepGraphs
 ) -> list[str]:
     """What of a replayed step is not the eager one's, with an adapter in the pool and without any."""
-    step = builder.build(probe, graphs.bucket_of(len(probe.items)))
+    step = builder.build(probe, num_rows=graphs.bucket_of(len(probe.items)))
     found = _compare(model, forward, step, graphs, len(probe.items), "the base model")
     with _adapter_in_page_0(model.sites):
         step.mix = _mix_of_page_0(builder, step.input_ids.shape[1])

@@ -82,7 +82,7 @@ class Runner:
         if self.graphs is not None and all(item.num_tokens == 1 and item.samples for item in batch.items):
             num_rows = self.graphs.bucket_of(len(batch.items))
             if num_rows is not None:
-                return self.graphs.run(self.builder.build(batch, num_rows))[: len(batch.items)]
+                return self.graphs.run(self.builder.build(batch, num_rows=num_rows))[: len(batch.items)]
         return self._forward(self.builder.build(batch))
 
     def _forward(self, step: StepTensors) -> torch.Tensor:
