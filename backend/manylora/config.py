@@ -72,6 +72,9 @@ class EngineConfig:
     """Sequences that may wait while max_num_seqs run; one more is refused with UNAVAILABLE."""
     enable_prefix_caching: bool = True
     """Reuse KV blocks of a shared prefix under the same adapter version."""
+    enforce_eager: bool = False
+    """On CUDA, record no decode steps as graphs at start: that saves seconds and device memory, and costs
+    speed."""
 
     def __post_init__(self) -> None:
         _check(self)

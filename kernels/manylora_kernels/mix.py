@@ -24,12 +24,15 @@ PageTable = Sequence[Sequence[int]]
 
 @dataclass(frozen=True, slots=True)
 class Mix:
-    """The adapters of one step. Make it with `Mix.build`; a CPU fills `rows`, CUDA fills `routed`."""
+    """The adapters of one step. Make it with `Mix.build`; a CPU fills `rows`, CUDA fills `routed`.
+
+    A captured graph reads one mix, `blank`, that becomes each step's in turn (`take`).
+    """
 
     num_rows: int
     """T."""
     page_limits: tuple[int, ...]
-    """For each kind the highest page in use plus one: a pool must have so many."""
+    """For each kind the highest page in use plus one, 0 for none: a pool must have so many."""
     rows: tuple[KindRows, ...] = ()
     """On a CPU: what to multiply, for each kind."""
     routed: RoutedMix | None = None
@@ -50,6 +53,7 @@ class Mix:
         max_pages: int,
         device: torch.device | str,
         batch_invariant: bool = False,
+        triton: bool | None = None,
     ) -> Mix:
         """Prepare a step.
 
@@ -63,6 +67,8 @@ class Mix:
             batch_invariant: whether a row's bits must depend on the row and its adapter alone, which costs
                 speed on CUDA. Without it they also depend on T and on whether one adapter has all rows. The
                 compiled form of a CPU is invariant either way, torch's products are not.
+            triton: whether to prepare the Triton kernels' form. None: on CUDA. On a CPU they run in triton's
+                interpreter only.
 
         Raises:
             ValueError: arrays of different lengths, a slot that `pages` does not have, more slots or pages
@@ -75,7 +81,7 @@ class Mix:
         limits = tuple(max((page + 1 for slot in used for page in table[slot]), default=0) for table in pages)
         if not any(limits):
             return cls(num_rows=len(row_slots), page_limits=limits)
-        if torch.device(device).type == "cpu":
+        if not (torch.device(device).type != "cpu" if triton is None else triton):
             # Kinds usually have the same pages, and what is equal is built once.
             built: dict[tuple[tuple[int, ...], ...], KindRows] = {}
             for table in pages:
@@ -90,6 +96,54 @@ class Mix:
             row_slots, row_scales, pages, max_slots, max_pages, torch.device(device), batch_invariant
         )
         return cls(num_rows=len(row_slots), page_limits=limits, routed=routed)
+
+    @classmethod
+    def blank(
+        cls,
+        num_rows: int,
+        page_limits: Sequence[int],
+        max_slots: int,
+        max_pages: int,
+        device: torch.device | str,
+        batch_invariant: bool = False,
+    ) -> Mix:
+        """Prepare a step in which no row has an adapter, for a graph that is captured with it: it can `take`
+        any mix.
+
+        The vendor's products of a long step of one adapter are never part of it: no row has an adapter now,
+        and what is taken later is what the kernels read.
+
+        Args:
+            num_rows: T.
+            page_limits: the pages of the pool, for each kind, so that no kind is left out whatever is taken.
+            max_slots: as of `build`.
+            max_pages: as of `build`.
+            device: as of `build`. The kernels' form serves there, whatever the device.
+            batch_invariant: as of `build`.
+        """
+        from manylora_kernels.routed import RoutedMix  # imports triton, which a CPU does without
+
+        routed = RoutedMix.blank(
+            num_rows, len(page_limits), max_slots, max_pages, torch.device(device), batch_invariant
+        )
+        return cls(num_rows=num_rows, page_limits=tuple(page_limits), routed=routed)
+
+    def take(self, other: Mix) -> None:
+        """Become another step's mix, in place: a graph captured with this one then serves it.
+
+        Raises:
+            ValueError: a mix of other shapes, of pages that this one does not cover, or for torch's products.
+        """
+        if self.routed is None or (other.routed is None and not other.is_empty):
+            raise ValueError("mix: found one for torch's products on a CPU, allowed the Triton kernels' form")
+        if len(self.page_limits) != len(other.page_limits) or any(
+            theirs > mine for mine, theirs in zip(self.page_limits, other.page_limits, strict=True)
+        ):
+            raise ValueError(
+                f"mix: asked to take one of pages below {other.page_limits} by kind, allowed below "
+                f"{self.page_limits}"
+            )
+        self.routed.take(other.routed or self.routed.emptied(other.num_rows))
 
 
 def _check(

@@ -9,12 +9,15 @@ and a prompt of which tokens 2 to 4 are, give
     contexts   6 | 5             tokens that its last row may see
     starts     0 3               where the rows of each but the decodes begin, and where the last ends
     write_rows 9 | 22 23 36      where each row's key and value go: block * 4 + offset
+
+Decodes can be padded to a fixed number of rows: a row that pads has no context and writes nothing. A captured
+graph reads one batch, `blank`, that becomes each step's in turn (`take`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -58,6 +61,7 @@ class PagedBatch:
         block_size: int,
         device: torch.device | str,
         num_splits: int | None = None,
+        num_rows: int | None = None,
     ) -> PagedBatch:
         """Lay out the tables of one step, with one copy to the device.
 
@@ -68,17 +72,19 @@ class PagedBatch:
             block_size: M.
             device: where the cache is.
             num_splits: fixes the parts of a decode's context.
+            num_rows: pads a step of decodes to so many rows.
 
         Raises:
             ValueError: a sequence without rows, with more rows than context, with too few blocks, or a longer
-                one before one of one row.
+                one before one of one row; more sequences than `num_rows`, or one of more rows beside it.
         """
         queries = np.asarray(num_queries, dtype=np.int32)
         lengths = np.asarray(contexts, dtype=np.int32)
         _check(queries, lengths, tables, block_size)
+        num_padding = 0 if num_rows is None else _num_padding(queries, num_rows)
         widest = max(len(table) for table in tables)
-        blocks = np.zeros((len(tables), widest), dtype=np.int32)
-        for own, table in zip(blocks, tables, strict=True):
+        blocks = np.zeros((len(tables) + num_padding, widest), dtype=np.int32)
+        for own, table in zip(blocks, tables, strict=False):
             own[: len(table)] = table
         num_decodes = int((queries == 1).sum())
         starts = np.concatenate([[0], np.cumsum(queries[num_decodes:])]).astype(np.int32)
@@ -86,7 +92,12 @@ class PagedBatch:
         # The last of a sequence's rows is at the end of its context.
         position = np.arange(len(sequence)) + (lengths - np.cumsum(queries))[sequence]
         rows = blocks[sequence, position // block_size] * block_size + position % block_size
-        parts = (blocks.reshape(-1), lengths, starts, rows.astype(np.int32))
+        parts = (
+            blocks.reshape(-1),
+            np.pad(lengths, (0, num_padding)),
+            starts,
+            np.pad(rows.astype(np.int32), (0, num_padding), constant_values=-1),
+        )
         packed = torch.from_numpy(np.concatenate(parts))
         if torch.device(device).type == "cuda":
             packed = packed.pin_memory()
@@ -98,11 +109,98 @@ class PagedBatch:
             starts=split[2],
             write_rows=split[3],
             block_size=block_size,
-            num_decodes=num_decodes,
+            num_decodes=num_decodes + num_padding,
             max_queries=int(queries.max()),
-            max_context=max(_MIN_CONTEXT, 1 << (int(lengths.max()) - 1).bit_length()),
+            max_context=_rounded(int(lengths.max())),
             num_splits=num_splits,
         )
+
+    @classmethod
+    def blank(
+        cls,
+        num_rows: int,
+        max_context: int,
+        block_size: int,
+        device: torch.device | str,
+        num_splits: int | None = None,
+    ) -> PagedBatch:
+        """Make a batch in which all rows pad, for a captured graph: it can `take` any decodes.
+
+        Args:
+            num_rows: B and T.
+            max_context: no sequence is longer; fixes N and what is launched.
+            block_size: M.
+            device: where the cache is.
+            num_splits: fixes the parts of a decode's context.
+
+        Raises:
+            ValueError: no rows, or no context.
+        """
+        if num_rows < 1 or max_context < 1:
+            raise ValueError(
+                f"blank: found {num_rows} rows and max_context={max_context}, allowed at least 1 of both"
+            )
+        num_blocks = -(-max_context // block_size)
+        return cls(
+            tables=torch.zeros(num_rows, num_blocks, dtype=torch.int32, device=device),
+            contexts=torch.zeros(num_rows, dtype=torch.int32, device=device),
+            starts=torch.zeros(1, dtype=torch.int32, device=device),
+            write_rows=torch.full((num_rows,), -1, dtype=torch.int32, device=device),
+            block_size=block_size,
+            num_decodes=num_rows,
+            max_queries=1,
+            max_context=_rounded(max_context),
+            num_splits=num_splits,
+        )
+
+    def first(self, num_rows: int) -> PagedBatch:
+        """The first rows of a batch of decodes, in the same memory.
+
+        Raises:
+            ValueError: more rows than there are, none, or rows that are no decodes.
+        """
+        if not 1 <= num_rows <= self.num_decodes == self.num_rows:
+            raise ValueError(
+                f"first: asked for {num_rows} rows of {self.num_decodes} decodes in {self.num_rows} rows, "
+                "allowed from 1 to all, where all are decodes"
+            )
+        return replace(
+            self,
+            tables=self.tables[:num_rows],
+            contexts=self.contexts[:num_rows],
+            write_rows=self.write_rows[:num_rows],
+            num_decodes=num_rows,
+        )
+
+    def take(self, other: PagedBatch) -> None:
+        """Become another step's decodes, in place: a graph captured with this batch then serves them.
+
+        Nothing waits, and only the columns that the other one's tables have are copied: what lies behind a
+        sequence's own blocks is never read.
+
+        Raises:
+            ValueError: another number of rows, rows that are no decodes, blocks of another size, longer
+                contexts or more blocks than this batch has room for.
+        """
+        width = other.tables.shape[1]
+        if not self.num_decodes == self.num_rows == other.num_rows == other.num_decodes:
+            raise ValueError(
+                f"batch: asked to take one of {other.num_decodes} decodes in {other.num_rows} rows, allowed "
+                f"{self.num_rows} decodes"
+            )
+        if (
+            self.block_size != other.block_size
+            or self.max_context < other.max_context
+            or self.tables.shape[1] < width
+        ):
+            raise ValueError(
+                f"batch: asked to take one of contexts to {other.max_context} in {width} blocks of "
+                f"{other.block_size}, allowed {self.max_context} in {self.tables.shape[1]} of "
+                f"{self.block_size}"
+            )
+        self.tables[:, :width].copy_(other.tables)
+        self.contexts.copy_(other.contexts)
+        self.write_rows.copy_(other.write_rows)
 
     @property
     def num_rows(self) -> int:
@@ -113,6 +211,19 @@ class PagedBatch:
     def num_seqs(self) -> int:
         """B."""
         return self.contexts.shape[0]
+
+
+def _rounded(context: int) -> int:
+    return int(max(_MIN_CONTEXT, 1 << (context - 1).bit_length()))
+
+
+def _num_padding(queries: np.ndarray[tuple[int], np.dtype[np.int32]], num_rows: int) -> int:
+    if num_rows < len(queries) or (queries > 1).any():
+        raise ValueError(
+            f"num_rows: found {num_rows} for sequences of {queries.tolist()} rows, allowed at least one for "
+            "each, of decodes only"
+        )
+    return num_rows - len(queries)
 
 
 def _check(

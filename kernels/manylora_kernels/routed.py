@@ -81,6 +81,34 @@ class RoutedMix:
             one_adapter=one_adapter,
         )
 
+    @classmethod
+    def blank(
+        cls,
+        num_rows: int,
+        num_kinds: int,
+        max_slots: int,
+        max_pages: int,
+        device: torch.device,
+        batch_invariant: bool = False,
+    ) -> RoutedMix:
+        """A step in which no row has an adapter, with the shapes of any other."""
+        return cls.build(
+            np.full(num_rows, -1, dtype=np.int32),
+            np.zeros(num_rows, dtype=np.float32),
+            [[]] * num_kinds,
+            max_slots,
+            max_pages,
+            device,
+            batch_invariant,
+        )
+
+    def emptied(self, num_rows: int) -> RoutedMix:
+        """A step of T rows like this one in which none has an adapter."""
+        num_kinds, max_slots, _ = self.tables.shape
+        return self.blank(
+            num_rows, num_kinds, max_slots, self.max_pages, self.packed.device, self.batch_invariant
+        )
+
     def plan_for(self, site: SiteShape, dtype: torch.dtype) -> plan.Plan:
         """The plan of this step at a site whose pool has `dtype`."""
         return plan.choose(

@@ -95,12 +95,12 @@ def test_a_model_that_packs_wrongly_is_refused(
     def shifted(self: Runner, batch: object) -> torch.Tensor:
         build = self.builder.build
 
-        def off(batch: object) -> object:
-            step = build(batch)
+        def off(batch: object, *others: object) -> object:
+            step = build(batch, *others)
             step.positions[0, -1] += 1
             return step
 
-        monkeypatch.setattr(type(self.builder), "build", lambda _self, batch: off(batch))
+        monkeypatch.setattr(type(self.builder), "build", lambda _self, *args: off(*args))
         return whole(self, batch)
 
     monkeypatch.setattr(Runner, "logits", shifted)

@@ -53,3 +53,63 @@ def test_rows_are_where_the_tables_say(lengths: list[tuple[int, int]], block_siz
 def test_refuses(queries: list[int], contexts: list[int], tables: list[list[int]], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         PagedBatch.build(queries, contexts, tables, 4, "cpu")
+
+
+def test_padding_adds_rows_without_context() -> None:
+    batch = PagedBatch.build([1, 1], [6, 5], [[7, 2], [5, 9]], 4, "cpu", num_rows=4)
+    assert batch.tables.tolist() == [[7, 2], [5, 9], [0, 0], [0, 0]]
+    assert batch.contexts.tolist() == [6, 5, 0, 0]
+    assert batch.write_rows.tolist() == [9, 36, -1, -1]
+    assert batch.starts.tolist() == [0]
+    assert (batch.num_decodes, batch.num_rows, batch.num_seqs) == (4, 4, 4)
+
+
+@pytest.mark.parametrize(
+    ("queries", "num_rows"), [([1, 1], 1), ([1, 2], 4)], ids=["too_few_rows", "a_prompt"]
+)
+def test_refuses_to_pad(queries: list[int], num_rows: int) -> None:
+    with pytest.raises(ValueError, match=rf"num_rows: found {num_rows} for sequences of"):
+        PagedBatch.build(queries, [3, 3], [[0], [1]], 4, "cpu", num_rows=num_rows)
+
+
+def test_a_blank_batch_becomes_one_step_after_another() -> None:
+    static = PagedBatch.blank(8, 40, 4, "cpu")
+    assert list(static.tables.shape) == [8, 10]
+    assert set(static.write_rows.tolist()) == {-1}
+    steps = [([6, 5], [[7, 2], [5, 9]]), ([12], [[1, 2, 3]]), ([40, 1, 2], [list(range(10)), [11], [12]])]
+    for contexts, tables in steps:
+        for num_rows in (8, 3):
+            mine = static.first(num_rows)
+            step = PagedBatch.build([1] * len(contexts), contexts, tables, 4, "cpu", num_rows=num_rows)
+            mine.take(step)
+            assert mine.tables[:, : step.tables.shape[1]].tolist() == step.tables.tolist()
+            assert mine.contexts.tolist() == step.contexts.tolist()
+            assert mine.write_rows.tolist() == step.write_rows.tolist()
+            # The same memory, and what is launched does not change with the step.
+            assert static.contexts[:num_rows].tolist() == step.contexts.tolist()
+            assert (mine.max_context, mine.num_rows, mine.num_decodes) == (128, num_rows, num_rows)
+
+
+@pytest.mark.parametrize(
+    ("step", "message"),
+    [
+        (([1, 1], [5, 3], [[0, 1], [2]], 4), "one of 2 decodes in 2 rows, allowed 3 decodes"),
+        (([1, 2], [5, 3], [[0, 1], [2]], 4), "one of 1 decodes in 3 rows, allowed 3 decodes"),
+        (([1, 1, 1], [5, 3, 1], [[0, 1], [2], [3]], 8), "in 2 blocks of 8, allowed 128 in 2 of 4"),
+        (([1, 1, 1], [9, 3, 1], [[0, 1, 4], [2], [3]], 4), "in 3 blocks of 4, allowed 128 in 2 of 4"),
+        (([1, 1, 1], [129, 3, 1], [list(range(33)), [2], [3]], 4), "contexts to 256 in 33 blocks of 4"),
+    ],
+    ids=["fewer_rows", "a_prompt", "other_blocks", "more_blocks", "longer_contexts"],
+)
+def test_refuses_to_take(step: tuple[list[int], list[int], list[list[int]], int], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        PagedBatch.blank(3, 8, 4, "cpu").take(PagedBatch.build(*step, "cpu"))
+
+
+def test_refuses_blanks_and_parts_of_nothing() -> None:
+    with pytest.raises(ValueError, match="found 0 rows and max_context=8"):
+        PagedBatch.blank(0, 8, 4, "cpu")
+    with pytest.raises(ValueError, match="asked for 4 rows of 3 decodes"):
+        PagedBatch.blank(3, 8, 4, "cpu").first(4)
+    with pytest.raises(ValueError, match="asked for 1 rows of 1 decodes in 3 rows"):
+        PagedBatch.build([1, 2], [5, 3], [[0, 1], [2]], 4, "cpu").first(1)

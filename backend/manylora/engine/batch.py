@@ -80,8 +80,9 @@ class StepTensors:
     """[1, T]"""
     positions: torch.Tensor
     """[1, T]"""
-    sample_rows: torch.Tensor
-    """[number of sampling items] rows whose logits are wanted, in the order of `Batch.sampling_items`."""
+    sample_rows: torch.Tensor | None
+    """[number of sampling items] rows whose logits are wanted, in the order of `Batch.sampling_items`; None:
+    all rows, those that pad among them."""
     plan: AttentionPlan
     mix: Mix | None
 
@@ -99,13 +100,16 @@ class BatchBuilder:
     num_kinds: int
     paged: bool = False
     """Whether attention reads the caches through block tables: where its Triton kernels serve."""
+    triton: bool | None = None
+    """Whether the adapters' terms are for Triton; None: on CUDA. As of `Mix.build`."""
 
-    def build(self, batch: Batch, previous: Flight | None = None) -> StepTensors:
+    def build(self, batch: Batch, previous: Flight | None = None, num_rows: int | None = None) -> StepTensors:
         """Order the items so that each group is one run of rows, and make the step's tensors.
 
         Args:
             batch: the step.
             previous: the step before, where tokens of this one are still on the device.
+            num_rows: pads a step of decodes to so many rows, whose order stays; only where `paged`.
         """
         groups = [] if self.paged else self._group(batch.items)
         if self.paged:
@@ -116,15 +120,18 @@ class BatchBuilder:
         positions = np.concatenate([np.arange(item.start, item.end) for item in batch.items])
         ends = np.cumsum([item.num_tokens for item in batch.items])
         sampled = [end - 1 for end, item in zip(ends, batch.items, strict=True) if item.samples]
+        padding = (0, (num_rows or batch.num_tokens) - batch.num_tokens)
         return StepTensors(
-            input_ids=self._input_ids(batch.items, previous)[None],
-            positions=self._tensor(positions)[None],
-            sample_rows=self._tensor(np.asarray(sampled or [0])),
-            plan=self._plan_paged(batch.items) if self.paged else self._plan(groups),
-            mix=self._mix(batch),
+            input_ids=self._input_ids(batch.items, previous, padding)[None],
+            positions=self._tensor(np.pad(positions, padding))[None],
+            sample_rows=None if num_rows else self._tensor(np.asarray(sampled or [0])),
+            plan=self._plan_paged(batch.items, num_rows) if self.paged else self._plan(groups),
+            mix=self._mix(batch, num_rows or batch.num_tokens),
         )
 
-    def _input_ids(self, items: list[Item], previous: Flight | None) -> torch.Tensor:
+    def _input_ids(
+        self, items: list[Item], previous: Flight | None, padding: tuple[int, int]
+    ) -> torch.Tensor:
         """[T]. An item of one token whose id is not known here gets it from the step before."""
         token_ids: list[int] = []
         targets, sources = [], []
@@ -136,20 +143,21 @@ class BatchBuilder:
                 sources.append(previous.row_of(item.sequence))
                 known = [0]
             token_ids += known
-        input_ids = self._tensor(np.asarray(token_ids))
+        input_ids = self._tensor(np.pad(np.asarray(token_ids), padding))
         if targets:
             assert previous is not None
             places = self._tensor(np.array([targets, sources]))
             input_ids.index_copy_(0, places[0], previous.ids_B.index_select(0, places[1]))
         return input_ids
 
-    def _plan_paged(self, items: list[Item]) -> AttentionPlan:
+    def _plan_paged(self, items: list[Item], num_rows: int | None) -> AttentionPlan:
         paged = PagedBatch.build(
             [item.num_tokens for item in items],
             [item.end for item in items],
             [item.sequence.table[: -(-item.end // self.block_size)] for item in items],
             self.block_size,
             self.device,
+            num_rows=num_rows,
         )
         return AttentionPlan(write_rows=paged.write_rows, groups=[], caches=self.caches, paged=paged)
 
@@ -210,11 +218,11 @@ class BatchBuilder:
         blocks = np.asarray(item.sequence.table[: -(-item.end // size)], dtype=np.int64)
         return (blocks[:, None] * size + np.arange(size)).reshape(-1)[: item.end]
 
-    def _mix(self, batch: Batch) -> Mix | None:
+    def _mix(self, batch: Batch, num_rows: int) -> Mix | None:
         slots: dict[int, int] = {}
         pages: list[list[tuple[int, ...]]] = [[] for _ in range(self.num_kinds)]
-        row_slots = np.full(batch.num_tokens, -1, dtype=np.int32)
-        row_scales = np.zeros(batch.num_tokens, dtype=np.float32)
+        row_slots = np.full(num_rows, -1, dtype=np.int32)
+        row_scales = np.zeros(num_rows, dtype=np.float32)
         row = 0
         for item in batch.items:
             lease = item.sequence.lease
@@ -233,7 +241,15 @@ class BatchBuilder:
             row += item.num_tokens
         if not slots:
             return None
-        return Mix.build(row_slots, row_scales, pages, self.max_loras, self.max_pages, self.device)
+        return Mix.build(
+            row_slots,
+            row_scales,
+            pages,
+            self.max_loras,
+            self.max_pages,
+            self.device,
+            triton=self.triton,
+        )
 
     def _tensor(self, array: np.ndarray[tuple[int, ...], np.dtype[np.int64]]) -> torch.Tensor:
         return upload(array, self.device)

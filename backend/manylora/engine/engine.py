@@ -151,6 +151,7 @@ class Engine:
         )
         self.runner = Runner(self.model, config, self.pool)
         self.runner.prove_packing()
+        self.runner.capture_graphs(config)
         self.registry = Registry(
             self.model.spec,
             config,

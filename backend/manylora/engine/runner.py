@@ -14,10 +14,13 @@ from manylora_kernels.attention_plan import MAX_HEAD_SIZE
 from manylora.adapters.device_pool import DevicePool, num_pages_of
 from manylora.config import EngineConfig
 from manylora.engine import logprobs, sampler
-from manylora.engine.batch import Batch, BatchBuilder, Item
+from manylora.engine.batch import Batch, BatchBuilder, Item, StepTensors
 from manylora.engine.capacity import num_kv_blocks
 from manylora.engine.flight import Flight, nothing_chosen
+from manylora.engine.graph_recorder import recorder_for
+from manylora.engine.graph_start import allowed_difference, try_start
 from manylora.engine.sequence import Sequence
+from manylora.engine.step_graphs import StepGraphs
 from manylora.errors import UnsupportedError
 from manylora.memory import zeros
 from manylora.messages import SamplingParams
@@ -34,6 +37,8 @@ class Runner:
         self.model = model
         self.runs_ahead = _runs_ahead(model)
         """Whether a step is launched before the one in front of it has landed."""
+        self.graphs: StepGraphs | None = None
+        """Recorded decode steps, from `capture_graphs`."""
         self.num_blocks = num_kv_blocks(config, model.max_model_len, model.cache_bytes_per_token())
         warmup(model.device)
         caches = {
@@ -44,6 +49,7 @@ class Runner:
             kind = model.spec.kinds[site.kind]
             tensors = pool.kinds[site.kind]
             site.pool = SitePool(a=tensors.a[site.row], b=tensors.b[site.row], widths=kind.out_features)
+        paged = _serves_paged(model)
         self.builder = BatchBuilder(
             device=model.device,
             block_size=config.kv_block_size,
@@ -51,7 +57,8 @@ class Runner:
             max_loras=config.max_loras,
             max_pages=num_pages_of(config.max_lora_rank),
             num_kinds=len(model.spec.kinds),
-            paged=_serves_paged(model),
+            paged=paged,
+            triton=paged or None,
         )
 
     @torch.inference_mode()
@@ -74,14 +81,22 @@ class Runner:
 
     def logits(self, batch: Batch, previous: Flight | None = None) -> torch.Tensor:
         """[number of sampling items, V], in the order that `batch` has afterwards (at least one row)."""
-        step = self.builder.build(batch, previous)
+        if self.graphs is not None and all(item.num_tokens == 1 and item.samples for item in batch.items):
+            num_rows = self.graphs.bucket_of(len(batch.items))
+            if num_rows is not None:
+                return self.graphs.run(self.builder.build(batch, previous, num_rows))[: len(batch.items)]
+        return self._forward(self.builder.build(batch, previous))
+
+    def _forward(self, step: StepTensors) -> torch.Tensor:
+        """[number of sampled rows, V], operator by operator."""
         self.model.holder.mix = step.mix
         try:
             output = self.model.module(
                 input_ids=step.input_ids,
                 position_ids=step.positions,
                 use_cache=False,
-                logits_to_keep=step.sample_rows,
+                # 0 keeps all, without an index.
+                logits_to_keep=0 if step.sample_rows is None else step.sample_rows,
                 manylora_plan=step.plan,
             )
         finally:
@@ -97,7 +112,7 @@ class Runner:
             UnsupportedError: they differ; the model mixes rows or positions in a way that is not known here.
         """
         scale = max(float(logits.abs().max()) for logits in self.model.probe_logits)
-        tolerance = (1e-3 if self.model.dtype == torch.float32 else 0.1) * max(scale, 1.0)
+        tolerance = allowed_difference(self.model.dtype, scale)
         for sequence, position, found in self._probe_steps():
             wanted = self.model.probe_logits[sequence][position]
             difference = float((found.float() - wanted).abs().max())
@@ -108,15 +123,40 @@ class Runner:
                     f"allowed is {tolerance:.3g}; this architecture is not served"
                 )
 
+    @torch.inference_mode()
+    def capture_graphs(self, config: EngineConfig) -> None:
+        """Record decode steps as graphs where the paged kernels serve; call it after `prove_packing`.
+
+        A model that cannot be recorded, or replays other numbers, is served without, and the log says so.
+        """
+        if not self.builder.paged or config.enforce_eager:
+            return
+        sequences = self._probe_sequences()[: config.max_num_seqs]
+        for sequence in sequences:
+            # The cache holds the probes: their last tokens are decodes.
+            sequence.num_computed = len(sequence.token_ids) - 1
+        self.graphs = try_start(
+            self.model,
+            self.builder,
+            self._forward,
+            Batch([Item(sequence, 1) for sequence in sequences]),
+            config.max_num_seqs,
+            recorder_for(self.model.device),
+        )
+
+    def _probe_sequences(self) -> list[Sequence]:
+        """One for each probe, with blocks from the first on."""
+        sequences, next_block = [], 0
+        for index, tokens in enumerate(self.model.probe_ids):
+            num = -(-len(tokens) // self.builder.block_size)
+            sequences.append(_probe_sequence(index, tokens, list(range(next_block, next_block + num))))
+            next_block += num
+        return sequences
+
     def _probe_steps(self) -> list[tuple[int, int, torch.Tensor]]:
         """(probe, position, logits) of three steps: whole prompts beside chunks, more chunks, decodes."""
         ids = self.model.probe_ids
-        size = self.builder.block_size
-        sequences, next_block = [], 0
-        for index, tokens in enumerate(ids):
-            num = -(-len(tokens) // size)
-            sequences.append(_probe_sequence(index, tokens, list(range(next_block, next_block + num))))
-            next_block += num
+        sequences = self._probe_sequences()
         results = []
         plan = [[(0, 8), (1, 1), (2, 5)], [(0, 10), (2, 2)], [(0, 1), (2, 1)]]
         for step in plan:

@@ -14,7 +14,6 @@ import torch
 import transformers
 from transformers import (
     AttentionInterface,
-    AttentionMaskInterface,
     AutoConfig,
     AutoModelForCausalLM,
     GenerationConfig,
@@ -205,14 +204,13 @@ def _whole_logits(module: torch.nn.Module, ids: list[int]) -> torch.Tensor:
 
 
 def use_our_attention(module: torch.nn.Module) -> None:
-    """Have the model call `attention_forward`, and build no masks."""
+    """Have the model call `attention_forward`, and build no masks.
+
+    Masks follow from the step's plan. For an attention without a mask function transformers makes none; with
+    one it would first look at each step's positions on the host, and wait for the device.
+    """
     AttentionInterface.register(IMPLEMENTATION, attention_forward)
-    AttentionMaskInterface.register(IMPLEMENTATION, _no_mask)
     module.set_attn_implementation(IMPLEMENTATION)  # type: ignore[operator]  # PreTrainedModel's method
-
-
-def _no_mask(*_args: Any, **_kwargs: Any) -> None:
-    """Masks follow from the step's plan; transformers need not build any."""
 
 
 def observe(module: torch.nn.Module) -> tuple[dict[int, tuple[int, int, int]], ModelSpec]:
