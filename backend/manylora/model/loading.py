@@ -23,6 +23,7 @@ from transformers import (
 from manylora.config import EngineConfig, resolve_directory
 from manylora.errors import InvalidArgumentError, UnsupportedError
 from manylora.model.attention import IMPLEMENTATION, CacheProbe, attention_forward
+from manylora.model.gated import find_gated_units, put_gates_first
 from manylora.model.lora_layers import MixHolder, Site, find_sites, replace_linears
 from manylora.model.spec import ModelSpec
 
@@ -83,7 +84,9 @@ def load_model(config: EngineConfig) -> LoadedModel:
         use_our_attention(module)
         layers, spec = observe(module)
         holder = MixHolder()
-        sites = replace_linears(module, spec, holder)
+        gated_units = find_gated_units(module, spec)
+        spec = put_gates_first(spec, gated_units)
+        sites = replace_linears(module, spec, holder, gated_units)
     return LoadedModel(
         module=module,
         directory=directory,
