@@ -14,7 +14,6 @@ import torch
 import transformers
 from transformers import (
     AttentionInterface,
-    AttentionMaskInterface,
     AutoConfig,
     AutoModelForCausalLM,
     GenerationConfig,
@@ -209,13 +208,10 @@ def _whole_logits(module: torch.nn.Module, ids: list[int]) -> torch.Tensor:
 
 def use_our_attention(module: torch.nn.Module) -> None:
     """Have the model call `attention_forward`, and build no masks."""
+    # An attention without a mask function of its own has no masks built for it: they follow from the step's
+    # plan, and looking for packed sequences would have the host wait for the device.
     AttentionInterface.register(IMPLEMENTATION, attention_forward)
-    AttentionMaskInterface.register(IMPLEMENTATION, _no_mask)
     module.set_attn_implementation(IMPLEMENTATION)  # type: ignore[operator]  # PreTrainedModel's method
-
-
-def _no_mask(*_args: Any, **_kwargs: Any) -> None:
-    """Masks follow from the step's plan; transformers need not build any."""
 
 
 def observe(module: torch.nn.Module) -> tuple[dict[int, tuple[int, int, int]], ModelSpec]:
