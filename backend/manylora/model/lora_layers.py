@@ -17,6 +17,7 @@ from manylora_kernels import Mix, SitePool, gate_up_lora, linear_lora, silu_mul
 from transformers.pytorch_utils import Conv1D
 
 from manylora.errors import UnsupportedError
+from manylora.model import operators
 from manylora.model.gated import GatedUnit
 from manylora.model.linear import Product, fuse, make_product, weight_of
 from manylora.model.spec import LinearSpec, ModelSpec, SiteKind
@@ -31,7 +32,7 @@ class MixHolder:
     mix: Mix | None = None
 
 
-@dataclass(slots=True, kw_only=True)
+@dataclass(kw_only=True, eq=False)
 class Site:
     """The linears of one layer that read the same input: one base product and one adapter term for all.
 
@@ -45,8 +46,13 @@ class Site:
     product: Product
     holder: MixHolder
     pool: SitePool | None = None
+    number: int = field(init=False)
+    """Under which a compiled model's operators find the site."""
     _x: torch.Tensor | None = None
     _parts: list[torch.Tensor | None] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.number = operators.register(self)
 
     def part(self, index: int, x: torch.Tensor) -> torch.Tensor:
         """Output [..., N_index] of one linear of the site for its input x [..., K]."""
@@ -62,6 +68,9 @@ class Site:
 
     def linear(self, x: torch.Tensor) -> torch.Tensor:
         """Outputs of all linears side by side, [..., N], for their input x [..., K]."""
+        if torch.compiler.is_compiling():
+            whole: torch.Tensor = operators.site_linear(x, self.number, sum(self.widths))
+            return whole
         mix, x_TK = self.holder.mix, x.reshape(-1, x.shape[-1])
         if mix is None or self.pool is None or mix.is_empty:
             y = self.product(x_TK)
@@ -71,6 +80,9 @@ class Site:
 
     def gate_up(self, x: torch.Tensor) -> torch.Tensor:
         """`silu(gate) * up`, [..., N / 2], of a site whose linears are gate and up, in this order."""
+        if torch.compiler.is_compiling():
+            whole: torch.Tensor = operators.site_gate_up(x, self.number, self.widths[0])
+            return whole
         mix, x_TK = self.holder.mix, x.reshape(-1, x.shape[-1])
         if mix is None or self.pool is None or mix.is_empty:
             y = silu_mul(self.product(x_TK))
@@ -111,11 +123,16 @@ class GatedLinear(torch.nn.Module):
 class ProductLinear(torch.nn.Module):
     """A linear that serves no adapter (lm_head), in the device's fastest form."""
 
-    def __init__(self, product: Product) -> None:
+    def __init__(self, product: Product, out_features: int) -> None:
         super().__init__()
         self.product = product
+        self.out_features = out_features
+        self.number = operators.register(self)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if torch.compiler.is_compiling():
+            y: torch.Tensor = operators.product(x, self.number, self.out_features)
+            return y
         return self.product(x)
 
 
@@ -239,7 +256,9 @@ def _replace_head(model: torch.nn.Module) -> None:
     for path, module in list(model.named_modules()):
         if isinstance(module, torch.nn.Linear) and path.rpartition(".")[2] == "lm_head":
             bias = None if module.bias is None else module.bias.detach()
-            _set_submodule(model, path, ProductLinear(make_product(weight_of(module), bias)))
+            _set_submodule(
+                model, path, ProductLinear(make_product(weight_of(module), bias), module.out_features)
+            )
 
 
 def _set_submodule(model: torch.nn.Module, path: str, module: torch.nn.Module) -> None:
