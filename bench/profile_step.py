@@ -23,6 +23,7 @@ from manylora.engine import sampler
 from manylora.engine.batch import Batch, BatchBuilder
 from manylora.engine.flight import Flight
 from manylora.model import attention, lora_layers
+from manylora_kernels import lora
 from torch.profiler import ProfilerActivity, profile, record_function
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -58,7 +59,7 @@ def name_parts() -> None:
     """Give the parts of a step their names before the engine is built."""
     BatchBuilder.build = named("part: build tensors", BatchBuilder.build)  # type: ignore[method-assign]
     sampler.choose = named("part: sample", sampler.choose)  # type: ignore[assignment]
-    lora_layers.add_lora = named("part: LoRA", lora_layers.add_lora)  # type: ignore[assignment]
+    lora.add_lora = named("part: LoRA", lora.add_lora)  # type: ignore[assignment]
     attention._attend = named("part: attend", attention._attend)  # type: ignore[assignment]
     make_product = lora_layers.make_product
     lora_layers.make_product = lambda *args: named("part: base linears", make_product(*args))  # type: ignore

@@ -56,6 +56,9 @@ class EngineConfig:
     """Devices the model is split over. Above 1 is not served yet."""
     max_model_len: int = 0
     """Most tokens of a sequence, prompt and generated. 0: the base model's, at most 8192."""
+    compile_model: str = "auto"
+    """Whether torch compiles the model's own code at start: auto (on CUDA), true or false. Costs a minute or
+    two of the first start."""
     num_threads: int = 0
     """CPU threads of the step. 0: all cores."""
 
@@ -163,6 +166,8 @@ def _check(config: EngineConfig) -> None:
             raise InvalidArgumentError(
                 f"{name}={getattr(config, name)!r}: expected auto, float32, float16 or bfloat16"
             )
+    if config.compile_model not in ("auto", "true", "false"):
+        raise InvalidArgumentError(f"compile_model={config.compile_model!r}: expected auto, true or false")
     if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", config.device):
         raise InvalidArgumentError(f"device={config.device!r}: expected auto, cpu, cuda or cuda:N")
     if config.lora_extra_vocab_size > 0:

@@ -16,6 +16,7 @@ os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 from manylora_kernels.lora import add_lora, add_lora_silu_mul, expand_lora, shrink_lora, warmup
 from manylora_kernels.mix import Mix
 from manylora_kernels.pool import PAGE_ROWS, SitePool
+from manylora_kernels.product import gate_up_lora, linear_lora, silu_mul
 from manylora_kernels.shapes import ServedShapes, SiteShape
 
 __all__ = [
@@ -27,6 +28,9 @@ __all__ = [
     "add_lora",
     "add_lora_silu_mul",
     "expand_lora",
+    "gate_up_lora",
+    "linear_lora",
     "shrink_lora",
+    "silu_mul",
     "warmup",
 ]

@@ -15,6 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
+from manylora_kernels.activation import silu_times
 from manylora_kernels.expand import lora_term
 from manylora_kernels.plan import Plan, Tile
 from manylora_kernels.routed import RoutedMix, row_stride
@@ -142,8 +143,6 @@ def _expand_silu_mul_kernel(
 
     gate = gate.to(tl.float32) + gate_term * scale[:, None]
     up = up.to(tl.float32) + up_term * scale[:, None]
-    # The sigmoid from the side that cannot overflow.
-    shrunk = tl.exp(-tl.abs(gate))
-    out = gate * tl.where(gate >= 0, 1.0, shrunk) / (1.0 + shrunk) * up
+    out = silu_times(gate, up)
     out_ptrs = out_ptr + (row * stride_ot)[:, None] + offs_n[None, :]
     tl.store(out_ptrs, out.to(out_ptr.dtype.element_ty), mask=mask_y)

@@ -7,11 +7,32 @@ from __future__ import annotations
 
 import torch
 
+from manylora_kernels import streams
+from manylora_kernels.activation import silu_mul
 from manylora_kernels.expand import expand
 from manylora_kernels.expand_silu_mul import expand_silu_mul
+from manylora_kernels.plan import Plan
 from manylora_kernels.pool import SitePool
+from manylora_kernels.product import Product
 from manylora_kernels.routed import RoutedMix
-from manylora_kernels.shrink import shrink
+from manylora_kernels.shrink import empty_h, shrink
+
+__all__ = [
+    "add_lora",
+    "add_lora_silu_mul",
+    "expand_lora",
+    "expand_lora_silu_mul",
+    "gate_up_lora",
+    "linear_lora",
+    "runs_beside",
+    "shrink_lora",
+    "silu_mul",
+]
+
+MAX_ROWS_BESIDE = 256
+"""Up to so many rows of a step, shrink runs beside the base product. So long that one waits for the weights'
+bytes and leaves the arithmetic idle; beyond, both want the same multiprocessors, and a chained launch saves
+more. A ratio of cards (of the order of 300 operations a byte), not measured."""
 
 
 def add_lora(y: torch.Tensor, x: torch.Tensor, pool: SitePool, mix: RoutedMix, kind: int) -> None:
@@ -51,3 +72,76 @@ def expand_lora_silu_mul(
 ) -> None:
     """The second half of that, for a shrink that ran beside the base product."""
     expand_silu_mul(out, y, h, pool.b, mix, kind, mix.plan_for(pool.shape, pool.a.dtype))
+
+
+def runs_beside(mix: RoutedMix) -> bool:
+    """Whether shrink runs beside the base product in this step: few rows, and not for the vendor's products,
+    which need y. Known from T alone inside a captured graph."""
+    return mix.route.num_rows <= MAX_ROWS_BESIDE and mix.one_adapter is None
+
+
+def linear_lora(
+    x: torch.Tensor,
+    product: Product,
+    pool: SitePool,
+    mix: RoutedMix,
+    kind: int,
+    side: streams.Streams | None = None,
+) -> torch.Tensor:
+    """The base product of a site with the adapters' term.
+
+    Args:
+        x: [T, K].
+        product: the base linears.
+        side: where shrink runs; None: the device's side stream.
+
+    Returns:
+        [T, N].
+    """
+    if not runs_beside(mix):
+        y = product(x)
+        add_lora(y, x, pool, mix, kind)
+        return y
+    chosen = mix.plan_for(pool.shape, pool.a.dtype)
+    y, h = _product_and_shrink(x, product, pool, mix, kind, chosen, side)
+    expand(y, h, pool.b, pool.widths, mix, kind, chosen)
+    return y
+
+
+def gate_up_lora(
+    x: torch.Tensor,
+    product: Product,
+    pool: SitePool,
+    mix: RoutedMix,
+    kind: int,
+    side: streams.Streams | None = None,
+) -> torch.Tensor:
+    """The same of a gate/up site, with the activation behind it: [T, N / 2]."""
+    if runs_beside(mix):
+        chosen = mix.plan_for(pool.shape, pool.a.dtype)
+        y, h = _product_and_shrink(x, product, pool, mix, kind, chosen, side)
+        out = y.new_empty(y.shape[0], pool.widths[0])
+        expand_silu_mul(out, y, h, pool.b, mix, kind, chosen)
+        return out
+    y = product(x)
+    out = y.new_empty(y.shape[0], pool.widths[0])
+    add_lora_silu_mul(out, y, x, pool, mix, kind)
+    return out
+
+
+def _product_and_shrink(
+    x: torch.Tensor,
+    product: Product,
+    pool: SitePool,
+    mix: RoutedMix,
+    kind: int,
+    plan: Plan,
+    side: streams.Streams | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    h = empty_h(x.shape[0], len(pool.widths), mix, plan)
+    y = streams.run_beside(
+        streams.side_stream(x.device) if side is None else side,
+        side_work=lambda: shrink(x, pool.a, mix, kind, plan, out=h),
+        main_work=lambda: product(x),
+    )
+    return y, h

@@ -67,7 +67,7 @@ def shrink_lora(x: torch.Tensor, pool: SitePool, mix: Mix, kind: int) -> torch.T
     Raises:
         ValueError: as of `add_lora`; a mix for a CPU.
     """
-    _check_x(x, pool, mix, kind)
+    check_x(x, pool, mix, kind)
     routed = _routed(mix, "shrink_lora")
     if routed is None or not mix.page_limits[kind]:
         return x.new_empty(0, dtype=torch.float32)
@@ -91,7 +91,7 @@ def expand_lora(y: torch.Tensor, h: torch.Tensor, pool: SitePool, mix: Mix, kind
     Raises:
         ValueError: as of `add_lora`; a mix for a CPU.
     """
-    _check_rows("y", y, pool.num_outputs, pool, mix)
+    check_rows("y", y, pool.num_outputs, pool, mix)
     routed = _routed(mix, "expand_lora")
     if routed is not None and mix.page_limits[kind]:
         from manylora_kernels import gpu  # imports triton, which a CPU does without
@@ -119,16 +119,20 @@ def add_lora_silu_mul(
     Raises:
         ValueError: as of `add_lora`; a site that is not two linears of one width.
     """
-    if not pool.shape.is_gate_up:
-        raise ValueError(f"widths: found {list(pool.widths)}, allowed two that are equal")
+    check_gate_up(pool)
     _check(y, x, pool, mix, kind)
-    _check_rows("out", out, pool.widths[0], pool, mix)
+    check_rows("out", out, pool.widths[0], pool, mix)
     if mix.routed is not None and mix.page_limits[kind]:
         from manylora_kernels import gpu  # imports triton, which a CPU does without
 
         gpu.add_lora_silu_mul(out, y, x, pool, mix.routed, kind)
         return
     add_lora(y, x, pool, mix, kind)
+    if y.device.type != "cpu":
+        from manylora_kernels import gpu  # imports triton, which a CPU does without
+
+        gpu.silu_mul(out, y)
+        return
     gate, up = torch.split(y, list(pool.widths), dim=1)
     torch.mul(torch.nn.functional.silu(gate), up, out=out)
 
@@ -151,14 +155,27 @@ def warmup(device: torch.device | str, shapes: ServedShapes | None = None) -> No
 
 
 def _check(y: torch.Tensor, x: torch.Tensor, pool: SitePool, mix: Mix, kind: int) -> None:
-    _check_x(x, pool, mix, kind)
-    _check_rows("y", y, pool.num_outputs, pool, mix)
+    check_x(x, pool, mix, kind)
+    check_rows("y", y, pool.num_outputs, pool, mix)
 
 
-def _check_x(x: torch.Tensor, pool: SitePool, mix: Mix, kind: int) -> None:
+def check_gate_up(pool: SitePool) -> None:
+    """
+    Raises:
+        ValueError: a site that is not two linears of one width.
+    """
+    if not pool.shape.is_gate_up:
+        raise ValueError(f"widths: found {list(pool.widths)}, allowed two that are equal")
+
+
+def check_x(x: torch.Tensor, pool: SitePool, mix: Mix, kind: int) -> None:
+    """
+    Raises:
+        ValueError: what `add_lora` refuses of all but y.
+    """
     if not 0 <= kind < len(mix.page_limits):
         raise ValueError(f"kind: asked for {kind}, the mix has 0 .. {len(mix.page_limits) - 1}")
-    _check_rows("x", x, pool.num_inputs, pool, mix)
+    check_rows("x", x, pool.num_inputs, pool, mix)
     if mix.page_limits[kind] > pool.a.shape[0]:
         raise ValueError(
             f"pages: the mix uses page {mix.page_limits[kind] - 1}, the pool has {pool.a.shape[0]}"
@@ -168,7 +185,11 @@ def _check_x(x: torch.Tensor, pool: SitePool, mix: Mix, kind: int) -> None:
         raise ValueError(f"mix: found one built for {where}, x is on {x.device}")
 
 
-def _check_rows(name: str, rows: torch.Tensor, num_columns: int, pool: SitePool, mix: Mix) -> None:
+def check_rows(name: str, rows: torch.Tensor, num_columns: int, pool: SitePool, mix: Mix) -> None:
+    """
+    Raises:
+        ValueError: a tensor that is not [T, num_columns] of the pool's device with contiguous columns.
+    """
     if rows.shape != (mix.num_rows, num_columns):
         raise ValueError(f"{name}: found {list(rows.shape)}, allowed [{mix.num_rows}, {num_columns}]")
     if rows.stride(1) != 1:

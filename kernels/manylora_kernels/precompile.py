@@ -69,3 +69,4 @@ def _launch(
         out = torch.empty(num_rows, site.widths[0], dtype=shapes.dtype, device=device)
         gpu.add_lora_silu_mul(out, y, x, pool, mix, 0)
         gpu.expand_lora_silu_mul(out, y, h, pool, mix, 0)
+        gpu.silu_mul(out, y)

@@ -21,8 +21,20 @@ from manylora_kernels.pool import PAGE_ROWS
 from manylora_kernels.routed import RoutedMix, row_stride
 
 
+def empty_h(num_rows: int, num_linears: int, mix: RoutedMix, plan: Plan) -> torch.Tensor:
+    """Make the memory for what shrink computes: [Z, T, S, R], float32, on the mix's device."""
+    shape = (plan.num_splits, num_rows, num_linears, PAGE_ROWS * mix.max_pages)
+    return torch.empty(shape, dtype=torch.float32, device=mix.packed.device)
+
+
 def shrink(
-    x: torch.Tensor, a: torch.Tensor, mix: RoutedMix, kind: int, plan: Plan, chained: bool = False
+    x: torch.Tensor,
+    a: torch.Tensor,
+    mix: RoutedMix,
+    kind: int,
+    plan: Plan,
+    chained: bool = False,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Multiply routed rows by A: `sum over z of h[z, i, s] = x[order[i]] A_s^T`.
 
@@ -34,6 +46,7 @@ def shrink(
         plan: tile sizes; its block_rows are the route's.
         chained: whether expand is the very next launch on the stream and may start early; only where the
             device has dependent launches.
+        out: from `empty_h`: where h goes. None: memory of the current stream.
 
     Returns:
         [Z, T, S, R], float32. Defined for routed positions i and the rank rows of their adapters' pages, no
@@ -45,9 +58,7 @@ def shrink(
     if plan.block_rows != mix.route.block_rows:
         raise ValueError(f"plan for blocks of {plan.block_rows} rows, the route has {mix.route.block_rows}")
     num_rows, num_linears, max_pages = x.shape[0], a.shape[1], mix.max_pages
-    h = torch.empty(
-        plan.num_splits, num_rows, num_linears, PAGE_ROWS * max_pages, dtype=torch.float32, device=x.device
-    )
+    h = empty_h(num_rows, num_linears, mix, plan) if out is None else out
     _shrink_kernel[(plan.num_splits, mix.route.max_blocks)](
         x_ptr=x,
         a_ptr=a,

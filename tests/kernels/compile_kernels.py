@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 import triton
-from manylora_kernels import expand, expand_silu_mul, plan, route, shrink
+from manylora_kernels import activation, expand, expand_silu_mul, plan, route, shrink
 from manylora_kernels.device import Device
 from manylora_kernels.shapes import SiteShape
 from triton.backends.compiler import GPUTarget
@@ -145,6 +145,8 @@ def sources(target: str) -> Sources:
             if device.has_dependent_launch:
                 options["launch_pdl"] = True
             found[variant.name(name)] = (source(kernel, variant.floats, constexprs), options)
+    of_base = {"WIDTH": SITES["gate_up"].widths[0], "BLOCK_N": activation._BLOCK_N}
+    found["base_silu_mul-bf16"] = (source(activation._silu_mul_kernel, "bf16", of_base), {"num_warps": 4})
     if target == "sm_90":
         # What the test for narrow accesses must find, or it finds nothing anywhere.
         loose = {"WIDTHS": (1003, 501), "NUM_SPLITS": 1, "MAX_PAGES": 1, "BLOCK_T": 16, "BLOCK_N": 128}

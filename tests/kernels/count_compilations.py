@@ -97,6 +97,9 @@ def serve(num_rows: int, slots: list[int], batch_invariant: bool) -> None:
         gpu.expand_lora(y, gpu.shrink_lora(x, pool, step, kind), pool, step, kind)
         if site.is_gate_up:
             gpu.add_lora_silu_mul(torch.empty_like(y[:, : site.widths[0]]), y, x, pool, step, kind)
+            gpu.silu_mul(torch.empty_like(y[:, : site.widths[0]]), y)
+            gpu.gate_up_lora(x, lambda x, y=y: y, pool, step, kind)
+        gpu.linear_lora(x, lambda x, y=y: y, pool, step, kind)
 
 
 def count(batch_invariant: bool) -> dict[str, int]:

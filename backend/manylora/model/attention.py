@@ -21,6 +21,7 @@ from manylora_kernels.paged import PagedBatch
 from torch.nn import functional
 
 from manylora.errors import UnsupportedError
+from manylora.model import operators
 
 IMPLEMENTATION = "manylora"
 """The name under which transformers knows this attention."""
@@ -107,6 +108,31 @@ class CacheProbe:
     """layer_idx -> (V, key D, value D)."""
 
 
+class Steps:
+    """The plan of the current step, where a compiled model's attention finds it: code that is compiled once
+    is given a number in its place."""
+
+    def __init__(self) -> None:
+        self.number = operators.register(self)
+        self.plan: AttentionPlan | CacheProbe | None = None
+        """Filled around each call of the model."""
+
+    def attend(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        sinks: torch.Tensor | None,
+        layer: int,
+        scaling: float,
+        window: int,
+        softcap: float | None,
+    ) -> torch.Tensor:
+        """[1, T, H, D]: `attention_forward` by the current plan."""
+        assert self.plan is not None
+        return _attend_step(self.plan, query, key, value, sinks, layer, scaling, window, softcap)
+
+
 def attention_forward(
     module: torch.nn.Module,
     query: torch.Tensor,
@@ -117,7 +143,7 @@ def attention_forward(
     sliding_window: int | None = None,
     softcap: float | None = None,
     s_aux: torch.Tensor | None = None,
-    manylora_plan: AttentionPlan | CacheProbe | None = None,
+    manylora_plan: AttentionPlan | CacheProbe | int | None = None,
     **others: object,
 ) -> tuple[torch.Tensor, None]:
     """Write the step's keys and values, then attend.
@@ -129,6 +155,7 @@ def attention_forward(
         sliding_window: a query sees the last this many tokens, itself among them.
         softcap: scores become softcap * tanh(scores / softcap).
         s_aux: [H] one learned sink logit per head.
+        manylora_plan: the step's plan; in a compiled model the number of the `Steps` that hold it.
 
     Returns:
         [1, T, H, D] and None.
@@ -145,8 +172,27 @@ def attention_forward(
     layer = int(module.layer_idx)  # type: ignore[arg-type]  # transformers' attention modules carry an int
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     window = sliding_window or 0
-    if isinstance(manylora_plan, CacheProbe):
-        manylora_plan.layers[layer] = (key.shape[1], key.shape[3], value.shape[3])
+    if isinstance(manylora_plan, int):
+        out = operators.attention(query, key, value, s_aux, manylora_plan, layer, scaling, window, softcap)
+    else:
+        out = _attend_step(manylora_plan, query, key, value, s_aux, layer, scaling, window, softcap)
+    return out, None
+
+
+def _attend_step(
+    plan: AttentionPlan | CacheProbe,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    sinks: torch.Tensor | None,
+    layer: int,
+    scaling: float,
+    window: int,
+    softcap: float | None,
+) -> torch.Tensor:
+    """One layer's attention of a whole step: [1, T, H, D]."""
+    if isinstance(plan, CacheProbe):
+        plan.layers[layer] = (key.shape[1], key.shape[3], value.shape[3])
         num_rows = query.shape[2]
         rows = torch.arange(num_rows, device=query.device)
         probe = Group(
@@ -157,22 +203,20 @@ def attention_forward(
             positions=rows[None],
             num_context=num_rows,
         )
-        return _attend(probe, query[0], key[0], value[0], None, scaling, window, softcap, s_aux)[None], None
-    cache = manylora_plan.caches[layer]
-    if manylora_plan.paged is not None:
-        scoring = Scoring(scaling=scaling, window=window, softcap=softcap, sinks=s_aux)
-        return _attend_paged(query[0], key[0], value[0], cache, manylora_plan.paged, scoring)[None], None
-    cache.keys.index_copy_(0, manylora_plan.write_rows, key[0].transpose(0, 1).flatten(1))
-    cache.values.index_copy_(0, manylora_plan.write_rows, value[0].transpose(0, 1).flatten(1))
-    groups = manylora_plan.groups
+        return _attend(probe, query[0], key[0], value[0], None, scaling, window, softcap, sinks)[None]
+    cache = plan.caches[layer]
+    if plan.paged is not None:
+        scoring = Scoring(scaling=scaling, window=window, softcap=softcap, sinks=sinks)
+        return _attend_paged(query[0], key[0], value[0], cache, plan.paged, scoring)[None]
+    cache.keys.index_copy_(0, plan.write_rows, key[0].transpose(0, 1).flatten(1))
+    cache.values.index_copy_(0, plan.write_rows, value[0].transpose(0, 1).flatten(1))
+    groups = plan.groups
     if len(groups) == 1 and isinstance(groups[0].rows, slice):
-        return _attend(groups[0], query[0], key[0], value[0], cache, scaling, window, softcap, s_aux)[
-            None
-        ], None
+        return _attend(groups[0], query[0], key[0], value[0], cache, scaling, window, softcap, sinks)[None]
     out = query.new_empty(query.shape[2], query.shape[1], value.shape[3])  # [T, H, D]
     for group in groups:
-        out[group.rows] = _attend(group, query[0], key[0], value[0], cache, scaling, window, softcap, s_aux)
-    return out[None], None
+        out[group.rows] = _attend(group, query[0], key[0], value[0], cache, scaling, window, softcap, sinks)
+    return out[None]
 
 
 def _attend_paged(

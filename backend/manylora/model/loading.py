@@ -22,6 +22,8 @@ from transformers import (
 from manylora.config import EngineConfig, resolve_directory
 from manylora.errors import InvalidArgumentError, UnsupportedError
 from manylora.model.attention import IMPLEMENTATION, CacheProbe, attention_forward
+from manylora.model.compiling import compile_forward
+from manylora.model.gated import find_gated_units, put_gates_first
 from manylora.model.lora_layers import MixHolder, Site, find_sites, replace_linears
 from manylora.model.spec import ModelSpec
 
@@ -82,7 +84,12 @@ def load_model(config: EngineConfig) -> LoadedModel:
         use_our_attention(module)
         layers, spec = observe(module)
         holder = MixHolder()
-        sites = replace_linears(module, spec, holder)
+        gated_units = find_gated_units(module, spec)
+        spec = put_gates_first(spec, gated_units)
+        sites = replace_linears(module, spec, holder, gated_units)
+    dtype = next(module.parameters()).dtype
+    if compiles(config, device):
+        compile_forward(module, logits_tolerance(dtype))
     return LoadedModel(
         module=module,
         directory=directory,
@@ -90,7 +97,7 @@ def load_model(config: EngineConfig) -> LoadedModel:
         sites=sites,
         holder=holder,
         layers=layers,
-        dtype=next(module.parameters()).dtype,
+        dtype=dtype,
         device=device,
         vocab_size=_text_config(hf_config).vocab_size,
         max_model_len=max_model_len,
@@ -98,6 +105,16 @@ def load_model(config: EngineConfig) -> LoadedModel:
         probe_ids=probe_ids,
         probe_logits=probe_logits,
     )
+
+
+def compiles(config: EngineConfig, device: torch.device) -> bool:
+    """`compile_model` with its default resolved."""
+    return device.type == "cuda" if config.compile_model == "auto" else config.compile_model == "true"
+
+
+def logits_tolerance(dtype: torch.dtype) -> float:
+    """How far logits of the same rows may be apart, as a share of the largest."""
+    return 1e-3 if dtype == torch.float32 else 0.1
 
 
 def resolve_device(name: str) -> torch.device:

@@ -9,14 +9,16 @@ one layer that were handed the very same tensor form a site. So any architecture
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
-from manylora_kernels import Mix, SitePool, add_lora
+from manylora_kernels import Mix, SitePool, gate_up_lora, linear_lora, silu_mul
 from transformers.pytorch_utils import Conv1D
 
 from manylora.errors import UnsupportedError
+from manylora.model import operators
+from manylora.model.gated import GatedUnit
 from manylora.model.linear import Product, fuse, make_product, weight_of
 from manylora.model.spec import LinearSpec, ModelSpec, SiteKind
 
@@ -30,7 +32,7 @@ class MixHolder:
     mix: Mix | None = None
 
 
-@dataclass(slots=True, kw_only=True)
+@dataclass(kw_only=True, eq=False)
 class Site:
     """The linears of one layer that read the same input: one base product and one adapter term for all.
 
@@ -44,13 +46,18 @@ class Site:
     product: Product
     holder: MixHolder
     pool: SitePool | None = None
+    number: int = field(init=False)
+    """Under which a compiled model's operators find the site."""
     _x: torch.Tensor | None = None
     _parts: list[torch.Tensor | None] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.number = operators.register(self)
 
     def part(self, index: int, x: torch.Tensor) -> torch.Tensor:
         """Output [..., N_index] of one linear of the site for its input x [..., K]."""
         if self._x is not x or self._parts[index] is None:
-            self._parts = list(torch.split(self._compute(x), list(self.widths), dim=-1))
+            self._parts = list(torch.split(self.linear(x), list(self.widths), dim=-1))
             self._x = x
         result = self._parts[index]
         assert result is not None
@@ -59,12 +66,29 @@ class Site:
             self._x = None
         return result
 
-    def _compute(self, x: torch.Tensor) -> torch.Tensor:
-        y = self.product(x)
-        mix = self.holder.mix
-        if mix is not None and self.pool is not None and not mix.is_empty:
-            add_lora(y.view(-1, y.shape[-1]), x.reshape(-1, x.shape[-1]), self.pool, mix, self.kind)
-        return y
+    def linear(self, x: torch.Tensor) -> torch.Tensor:
+        """Outputs of all linears side by side, [..., N], for their input x [..., K]."""
+        if torch.compiler.is_compiling():
+            whole: torch.Tensor = operators.site_linear(x, self.number, sum(self.widths))
+            return whole
+        mix, x_TK = self.holder.mix, x.reshape(-1, x.shape[-1])
+        if mix is None or self.pool is None or mix.is_empty:
+            y = self.product(x_TK)
+        else:
+            y = linear_lora(x_TK, self.product, self.pool, mix, self.kind)
+        return y.view(*x.shape[:-1], y.shape[-1])
+
+    def gate_up(self, x: torch.Tensor) -> torch.Tensor:
+        """`silu(gate) * up`, [..., N / 2], of a site whose linears are gate and up, in this order."""
+        if torch.compiler.is_compiling():
+            whole: torch.Tensor = operators.site_gate_up(x, self.number, self.widths[0])
+            return whole
+        mix, x_TK = self.holder.mix, x.reshape(-1, x.shape[-1])
+        if mix is None or self.pool is None or mix.is_empty:
+            y = silu_mul(self.product(x_TK))
+        else:
+            y = gate_up_lora(x_TK, self.product, self.pool, mix, self.kind)
+        return y.view(*x.shape[:-1], y.shape[-1])
 
 
 class SiteLinear(torch.nn.Module):
@@ -81,14 +105,34 @@ class SiteLinear(torch.nn.Module):
         return self.site.part(self.index, x)
 
 
+class GatedLinear(torch.nn.Module):
+    """Stands where the model had a gated unit: `down(silu(gate(x)) * up(x))`."""
+
+    def __init__(self, site: Site, down: torch.nn.Module) -> None:
+        super().__init__()
+        self.site = site
+        self.down = down
+
+    def forward(self, *args: torch.Tensor, **kwargs: torch.Tensor) -> torch.Tensor:
+        # The unit's own code takes one tensor, whose name only its caller knows.
+        (x,) = (*args, *kwargs.values())
+        result: torch.Tensor = self.down(self.site.gate_up(x))
+        return result
+
+
 class ProductLinear(torch.nn.Module):
     """A linear that serves no adapter (lm_head), in the device's fastest form."""
 
-    def __init__(self, product: Product) -> None:
+    def __init__(self, product: Product, out_features: int) -> None:
         super().__init__()
         self.product = product
+        self.out_features = out_features
+        self.number = operators.register(self)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if torch.compiler.is_compiling():
+            y: torch.Tensor = operators.product(x, self.number, self.out_features)
+            return y
         return self.product(x)
 
 
@@ -179,8 +223,11 @@ def shape_of(linear: torch.nn.Module) -> tuple[int, int]:
     return (rows, columns) if isinstance(linear, torch.nn.Linear) else (columns, rows)
 
 
-def replace_linears(model: torch.nn.Module, spec: ModelSpec, holder: MixHolder) -> list[Site]:
-    """Put a SiteLinear in the place of every linear of `spec`, and a ProductLinear in lm_head's."""
+def replace_linears(
+    model: torch.nn.Module, spec: ModelSpec, holder: MixHolder, gated_units: Sequence[GatedUnit] = ()
+) -> list[Site]:
+    """Put a SiteLinear in the place of every linear of `spec`, a GatedLinear in that of every gated unit, and
+    a ProductLinear in lm_head's."""
     by_site: dict[tuple[int, int], list[LinearSpec]] = {}
     for linear in spec.linears.values():
         by_site.setdefault((linear.kind, linear.row), []).append(linear)
@@ -197,6 +244,10 @@ def replace_linears(model: torch.nn.Module, spec: ModelSpec, holder: MixHolder) 
                 model, part.path, SiteLinear(site, part.slice, part.in_features, part.out_features)
             )
         sites.append(site)
+    for unit in gated_units:
+        gate = model.get_submodule(unit.gate)
+        assert isinstance(gate, SiteLinear)
+        _set_submodule(model, unit.path, GatedLinear(gate.site, model.get_submodule(unit.down)))
     _replace_head(model)
     return sites
 
@@ -205,7 +256,9 @@ def _replace_head(model: torch.nn.Module) -> None:
     for path, module in list(model.named_modules()):
         if isinstance(module, torch.nn.Linear) and path.rpartition(".")[2] == "lm_head":
             bias = None if module.bias is None else module.bias.detach()
-            _set_submodule(model, path, ProductLinear(make_product(weight_of(module), bias)))
+            _set_submodule(
+                model, path, ProductLinear(make_product(weight_of(module), bias), module.out_features)
+            )
 
 
 def _set_submodule(model: torch.nn.Module, path: str, module: torch.nn.Module) -> None:

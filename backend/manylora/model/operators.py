@@ -1,0 +1,103 @@
+"""The sites and the attention as operators of torch, so that a compiler takes them as they are.
+
+Shape key: T tokens of a step, H query heads, V key/value heads, D key size, E value size, K inputs,
+N outputs.
+
+An operator takes tensors and numbers only. What it works on besides, a site with its pool or the step's
+attention plan, it looks up under a number that `register` gave. The attention's writes to the caches are not
+declared: its result is always used, so it cannot be dropped, and each layer's follows from the one before,
+so none can change places; no compiled code touches a cache otherwise.
+"""
+
+from __future__ import annotations
+
+import itertools
+import weakref
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    from manylora.model.attention import Steps
+    from manylora.model.lora_layers import ProductLinear, Site
+
+_numbers = itertools.count()
+_objects: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
+
+
+def register(owner: object) -> int:
+    """Give an object a number, under which operators find it for as long as it lives."""
+    number = next(_numbers)
+    _objects[number] = owner
+    return number
+
+
+def _site(number: int) -> Site:
+    site: Site = _objects[number]
+    return site
+
+
+@torch.library.custom_op("manylora::site_linear", mutates_args=())
+def site_linear(x: torch.Tensor, site: int, num_outputs: int) -> torch.Tensor:
+    """[..., K] -> [..., N]: what `Site.linear` computes."""
+    return _site(site).linear(x)
+
+
+@site_linear.register_fake
+def _(x: torch.Tensor, site: int, num_outputs: int) -> torch.Tensor:
+    return x.new_empty(*x.shape[:-1], num_outputs)
+
+
+@torch.library.custom_op("manylora::site_gate_up", mutates_args=())
+def site_gate_up(x: torch.Tensor, site: int, num_outputs: int) -> torch.Tensor:
+    """[..., K] -> [..., N / 2]: what `Site.gate_up` computes."""
+    return _site(site).gate_up(x)
+
+
+@site_gate_up.register_fake
+def _(x: torch.Tensor, site: int, num_outputs: int) -> torch.Tensor:
+    return x.new_empty(*x.shape[:-1], num_outputs)
+
+
+@torch.library.custom_op("manylora::product", mutates_args=())
+def product(x: torch.Tensor, linear: int, num_outputs: int) -> torch.Tensor:
+    """[..., K] -> [..., N]: what a `ProductLinear` computes."""
+    owner: ProductLinear = _objects[linear]
+    return owner.product(x)
+
+
+@product.register_fake
+def _(x: torch.Tensor, linear: int, num_outputs: int) -> torch.Tensor:
+    return x.new_empty(*x.shape[:-1], num_outputs)
+
+
+@torch.library.custom_op("manylora::attention", mutates_args=())
+def attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    sinks: torch.Tensor | None,
+    steps: int,
+    layer: int,
+    scaling: float,
+    window: int,
+    softcap: float | None,
+) -> torch.Tensor:
+    """[1, H, T, D], [1, V, T, D], [1, V, T, E] -> [1, T, H, E]: what the plan of the current step says."""
+    owner: Steps = _objects[steps]
+    return owner.attend(query, key, value, sinks, layer, scaling, window, softcap).contiguous()
+
+
+@attention.register_fake
+def _(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    sinks: torch.Tensor | None,
+    steps: int,
+    layer: int,
+    scaling: float,
+    window: int,
+    softcap: float | None,
+) -> torch.Tensor:
+    return query.new_empty(1, query.shape[2], query.shape[1], value.shape[3])

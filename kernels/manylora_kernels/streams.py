@@ -1,0 +1,83 @@
+"""A second stream for work that runs beside what the current stream does."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Protocol, TypeVar
+
+import torch
+
+Result = TypeVar("Result")
+
+
+class Streams(Protocol):
+    """Two streams of one device: the current one and one beside it."""
+
+    def fork(self) -> None:
+        """Have the other stream wait for all that the current one was given."""
+
+    def beside(self) -> AbstractContextManager[object]:
+        """Within it launches go to the other stream."""
+
+    def join(self) -> None:
+        """Have the current stream wait for all that the other one was given."""
+
+
+class SideStream:
+    """The other stream of a CUDA device, the same one for every call.
+
+    Fork and join are events, the form in which a graph that is captured takes in a second stream.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        # Urgent: small kernels beside a product that fills the device get the first multiprocessors that
+        # fall free. Urgent streams also come from a pool of their own, which no copy of an adapter shares.
+        self.stream = torch.cuda.Stream(device, priority=-1)  # type: ignore[no-untyped-call]  # torch's own
+
+    def fork(self) -> None:
+        self.stream.wait_stream(torch.cuda.current_stream(self.device))
+
+    def beside(self) -> AbstractContextManager[object]:
+        return torch.cuda.stream(self.stream)
+
+    def join(self) -> None:
+        torch.cuda.current_stream(self.device).wait_stream(self.stream)
+
+
+@functools.lru_cache(maxsize=16)
+def side_stream(device: torch.device) -> Streams | None:
+    """The side stream of a device; None where there are no streams."""
+    return SideStream(device) if device.type == "cuda" else None
+
+
+def run_beside(
+    streams: Streams | None, side_work: Callable[[], object], main_work: Callable[[], Result]
+) -> Result:
+    """Run both at the same time and return when what follows may use the results of both.
+
+    Memory needs no care beyond this: what the side work uses is made on the current stream before the fork
+    and is given up after the join, so to the allocator, and to the private pool of a graph that is captured,
+    it was only ever the current stream's. The side work must therefore allocate nothing.
+
+    Args:
+        streams: None: one after the other.
+        side_work: launched first, so that it does not queue behind a product that fills the device.
+        main_work: launched on the current stream.
+
+    Returns:
+        What `main_work` returns.
+    """
+    if streams is None:
+        side_work()
+        return main_work()
+    streams.fork()
+    try:
+        with streams.beside():
+            side_work()
+        return main_work()
+    finally:
+        # Whatever failed: memory is given up by those who see the error, and a capture must end joined.
+        streams.join()
