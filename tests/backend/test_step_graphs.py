@@ -21,9 +21,12 @@ from manylora.engine import runner
 from manylora.engine.batch import BatchBuilder, StepTensors
 from manylora.engine.graph_recorder import PlainRecorder, Replay, recorder_for
 from manylora.engine.step_graphs import StepGraphs, buckets
+from manylora.model import loading
 from manylora.model.attention import AttentionPlan
+from manylora.model.compiling import compile_forward
 from manylora_kernels import Mix
 from manylora_kernels.paged import PagedBatch
+from torch._dynamo.testing import CompileCounterWithBackend
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -31,7 +34,7 @@ needs_triton = pytest.mark.skipif(
     not INTERPRETED and DEVICE == "cpu", reason="runs in a process with the interpreter"
 )
 RANKS = {"small": 4, "two_pages": 20, "three_pages": 40, "narrow": 16}
-NUM_INTERPRETED = 12
+NUM_INTERPRETED = 13
 """Tests of this file that pass in the interpreter."""
 NUM_TOKENS = 7
 LENGTHS = (3, 13, 7, 1, 9)
@@ -137,6 +140,28 @@ def test_replayed_decodes_say_what_a_plain_engine_says(
     # Steps of 3 rows were padded; those of the base model went to graphs of their own.
     assert {rows for rows, _ in graphs.replays} == {1, 2, 4, 5}
     assert {has_adapters for _, has_adapters in graphs.replays} == {True, False}
+
+
+@needs_triton
+@pytest.mark.usefixtures("in_triton")
+def test_all_that_a_gpu_is_served_with_at_once(config: EngineConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compiled model code, inside graphs, in steps that are launched before the ones in front have landed."""
+    calls = [["small", "", "three_pages", "small", ""], ["narrow"]]
+    with plain(config, monkeypatch) as engine:
+        wanted = [says(engine, names, seed) for seed, names in enumerate(calls)]
+    monkeypatch.setattr(runner, "_runs_ahead", lambda model: True)
+    counter = CompileCounterWithBackend("aot_eager")
+    monkeypatch.setattr(
+        loading, "compile_forward", lambda module, tolerance: compile_forward(module, tolerance, counter)
+    )
+    with Engine(replace(config, compile_model="true")) as engine:
+        graphs = engine.runner.graphs
+        assert graphs is not None
+        graphs.replays.clear()
+        assert [says(engine, names, seed) for seed, names in enumerate(calls)] == wanted
+        assert engine.status().counters["steps_ahead"] > 0
+    assert {rows for rows, _ in graphs.replays} >= {1, 4, 5}
+    assert counter.frame_count == 2
 
 
 @needs_triton
