@@ -216,6 +216,8 @@ def print_compiled(sources_of: Callable[[str], Sources]) -> None:
                 row["spills"] = sum(map(int, re.findall(r"\.[vs]gpr_spill_count:\s*(\d+)", text)))
                 row["reg"] = max(map(int, re.findall(r"\.vgpr_count:\s*(\d+)", text)))
                 row["tensor_core"] = len(re.findall(r"\bv_mfma_", text))
+                row["narrow_loads"] = len(re.findall(r"\b(?:global|buffer|flat)_load_(?:ushort|short)", text))
+                row["narrow_stores"] = len(re.findall(r"\b(?:global|buffer|flat)_store_short", text))
             print(json.dumps(row), flush=True)
 
 
