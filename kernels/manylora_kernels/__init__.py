@@ -13,14 +13,17 @@ import os
 # anything below.
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 
+from manylora_kernels.attention_warmup import warmup_attention
 from manylora_kernels.lora import add_lora, add_lora_silu_mul, expand_lora, shrink_lora, warmup
 from manylora_kernels.mix import Mix
 from manylora_kernels.pool import PAGE_ROWS, SitePool
-from manylora_kernels.shapes import ServedShapes, SiteShape
+from manylora_kernels.shapes import AttentionShape, ServedAttention, ServedShapes, SiteShape
 
 __all__ = [
     "PAGE_ROWS",
+    "AttentionShape",
     "Mix",
+    "ServedAttention",
     "ServedShapes",
     "SitePool",
     "SiteShape",
@@ -29,4 +32,5 @@ __all__ = [
     "expand_lora",
     "shrink_lora",
     "warmup",
+    "warmup_attention",
 ]

@@ -110,7 +110,7 @@ def decode(
         num_splits: taken as it is, where it is given.
     """
     wanted = max(_PROGRAMS // (num_seqs * num_kv), -(-max_visible // _MAX_SPLIT_TOKENS), 1)
-    most = min(_MAX_SPLITS, -(-max_visible // SPLIT_TOKENS))
+    most = most_splits(max_visible)
     # Two tiles on their way beside the one at hand; finding the rows takes two stages of its own. AMD's
     # shared memory holds one.
     stages = 3 if gpu.is_amd else 5
@@ -122,6 +122,11 @@ def decode(
         num_warps=4,
         num_stages=stages if dtype.itemsize == 2 else 2,
     )
+
+
+def most_splits(max_visible: int) -> int:
+    """No decode that sees so many tokens at most is split into more parts, unless a number is given."""
+    return min(_MAX_SPLITS, -(-max_visible // SPLIT_TOKENS))
 
 
 def prefill(*, max_queries: int, per_kv: int, largest_size: int, dtype: torch.dtype, gpu: Gpu) -> TilePlan:
