@@ -31,7 +31,7 @@ def add_lora(y: torch.Tensor, x: torch.Tensor, pool: SitePool, mix: Mix, kind: i
         y: [T, N], rows may be further apart than N.
         x: [T, K], rows may be further apart than K.
         pool: the site's pages; its dtype may differ from that of x and y.
-        mix: built for these T rows and this device.
+        mix: built for these T rows and this device; it chooses the form.
         kind: the kind of the site, an index into the mix's pages.
 
     Raises:
@@ -163,10 +163,9 @@ def _check_x(x: torch.Tensor, pool: SitePool, mix: Mix, kind: int) -> None:
         raise ValueError(
             f"pages: the mix uses page {mix.page_limits[kind] - 1}, the pool has {pool.a.shape[0]}"
         )
-    if not mix.is_empty and (mix.routed is None) != (x.device.type == "cpu"):
-        raise ValueError(
-            f"mix: found one built for {'a CPU' if mix.routed is None else 'CUDA'}, x is on {x.device}"
-        )
+    where = "cpu" if mix.routed is None else mix.routed.packed.device.type
+    if not mix.is_empty and where != x.device.type:
+        raise ValueError(f"mix: found one built for {where}, x is on {x.device}")
 
 
 def _check_rows(name: str, rows: torch.Tensor, num_columns: int, pool: SitePool, mix: Mix) -> None:

@@ -50,6 +50,7 @@ class Mix:
         max_pages: int,
         device: torch.device | str,
         batch_invariant: bool = False,
+        triton: bool | None = None,
     ) -> Mix:
         """Prepare a step.
 
@@ -63,6 +64,8 @@ class Mix:
             batch_invariant: whether a row's bits must depend on the row and its adapter alone, which costs
                 speed on CUDA. Without it they also depend on T and on whether one adapter has all rows. The
                 compiled form of a CPU is invariant either way, torch's products are not.
+            triton: whether to prepare the Triton kernels' form. None: on CUDA. On a CPU they run in triton's
+                interpreter only.
 
         Raises:
             ValueError: arrays of different lengths, a slot that `pages` does not have, more slots or pages
@@ -75,7 +78,7 @@ class Mix:
         limits = tuple(max((page + 1 for slot in used for page in table[slot]), default=0) for table in pages)
         if not any(limits):
             return cls(num_rows=len(row_slots), page_limits=limits)
-        if torch.device(device).type == "cpu":
+        if not (torch.device(device).type != "cpu" if triton is None else triton):
             # Kinds usually have the same pages, and what is equal is built once.
             built: dict[tuple[tuple[int, ...], ...], KindRows] = {}
             for table in pages:

@@ -96,6 +96,8 @@ class BatchBuilder:
     num_kinds: int
     paged: bool = False
     """Whether attention reads the caches through block tables: where its Triton kernels serve."""
+    triton: bool | None = None
+    """Whether the adapters' terms are for Triton; None: on CUDA. As of `Mix.build`."""
 
     def build(self, batch: Batch) -> StepTensors:
         """Order the items so that each group is one run of rows, and make the step's tensors."""
@@ -207,7 +209,15 @@ class BatchBuilder:
             row += item.num_tokens
         if not slots:
             return None
-        return Mix.build(row_slots, row_scales, pages, self.max_loras, self.max_pages, self.device)
+        return Mix.build(
+            row_slots,
+            row_scales,
+            pages,
+            self.max_loras,
+            self.max_pages,
+            self.device,
+            triton=self.triton,
+        )
 
     def _tensor(self, array: np.ndarray[tuple[int, ...], np.dtype[np.int64]]) -> torch.Tensor:
         tensor = torch.from_numpy(array)

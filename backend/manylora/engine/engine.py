@@ -18,6 +18,7 @@ from manylora.adapters.registry import Registry
 from manylora.config import EngineConfig
 from manylora.engine import report
 from manylora.engine.batch import Batch
+from manylora.engine.dry_run import dry_run
 from manylora.engine.generate import Completion, Prompt, generate
 from manylora.engine.kv_cache import BlockPool
 from manylora.engine.notes import Notes
@@ -150,6 +151,7 @@ class Engine:
             self.model.device,
         )
         self.runner = Runner(self.model, config, self.pool)
+        dry_run(self.runner, config)
         self.runner.prove_packing()
         self.registry = Registry(
             self.model.spec,

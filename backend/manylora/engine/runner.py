@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 
 import torch
-from manylora_kernels import SitePool, warmup
+from manylora_kernels import SitePool
 from manylora_kernels.attention_plan import MAX_HEAD_SIZE
 
 from manylora.adapters.device_pool import DevicePool, num_pages_of
@@ -17,6 +17,7 @@ from manylora.engine import logprobs, sampler
 from manylora.engine.batch import Batch, BatchBuilder, Item
 from manylora.engine.capacity import num_kv_blocks
 from manylora.engine.sequence import Sequence
+from manylora.engine.warm_up import prepare_kernels
 from manylora.errors import InternalError, InvalidArgumentError, ManyloraError, UnsupportedError
 from manylora.memory import zeros
 from manylora.messages import SamplingParams
@@ -32,7 +33,7 @@ class Runner:
     def __init__(self, model: LoadedModel, config: EngineConfig, pool: DevicePool) -> None:
         self.model = model
         self.num_blocks = num_kv_blocks(config, model.max_model_len, model.cache_bytes_per_token())
-        warmup(model.device)
+        prepare_kernels(model, config, pool.dtype, _serves_paged(model))
         caches = {
             layer: _layer_cache(model, shape, self.num_blocks * config.kv_block_size)
             for layer, shape in model.layers.items()
@@ -41,6 +42,7 @@ class Runner:
             kind = model.spec.kinds[site.kind]
             tensors = pool.kinds[site.kind]
             site.pool = SitePool(a=tensors.a[site.row], b=tensors.b[site.row], widths=kind.out_features)
+        paged = _serves_paged(model)
         self.builder = BatchBuilder(
             device=model.device,
             block_size=config.kv_block_size,
@@ -48,7 +50,8 @@ class Runner:
             max_loras=config.max_loras,
             max_pages=num_pages_of(config.max_lora_rank),
             num_kinds=len(model.spec.kinds),
-            paged=_serves_paged(model),
+            paged=paged,
+            triton=paged or None,
         )
 
     @torch.inference_mode()

@@ -15,7 +15,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import torch
-from manylora_kernels import attention_cpu
+from manylora_kernels import AttentionShape, attention_cpu
 from manylora_kernels.attention_plan import Scoring
 from manylora_kernels.paged import PagedBatch
 from torch.nn import functional
@@ -105,6 +105,8 @@ class CacheProbe:
 
     layers: dict[int, tuple[int, int, int]] = field(default_factory=dict)
     """layer_idx -> (V, key D, value D)."""
+    shapes: set[AttentionShape] = field(default_factory=set)
+    """What decides which kernels the layers use."""
 
 
 def attention_forward(
@@ -147,6 +149,7 @@ def attention_forward(
     window = sliding_window or 0
     if isinstance(manylora_plan, CacheProbe):
         manylora_plan.layers[layer] = (key.shape[1], key.shape[3], value.shape[3])
+        manylora_plan.shapes.add(AttentionShape.of(query, key, value, window, softcap, s_aux))
         num_rows = query.shape[2]
         rows = torch.arange(num_rows, device=query.device)
         probe = Group(
