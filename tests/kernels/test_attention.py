@@ -173,6 +173,26 @@ def test_flash_attention_is_not_asked_for_what_it_cannot_do(
     assert not attention_flash.serves(q, sizes[1], Scoring(scaling=1.0, **layer))
 
 
+@pytest.mark.skipif(
+    "block_table" not in inspect.signature(varlen.varlen_attn).parameters,
+    reason="this torch's varlen_attn takes no block table",
+)
+def test_flash_attention_is_asked_by_the_keywords_that_are_looked_for(
+    triton_device: str, make_paged_case: Any
+) -> None:
+    case = make_paged_case((4, 2), (16, 16), [7], [30], torch.float16, triton_device)
+    asked: set[str] = set()
+
+    def record(*_args: Any, **keywords: Any) -> torch.Tensor:
+        asked.update(keywords)
+        return torch.zeros(7, 4, 16)
+
+    batch = case.batch
+    layer = Scoring(scaling=0.25)
+    attention_flash.attend(record, case.q, case.keys, case.values, batch.tables, batch.contexts, batch, layer)
+    assert asked == attention_flash._KEYWORDS
+
+
 def test_without_flash_attention_the_log_says_why(caplog: pytest.LogCaptureFixture) -> None:
     attention_flash.varlen_attention.cache_clear()
     with caplog.at_level("INFO"):
