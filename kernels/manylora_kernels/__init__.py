@@ -13,15 +13,18 @@ import os
 # anything below.
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 
+from manylora_kernels.attention_warmup import warmup_attention
 from manylora_kernels.lora import add_lora, add_lora_silu_mul, expand_lora, shrink_lora, warmup
 from manylora_kernels.mix import Mix
 from manylora_kernels.pool import PAGE_ROWS, SitePool
 from manylora_kernels.product import gate_up_lora, linear_lora, silu_mul
-from manylora_kernels.shapes import ServedShapes, SiteShape
+from manylora_kernels.shapes import AttentionShape, ServedAttention, ServedShapes, SiteShape
 
 __all__ = [
     "PAGE_ROWS",
+    "AttentionShape",
     "Mix",
+    "ServedAttention",
     "ServedShapes",
     "SitePool",
     "SiteShape",
@@ -33,4 +36,5 @@ __all__ = [
     "shrink_lora",
     "silu_mul",
     "warmup",
+    "warmup_attention",
 ]

@@ -15,6 +15,7 @@ from manylora_kernels.attention_decode import decode_attention
 from manylora_kernels.attention_plan import MAX_HEAD_SIZE, Gpu, Scoring
 from manylora_kernels.attention_prefill import prefill_attention
 from manylora_kernels.cache_write import write_cache
+from manylora_kernels.head_rows import head_rows, is_aligned
 from manylora_kernels.paged import PagedBatch
 
 __all__ = ["Scoring", "paged_attention", "write_cache"]
@@ -29,7 +30,7 @@ def paged_attention(
     tokens c of the row's sequence up to its own position.
 
     Args:
-        q: [H, T, D], any strides but the last, which is 1.
+        q: [H, T, D]; copied where `head_rows` does so.
         keys: [cache rows, V * D], contiguous; row = block * M + offset.
         values: [cache rows, V * E], contiguous.
         batch: built for these T rows.
@@ -42,13 +43,19 @@ def paged_attention(
         ValueError: shapes, strides, dtypes or devices that do not belong together.
     """
     num_kv = _check(q, keys, values, batch, scoring)
+    q = head_rows(q)
     num_heads, num_rows, _ = q.shape
     out = torch.empty(num_rows, num_heads, values.shape[1] // num_kv, dtype=q.dtype, device=q.device)
     num_decodes = batch.num_decodes
     if num_decodes:
         _decode(out[:num_decodes], q[:, :num_decodes], keys, values, batch, scoring)
     if num_decodes < num_rows:
-        _prefill(out[num_decodes:], q[:, num_decodes:], keys, values, batch, scoring)
+        of_prompts = out[num_decodes:]
+        # Rows of heads of an odd size begin anywhere behind the decodes.
+        target = of_prompts if is_aligned(of_prompts) else torch.empty_like(of_prompts)
+        _prefill(target, head_rows(q[:, num_decodes:]), keys, values, batch, scoring)
+        if target is not of_prompts:
+            of_prompts.copy_(target)
     return out
 
 
@@ -155,10 +162,9 @@ def _check(
             f"cache: found {keys.shape[0]} rows of keys and {values.shape[0]} of values, allowed the same "
             f"number of whole blocks of {batch.block_size}"
         )
-    if q.stride(2) != 1 or not keys.is_contiguous() or not values.is_contiguous():
+    if not keys.is_contiguous() or not values.is_contiguous():
         raise ValueError(
-            f"strides: found q {q.stride()}, keys {keys.stride()}, values {values.stride()}, allowed a "
-            "last stride of 1 for q, contiguous keys and values"
+            f"strides: found keys {keys.stride()}, values {values.stride()}, allowed contiguous ones"
         )
     if keys.dtype != values.dtype or scoring.softcap == 0 or scoring.window < 0:
         raise ValueError(

@@ -16,6 +16,7 @@ import triton.language as tl
 
 from manylora_kernels.attention_plan import SPLIT_TOKENS, Scoring, TilePlan
 from manylora_kernels.attention_tile import fold_tile, load_tile, sink_start
+from manylora_kernels.head_rows import head_strides, stride_unit
 
 
 def decode_attention(
@@ -37,7 +38,7 @@ def decode_attention(
 
     Args:
         out: [B, H, E], contiguous, to be written; zeros where a context is 0.
-        q: [H, B, D], any strides but the last, which is 1.
+        q: [H, B, D], as `head_rows` makes it.
         keys: [rows, V * D], contiguous.
         values: [rows, V * E], contiguous.
         tables: [B, N], int32, rows contiguous.
@@ -50,6 +51,7 @@ def decode_attention(
     num_heads, num_seqs, key_size = q.shape
     num_kv, value_size = keys.shape[1] // key_size, out.shape[2]
     num_splits = plan.num_splits
+    stride_qh, stride_qt = head_strides(q)
     is_split = num_splits > 1
     parts = sums = out
     if is_split:
@@ -64,8 +66,8 @@ def decode_attention(
         tables_ptr=tables,
         contexts_ptr=contexts,
         sinks_ptr=sinks,
-        stride_qh=q.stride(0),
-        stride_qt=q.stride(1),
+        stride_qh=stride_qh,
+        stride_qt=stride_qt,
         stride_kr=keys.stride(0),
         stride_vr=values.stride(0),
         stride_tb=tables.stride(0),
@@ -75,6 +77,7 @@ def decode_attention(
         GROUP=num_heads // num_kv,
         KEY_SIZE=key_size,
         VALUE_SIZE=value_size,
+        STRIDE_UNIT=stride_unit(key_size),
         KV_BLOCK=block_size,
         SPLIT_TOKENS=SPLIT_TOKENS,
         BLOCK_G=plan.block_rows,
@@ -116,9 +119,10 @@ def _tokens_of_split(visible, num_splits, SPLIT_TOKENS: tl.constexpr):
 
 
 @triton.jit(
-    do_not_specialize=["stride_tb", "window"],
-    # Parts of one upload, whose alignment changes with B.
-    do_not_specialize_on_alignment=["tables_ptr", "contexts_ptr"],
+    # The strides of q are counted in units, so that what divides them is known whatever they are.
+    do_not_specialize=["stride_qh", "stride_qt", "stride_tb", "window"],
+    # Parts of one upload, whose alignment changes with B, and a parameter of the model's.
+    do_not_specialize_on_alignment=["tables_ptr", "contexts_ptr", "sinks_ptr"],
 )
 def _decode_kernel(
     out_ptr,
@@ -140,6 +144,7 @@ def _decode_kernel(
     GROUP: tl.constexpr,
     KEY_SIZE: tl.constexpr,
     VALUE_SIZE: tl.constexpr,
+    STRIDE_UNIT: tl.constexpr,
     KV_BLOCK: tl.constexpr,
     SPLIT_TOKENS: tl.constexpr,
     BLOCK_G: tl.constexpr,
@@ -169,7 +174,9 @@ def _decode_kernel(
     mask_d = offs_d < KEY_SIZE
     mask_e = offs_e < VALUE_SIZE
     head = kv * GROUP + offs_g
-    q_ptrs = q_ptr + seq * stride_qt + head[:, None] * stride_qh + offs_d[None, :]
+    q_ptrs = (
+        q_ptr + seq * (stride_qt * STRIDE_UNIT) + head[:, None] * (stride_qh * STRIDE_UNIT) + offs_d[None, :]
+    )
     q = tl.load(q_ptrs, mask=mask_g[:, None] & mask_d[None, :], other=0.0).to(keys_ptr.dtype.element_ty)
     table_ptr = tables_ptr + seq * stride_tb
     k_ptrs = keys_ptr + kv * KEY_SIZE + offs_d[None, :]

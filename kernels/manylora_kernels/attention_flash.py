@@ -22,6 +22,8 @@ log = logging.getLogger(__name__)
 
 _DTYPES = (torch.float16, torch.bfloat16)
 _MAX_SIZE = 256
+_KEYWORDS = frozenset({"scale", "window_size", "enable_gqa", "seqused_k", "block_table", "num_splits"})
+"""What `attend` hands over by name; torch took them on over several versions."""
 
 VarlenAttention = Callable[..., Any]
 
@@ -36,8 +38,11 @@ def varlen_attention(device: torch.device) -> VarlenAttention | None:
         from torch.nn.attention import activate_flash_attention_impl
         from torch.nn.attention.varlen import varlen_attn
 
-        if "block_table" not in inspect.signature(varlen_attn).parameters:
-            raise RuntimeError(f"varlen_attn of torch {torch.__version__} takes no block table")
+        missing = _KEYWORDS - set(inspect.signature(varlen_attn).parameters)
+        if missing:
+            raise RuntimeError(
+                f"varlen_attn of torch {torch.__version__} takes no {', '.join(sorted(missing))}"
+            )
         activate_flash_attention_impl("FA3")
     # Whatever an optional package raises on import must not stop the engine.
     except Exception as error:

@@ -25,9 +25,11 @@ _LOG2E = math.log2(math.e)
 _PREFILL = {
     8: {64: (128, 64, 8), 128: (128, 32, 8), 256: (64, 16, 8)},
     9: {64: (128, 64, 4), 128: (128, 64, 8), 256: (64, 32, 8)},
+    10: {64: (128, 64, 4), 128: (128, 64, 8), 256: (64, 32, 4)},
 }
 """Rows, tokens and warps by generation and head size: the largest tiles whose registers do not spill, with
-any number of query heads, soft cap or window. Generation 8 keeps the queries in registers, too."""
+any number of query heads, soft cap or window. Generation 8 keeps the queries in registers, too; others are
+taken for 9."""
 _AMD_PREFILL = {64: (64, 32, 4), 128: (128, 32, 8), 256: (64, 16, 8)}
 """The same for AMD."""
 _SHORT_PREFILL = {64: (64, 32, 4), 128: (64, 32, 4)}
@@ -110,7 +112,7 @@ def decode(
         num_splits: taken as it is, where it is given.
     """
     wanted = max(_PROGRAMS // (num_seqs * num_kv), -(-max_visible // _MAX_SPLIT_TOKENS), 1)
-    most = min(_MAX_SPLITS, -(-max_visible // SPLIT_TOKENS))
+    most = most_splits(max_visible)
     # Two tiles on their way beside the one at hand; finding the rows takes two stages of its own. AMD's
     # shared memory holds one.
     stages = 3 if gpu.is_amd else 5
@@ -124,6 +126,11 @@ def decode(
     )
 
 
+def most_splits(max_visible: int) -> int:
+    """No decode that sees so many tokens at most is split into more parts, unless a number is given."""
+    return min(_MAX_SPLITS, -(-max_visible // SPLIT_TOKENS))
+
+
 def prefill(*, max_queries: int, per_kv: int, largest_size: int, dtype: torch.dtype, gpu: Gpu) -> TilePlan:
     """Choose for sequences of at most `max_queries` rows.
 
@@ -131,7 +138,7 @@ def prefill(*, max_queries: int, per_kv: int, largest_size: int, dtype: torch.dt
         largest_size: the larger of D and E.
     """
     size = max(64, _power_of_two(largest_size))
-    table = _AMD_PREFILL if gpu.is_amd else _PREFILL[8 if gpu.generation == 8 else 9]
+    table = _AMD_PREFILL if gpu.is_amd else _PREFILL.get(gpu.generation, _PREFILL[9])
     if dtype.itemsize > 2:
         table = _FLOAT32
     elif max_queries * per_kv <= 64:

@@ -17,6 +17,7 @@ import triton.language as tl
 
 from manylora_kernels.attention_plan import Scoring, TilePlan
 from manylora_kernels.attention_tile import fold_tile, load_tile, sink_start
+from manylora_kernels.head_rows import head_strides, stride_unit
 
 
 def prefill_attention(
@@ -39,7 +40,7 @@ def prefill_attention(
 
     Args:
         out: [T, H, E], contiguous, to be written.
-        q: [H, T, D], any strides but the last, which is 1.
+        q: [H, T, D], as `head_rows` makes it.
         keys: [rows, V * D], contiguous.
         values: [rows, V * E], contiguous.
         tables: [B, N], int32, rows contiguous.
@@ -53,6 +54,7 @@ def prefill_attention(
     num_heads, num_rows, key_size = q.shape
     num_kv, value_size = keys.shape[1] // key_size, out.shape[2]
     per_kv, num_seqs = num_heads // num_kv, contexts.shape[0]
+    stride_qh, stride_qt = head_strides(q)
     num_tiles = num_rows // (plan.block_rows // per_kv) + num_seqs
     _prefill_kernel[(num_tiles, num_kv)](
         out_ptr=out,
@@ -64,8 +66,8 @@ def prefill_attention(
         starts_ptr=starts,
         sinks_ptr=sinks,
         num_seqs=num_seqs,
-        stride_qh=q.stride(0),
-        stride_qt=q.stride(1),
+        stride_qh=stride_qh,
+        stride_qt=stride_qt,
         stride_kr=keys.stride(0),
         stride_vr=values.stride(0),
         stride_tb=tables.stride(0),
@@ -75,6 +77,7 @@ def prefill_attention(
         GROUP=per_kv,
         KEY_SIZE=key_size,
         VALUE_SIZE=value_size,
+        STRIDE_UNIT=stride_unit(key_size),
         KV_BLOCK=block_size,
         BLOCK_R=plan.block_rows,
         BLOCK_C=plan.block_tokens,
@@ -102,9 +105,10 @@ def _sequence_of_tile(starts_ptr, num_seqs, tile, TILE_TOKENS: tl.constexpr):
 
 
 @triton.jit(
-    do_not_specialize=["num_seqs", "stride_tb", "window"],
-    # Parts of one upload, whose alignment changes with T and B.
-    do_not_specialize_on_alignment=["tables_ptr", "contexts_ptr", "starts_ptr"],
+    # The strides of q are counted in units, so that what divides them is known whatever they are.
+    do_not_specialize=["num_seqs", "stride_qh", "stride_qt", "stride_tb", "window"],
+    # Parts of one upload, whose alignment changes with T and B, and a parameter of the model's.
+    do_not_specialize_on_alignment=["tables_ptr", "contexts_ptr", "starts_ptr", "sinks_ptr"],
 )
 def _prefill_kernel(
     out_ptr,
@@ -127,6 +131,7 @@ def _prefill_kernel(
     GROUP: tl.constexpr,
     KEY_SIZE: tl.constexpr,
     VALUE_SIZE: tl.constexpr,
+    STRIDE_UNIT: tl.constexpr,
     KV_BLOCK: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -160,7 +165,8 @@ def _prefill_kernel(
     mask_e = offs_e < VALUE_SIZE
     position = first_position + token
     query_row = (start + first + token).to(tl.int64)
-    q_ptrs = q_ptr + query_row[:, None] * stride_qt + head[:, None] * stride_qh + offs_d[None, :]
+    q_ptrs = q_ptr + query_row[:, None] * (stride_qt * STRIDE_UNIT)
+    q_ptrs += head[:, None] * (stride_qh * STRIDE_UNIT) + offs_d[None, :]
     q = tl.load(q_ptrs, mask=mask_r[:, None] & mask_d[None, :], other=0.0).to(keys_ptr.dtype.element_ty)
     table_ptr = tables_ptr + seq.to(tl.int64) * stride_tb
     k_ptrs = keys_ptr + kv * KEY_SIZE + offs_d[None, :]
@@ -169,8 +175,9 @@ def _prefill_kernel(
     top, total = sink_start(tl.load(sinks_ptr + head, mask=mask_r, other=float("-inf")))
     acc = tl.zeros([BLOCK_R, BLOCK_E], dtype=tl.float32)
     begin = 0
-    # Tokens before the first row's position are seen by all rows, unless a window hides them.
-    all_seen = first_position // BLOCK_C * BLOCK_C
+    # Tokens before the first row's position are seen by all rows, unless a window hides them. Without a
+    # context that position is below 0.
+    all_seen = tl.maximum(first_position, 0) // BLOCK_C * BLOCK_C
     if HAS_WINDOW:
         begin = tl.maximum(first_position + 1 - window, 0) // BLOCK_C * BLOCK_C
         all_seen = begin

@@ -9,6 +9,8 @@ import torch
 import triton
 import triton.language as tl
 
+from manylora_kernels.head_rows import head_rows, head_strides, stride_unit
+
 _BLOCK_TOKENS = 8
 
 
@@ -21,12 +23,14 @@ def write_cache(
     Args:
         keys: [cache rows, V * D], contiguous.
         values: [cache rows, V * E], contiguous.
-        k: [V, T, D], any strides but the last, which is 1.
+        k: [V, T, D], best as `head_rows` makes it; else it is copied.
         v: [V, T, E], likewise.
         rows: [T], int32, no row twice.
     """
     num_kv, num_rows, key_size = k.shape
     value_size = v.shape[2]
+    k, v = head_rows(k), head_rows(v)
+    (stride_kh, stride_kt), (stride_vh, stride_vt) = head_strides(k), head_strides(v)
     _write_cache_kernel[(triton.cdiv(num_rows, _BLOCK_TOKENS), num_kv)](
         keys_ptr=keys,
         values_ptr=values,
@@ -36,12 +40,14 @@ def write_cache(
         num_rows=num_rows,
         stride_kr=keys.stride(0),
         stride_vr=values.stride(0),
-        stride_kh=k.stride(0),
-        stride_kt=k.stride(1),
-        stride_vh=v.stride(0),
-        stride_vt=v.stride(1),
+        stride_kh=stride_kh,
+        stride_kt=stride_kt,
+        stride_vh=stride_vh,
+        stride_vt=stride_vt,
         KEY_SIZE=key_size,
         VALUE_SIZE=value_size,
+        KEY_UNIT=stride_unit(key_size),
+        VALUE_UNIT=stride_unit(value_size),
         BLOCK_T=_BLOCK_TOKENS,
         BLOCK_D=triton.next_power_of_2(key_size),
         BLOCK_E=triton.next_power_of_2(value_size),
@@ -49,7 +55,11 @@ def write_cache(
     )
 
 
-@triton.jit(do_not_specialize=["num_rows"], do_not_specialize_on_alignment=["rows_ptr"])
+@triton.jit(
+    # The strides of k and v are counted in units, so that what divides them is known whatever they are.
+    do_not_specialize=["num_rows", "stride_kh", "stride_kt", "stride_vh", "stride_vt"],
+    do_not_specialize_on_alignment=["rows_ptr"],
+)
 def _write_cache_kernel(
     keys_ptr,
     values_ptr,
@@ -65,6 +75,8 @@ def _write_cache_kernel(
     stride_vt,
     KEY_SIZE: tl.constexpr,
     VALUE_SIZE: tl.constexpr,
+    KEY_UNIT: tl.constexpr,
+    VALUE_UNIT: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_E: tl.constexpr,
@@ -76,7 +88,9 @@ def _write_cache_kernel(
     row = tl.load(rows_ptr + offs_t, mask=offs_t < num_rows, other=-1).to(tl.int64)
     mask_k = (row >= 0)[:, None] & (offs_d < KEY_SIZE)[None, :]
     mask_v = (row >= 0)[:, None] & (offs_e < VALUE_SIZE)[None, :]
-    k = tl.load(k_ptr + kv * stride_kh + offs_t[:, None] * stride_kt + offs_d[None, :], mask=mask_k)
-    v = tl.load(v_ptr + kv * stride_vh + offs_t[:, None] * stride_vt + offs_e[None, :], mask=mask_v)
+    k_ptrs = k_ptr + kv * (stride_kh * KEY_UNIT) + offs_t[:, None] * (stride_kt * KEY_UNIT)
+    v_ptrs = v_ptr + kv * (stride_vh * VALUE_UNIT) + offs_t[:, None] * (stride_vt * VALUE_UNIT)
+    k = tl.load(k_ptrs + offs_d[None, :], mask=mask_k)
+    v = tl.load(v_ptrs + offs_e[None, :], mask=mask_v)
     tl.store(keys_ptr + row[:, None] * stride_kr + kv * KEY_SIZE + offs_d[None, :], k, mask=mask_k)
     tl.store(values_ptr + row[:, None] * stride_vr + kv * VALUE_SIZE + offs_e[None, :], v, mask=mask_v)

@@ -147,8 +147,8 @@ def formula(num_rows: int, rows: int, key: PlanKey, device: Device) -> Plan:
     if rows < PREFILL_BLOCK_ROWS:
         return Plan(
             block_rows=rows,
-            num_splits=_splits(key.site.num_inputs, 256 // key.itemsize, MAX_SPLITS),
-            shrink=_shrink_tile(key, rows, 1, 256 // key.itemsize, device.shared_bytes // 3),
+            num_splits=_splits(key.site.num_inputs, _few_rows_width(key.itemsize), MAX_SPLITS),
+            shrink=_shrink_tile(key, rows, 1, _few_rows_width(key.itemsize), device.shared_bytes // 3),
             expand=_expand_tile(key, rows),
         )
     wanted = device.num_units // -(-num_rows // rows)
@@ -163,7 +163,7 @@ def formula(num_rows: int, rows: int, key: PlanKey, device: Device) -> Plan:
 
 def _invariant(site: SiteShape, itemsize: int, device: Device) -> Plan:
     key = PlanKey(site, itemsize, max_pages=1)
-    width = 256 // itemsize
+    width = _few_rows_width(itemsize)
     return Plan(
         block_rows=INVARIANT_BLOCK_ROWS,
         num_splits=_splits(site.num_inputs, width, 8),
@@ -172,13 +172,19 @@ def _invariant(site: SiteShape, itemsize: int, device: Device) -> Plan:
     )
 
 
+def _few_rows_width(itemsize: int) -> int:
+    """256 bytes of 16-bit weights; of float32 half of that, since its operands go through registers."""
+    return 128 if itemsize <= 2 else 32
+
+
 def _shrink_tile(key: PlanKey, rows: int, pages: int, width: int, shared_bytes: int) -> Tile:
     columns = _power_of_2_above(key.site.num_linears * PAGE_ROWS * pages)
     stage_bytes = (rows + columns) * width * key.itemsize
     return Tile(
         width=width,
         pages=pages,
-        num_warps=8 if rows * columns > 8192 else 4,
+        # float32 is multiplied without tensor cores, operands in registers: four warps would spill some.
+        num_warps=8 if rows * columns > (8192 if key.itemsize <= 2 else 2048) else 4,
         num_stages=max(2, min(4, shared_bytes // stage_bytes)),
     )
 

@@ -1,6 +1,7 @@
 """Sizes that kernels are compiled for and plans are chosen by.
 
-Shape key: T rows, S linears of a site, K inputs, N outputs of all S.
+Shape key: T rows, S linears of a site, K inputs, N outputs of all S; H query heads, V key/value heads, D key
+size, E value size.
 """
 
 from __future__ import annotations
@@ -57,3 +58,79 @@ class ServedShapes:
     def __post_init__(self) -> None:
         if not self.row_counts or min(self.row_counts) < 1:
             raise ValueError(f"row_counts: found {self.row_counts!r}, allowed at least one, all above 0")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AttentionShape:
+    """All of a layer's attention that decides which kernels it uses."""
+
+    num_heads: int
+    """H."""
+    num_kv: int
+    """V."""
+    key_size: int
+    """D."""
+    value_size: int
+    """E."""
+    dtypes: tuple[torch.dtype, torch.dtype, torch.dtype]
+    """Of queries, keys and values, as the model makes them."""
+    window: int = 0
+    """Tokens that a query sees; 0 is all."""
+    has_softcap: bool = False
+    sinks: torch.dtype | None = None
+    """Of the sinks; None where the layer has none."""
+
+    @classmethod
+    def of(
+        cls,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        window: int,
+        softcap: float | None,
+        sinks: torch.Tensor | None,
+    ) -> AttentionShape:
+        """Read a call of a layer's attention.
+
+        Args:
+            q: [..., H, T, D].
+            k: [..., V, T, D].
+            v: [..., V, T, E].
+            window: as of `Scoring`.
+            softcap: likewise.
+            sinks: likewise.
+        """
+        return cls(
+            num_heads=q.shape[-3],
+            num_kv=k.shape[-3],
+            key_size=k.shape[-1],
+            value_size=v.shape[-1],
+            dtypes=(q.dtype, k.dtype, v.dtype),
+            window=window,
+            has_softcap=softcap is not None,
+            sinks=None if sinks is None else sinks.dtype,
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ServedAttention:
+    """What the attention of a server's steps looks like: everything that decides which kernels it uses."""
+
+    layers: tuple[AttentionShape, ...]
+    """Of all layers; equal ones may be left out."""
+    cache_dtype: torch.dtype
+    block_size: int
+    """Tokens of a block of the cache."""
+    max_context: int
+    """No sequence is longer, in tokens."""
+    max_queries: int
+    """No sequence has more rows in a step."""
+    num_splits: int | None = None
+    """As of `PagedBatch`, where the steps fix it."""
+
+    def __post_init__(self) -> None:
+        if min(self.block_size, self.max_context, self.max_queries) < 1 or not self.layers:
+            raise ValueError(
+                f"found {len(self.layers)} layers, block_size {self.block_size}, max_context "
+                f"{self.max_context}, max_queries {self.max_queries}; allowed at least 1 each"
+            )

@@ -15,6 +15,7 @@ from manylora_kernels.attention_decode import _decode_kernel, _merge_kernel
 from manylora_kernels.attention_plan import SPLIT_TOKENS, Gpu, TilePlan
 from manylora_kernels.attention_prefill import _prefill_kernel
 from manylora_kernels.cache_write import _write_cache_kernel
+from manylora_kernels.head_rows import stride_unit
 from triton.compiler import ASTSource
 
 UNALIGNED = ("num_splits",)
@@ -41,7 +42,7 @@ def sources(target: str) -> Sources:
         found["attention-prefill-rules-80"] = prefill_source(target, 80, 4096, HAS_CAP=True, HAS_WINDOW=True)
         sizes = {"VALUE_SIZE": 128, "BLOCK_E": 128}
         merge = {**sizes, "SPLIT_TOKENS": SPLIT_TOKENS, "BLOCK_Z": 32}
-        write = {**sizes, "KEY_SIZE": 128, "BLOCK_D": 128, "BLOCK_T": 8}
+        write = {**sizes, "KEY_SIZE": 128, "BLOCK_D": 128, "BLOCK_T": 8, "KEY_UNIT": 16, "VALUE_UNIT": 16}
         found["merge"] = (source(_merge_kernel, "bf16", merge, UNALIGNED), {"num_warps": 2})
         found["write-cache"] = (source(_write_cache_kernel, "bf16", write, UNALIGNED), {"num_warps": 4})
     return found
@@ -80,6 +81,7 @@ def attention_source(
 ) -> tuple[ASTSource, dict[str, int]]:
     block = triton.next_power_of_2(size)
     of_both = {"GROUP": PER_KV, "KEY_SIZE": size, "VALUE_SIZE": size, "KV_BLOCK": 16, "HAS_CAP": False}
+    of_both["STRIDE_UNIT"] = stride_unit(size)
     tiles = {"BLOCK_C": chosen.block_tokens, "BLOCK_D": block, "BLOCK_E": block}
     options = {"num_warps": chosen.num_warps, "num_stages": chosen.num_stages}
     return source(kernel, "bf16", {**of_both, **tiles, **constexprs}, UNALIGNED), options

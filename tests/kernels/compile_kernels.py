@@ -43,7 +43,8 @@ SITES = {
     "down": SiteShape(14336, (4096,)),
 }
 """Llama-3-8B's; o has down's form."""
-STEPS = {"decode": 32, "prefill": 2048}
+STEPS = {"decode": 32, "chunk": 300, "prefill": 2048}
+"""Rows: one for each size of the blocks that rows are cut into."""
 FLOATS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 SERVED = (
     "x_ptr", "y_ptr", "a_ptr", "b_ptr", "q_ptr", "k_ptr", "v_ptr", "keys_ptr", "values_ptr", "out_ptr",
@@ -80,7 +81,7 @@ def variants(target: str) -> list[Variant]:
     else:
         found += [Variant("prefill", "gate_up", "bf16")]
     if target == "sm_80":
-        found += [Variant(step, "qkv", "fp32") for step in STEPS]
+        found += [Variant(step, "qkv", "fp32") for step in ("decode", "prefill")]
     return found
 
 
@@ -218,6 +219,8 @@ def print_compiled(sources_of: Callable[[str], Sources]) -> None:
                 row["spills"] = sum(map(int, re.findall(r"\.[vs]gpr_spill_count:\s*(\d+)", text)))
                 row["reg"] = max(map(int, re.findall(r"\.vgpr_count:\s*(\d+)", text)))
                 row["tensor_core"] = len(re.findall(r"\bv_mfma_", text))
+                row["narrow_loads"] = len(re.findall(r"\b(?:global|buffer|flat)_load_(?:ushort|short)", text))
+                row["narrow_stores"] = len(re.findall(r"\b(?:global|buffer|flat)_store_short", text))
             print(json.dumps(row), flush=True)
 
 

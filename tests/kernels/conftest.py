@@ -40,6 +40,7 @@ TRITON_FILES = [
     "test_attention_decode.py",
     "test_attention_prefill.py",
     "test_attention.py",
+    "test_attention_determinism.py",
     "test_cache_write.py",
     "test_replay_form.py",
 ]

@@ -45,12 +45,32 @@ def test_a_step_agrees_with_the_reference(
     check(case, layer, found)
 
 
+@pytest.mark.parametrize("size", [16, 20, 5])
+def test_queries_in_any_layout_give_the_same_bits(
+    size: int, triton_device: str, triton_dtype: torch.dtype, make_paged_case: Any
+) -> None:
+    """Rows first and heads first in memory, part of a projection, from an odd address, transposed."""
+    case = make_paged_case((6, 2), (size, size), [1, 1, 1, 4], [5, 40, 3, 9], triton_dtype, triton_device)
+    layer = Scoring(scaling=0.25)
+    wide = torch.full((8, 7, size + 2), torch.nan, dtype=triton_dtype, device=triton_device)
+    wide[1:, 1:, 1:-1] = case.q.transpose(0, 1)
+    layouts = [
+        case.q.contiguous(),
+        wide[1:, 1:, 1:-1].transpose(0, 1),
+        case.q.permute(2, 1, 0).contiguous().permute(2, 1, 0),
+    ]
+    found = paged_attention(case.q, case.keys, case.values, case.batch, layer)
+    check(case, layer, found)
+    for q in layouts:
+        assert torch.equal(paged_attention(q, case.keys, case.values, case.batch, layer), found)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"q": torch.zeros(4, 3, 16)}, "found 3 rows, the batch has 2"),
         ({"q": torch.zeros(3, 2, 16)}, "whole key/value heads that divide the query heads"),
-        ({"q": torch.zeros(16, 2, 4).transpose(0, 2)}, "a last stride of 1 for q"),
+        ({"keys": torch.zeros(32, 80).t()[:64]}, "allowed contiguous ones"),
         ({"keys": torch.zeros(48, 32)}, "allowed the same number of whole blocks of 16"),
         ({"values": torch.zeros(64, 32).half()}, "allowed one dtype"),
         ({"values": torch.zeros(64, 2 * 320)}, "head sizes: found 16 and 320, allowed up to 256"),
@@ -151,6 +171,26 @@ def test_flash_attention_is_not_asked_for_what_it_cannot_do(
 ) -> None:
     q = torch.zeros(4, 2, sizes[0], dtype=dtype)
     assert not attention_flash.serves(q, sizes[1], Scoring(scaling=1.0, **layer))
+
+
+@pytest.mark.skipif(
+    "block_table" not in inspect.signature(varlen.varlen_attn).parameters,
+    reason="this torch's varlen_attn takes no block table",
+)
+def test_flash_attention_is_asked_by_the_keywords_that_are_looked_for(
+    triton_device: str, make_paged_case: Any
+) -> None:
+    case = make_paged_case((4, 2), (16, 16), [7], [30], torch.float16, triton_device)
+    asked: set[str] = set()
+
+    def record(*_args: Any, **keywords: Any) -> torch.Tensor:
+        asked.update(keywords)
+        return torch.zeros(7, 4, 16)
+
+    batch = case.batch
+    layer = Scoring(scaling=0.25)
+    attention_flash.attend(record, case.q, case.keys, case.values, batch.tables, batch.contexts, batch, layer)
+    assert asked == attention_flash._KEYWORDS
 
 
 def test_without_flash_attention_the_log_says_why(caplog: pytest.LogCaptureFixture) -> None:

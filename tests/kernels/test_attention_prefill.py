@@ -108,6 +108,21 @@ def test_the_same_step_gives_the_same_bits(
     assert torch.equal(prefill(case, layer), prefill(case, layer))
 
 
+@pytest.mark.parametrize("window", [0, 20], ids=["all", "window"])
+def test_rows_of_a_sequence_without_context_give_zeros(
+    window: int, triton_device: str, make_paged_case: Any
+) -> None:
+    case = make_paged_case((2, 1), (16, 16), [150, 9], [150, 30], torch.float32, triton_device)
+    layer = scoring(triton_device, 2, window=window)
+    expected = prefill(case, layer)[150:]
+    # Block -1 would be read from before the cache.
+    case.batch.tables[0] = -1
+    case.batch.contexts[0] = 0
+    found = prefill(case, layer)
+    assert not found[:150].any()
+    assert torch.equal(found[150:], expected)
+
+
 def test_a_key_that_is_no_number_is_not_hidden(triton_device: str, make_paged_case: Any) -> None:
     case = make_paged_case((2, 1), (16, 16), [20, 9], [20, 30], torch.float32, triton_device)
     case.keys[int(case.batch.tables[0, 0]) * 16 + 12] = torch.nan

@@ -34,6 +34,26 @@ def test_each_token_is_written_to_its_row(
     torch.testing.assert_close(values, expected_values, rtol=0, atol=0, equal_nan=True)
 
 
+@pytest.mark.parametrize("size", [16, 20, 5])
+def test_takes_keys_and_values_in_any_layout(size: int, triton_device: str) -> None:
+    """Heads first, part of a projection, from an odd address, transposed."""
+    new = torch.arange(3 * 4 * size, dtype=torch.float32, device=triton_device).view(3, 4, size)
+    wide = torch.full((3, 5, size + 2), torch.nan, device=triton_device)
+    wide[:, 1:, 1:-1] = new
+    rows = torch.tensor([5, 0, 7], dtype=torch.int32, device=triton_device)
+    for heads in (
+        new.transpose(0, 1),
+        new.transpose(0, 1).contiguous(),
+        wide[:, 1:, 1:-1].transpose(0, 1),
+        new.permute(2, 0, 1).contiguous().permute(2, 1, 0),
+    ):
+        keys, values = torch.zeros(2, 8, 4 * size, device=triton_device)
+        write_cache(keys, values, heads, heads, rows)
+        assert torch.equal(keys[rows.long()], new.flatten(1))
+        assert torch.equal(values, keys)
+        assert not keys[[1, 2, 3, 4, 6]].any()
+
+
 def test_a_row_below_0_is_not_written(triton_device: str) -> None:
     keys = torch.zeros(4, 16, device=triton_device)
     values = torch.zeros(4, 16, device=triton_device)

@@ -60,10 +60,17 @@ def test_the_same_step_gives_the_same_bits(
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("batch_invariant", [False, True], ids=["by_rows", "batch_invariant"])
-@pytest.mark.parametrize("num_rows", [8, 200, 600])
-def test_a_thousand_runs_give_the_same_bits(num_rows: int, batch_invariant: bool) -> None:
+@pytest.mark.parametrize(
+    ("num_rows", "num_adapters"),
+    [(8, 3), (200, 3), (600, 3), (2048, 3), (8, 1), (2048, 1)],
+    ids=["decode", "chunk", "prefill", "long_prefill", "decode_of_one", "prefill_of_one"],
+)
+def test_a_thousand_runs_give_the_same_bits(num_rows: int, num_adapters: int, batch_invariant: bool) -> None:
+    """Decodes, chunks and prompts of three adapters and of none, and of one that has all rows."""
     generator = torch.Generator(device="cuda").manual_seed(0)
-    slots = np.arange(num_rows, dtype=np.int32) % 4 - 1
+    slots = np.arange(num_rows, dtype=np.int32) % (num_adapters + 1) - 1
+    if num_adapters == 1:
+        slots[:] = 1
     scales = np.linspace(0.5, 2.0, num_rows, dtype=np.float32)
     k, widths = 4096, (4096, 1024, 1024)
 

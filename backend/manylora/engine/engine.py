@@ -18,6 +18,7 @@ from manylora.adapters.device_pool import DevicePool, pool_dtype
 from manylora.adapters.registry import Registry
 from manylora.config import EngineConfig
 from manylora.engine import report
+from manylora.engine.dry_run import dry_run
 from manylora.engine.generate import Completion, Prompt, generate
 from manylora.engine.kv_cache import BlockPool
 from manylora.engine.limits import Limits
@@ -150,6 +151,7 @@ class Engine:
             self.model.device,
         )
         self.runner = Runner(self.model, config, self.pool)
+        dry_run(self.runner, config)
         self.runner.prove_packing()
         self.runner.capture_graphs(config)
         self.registry = Registry(

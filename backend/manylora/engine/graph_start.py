@@ -16,7 +16,7 @@ from manylora_kernels import Mix
 from manylora.engine.batch import Batch, BatchBuilder, StepTensors
 from manylora.engine.graph_recorder import Recorder
 from manylora.engine.step_graphs import Forward, StepGraphs
-from manylora.model.loading import LoadedModel
+from manylora.model.loading import LoadedModel, logits_tolerance
 from manylora.model.lora_layers import Site
 
 log = logging.getLogger(__name__)
@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 
 def allowed_difference(dtype: torch.dtype, scale: float) -> float:
     """How far logits up to `scale` may lie apart that were computed in another order."""
-    return (1e-3 if dtype == torch.float32 else 0.1) * max(scale, 1.0)
+    return logits_tolerance(dtype) * max(scale, 1.0)
 
 
 @torch.inference_mode()

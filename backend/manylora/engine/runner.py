@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 
 import torch
-from manylora_kernels import SitePool, warmup
+from manylora_kernels import SitePool
 from manylora_kernels.attention_plan import MAX_HEAD_SIZE
 
 from manylora.adapters.device_pool import DevicePool, num_pages_of
@@ -21,6 +21,7 @@ from manylora.engine.graph_recorder import recorder_for
 from manylora.engine.graph_start import allowed_difference, try_start
 from manylora.engine.sequence import Sequence
 from manylora.engine.step_graphs import StepGraphs
+from manylora.engine.warm_up import prepare_kernels
 from manylora.errors import UnsupportedError
 from manylora.memory import zeros
 from manylora.messages import SamplingParams
@@ -40,7 +41,7 @@ class Runner:
         self.graphs: StepGraphs | None = None
         """Recorded decode steps, from `capture_graphs`."""
         self.num_blocks = num_kv_blocks(config, model.max_model_len, model.cache_bytes_per_token())
-        warmup(model.device)
+        prepare_kernels(model, config, pool.dtype, _serves_paged(model))
         caches = {
             layer: _layer_cache(model, shape, self.num_blocks * config.kv_block_size)
             for layer, shape in model.layers.items()

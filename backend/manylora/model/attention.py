@@ -15,7 +15,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import torch
-from manylora_kernels import attention_cpu
+from manylora_kernels import AttentionShape, attention_cpu
 from manylora_kernels.attention_plan import Scoring
 from manylora_kernels.paged import PagedBatch
 from torch.nn import functional
@@ -106,6 +106,8 @@ class CacheProbe:
 
     layers: dict[int, tuple[int, int, int]] = field(default_factory=dict)
     """layer_idx -> (V, key D, value D)."""
+    shapes: set[AttentionShape] = field(default_factory=set)
+    """What decides which kernels the layers use."""
 
 
 class Steps:
@@ -193,6 +195,7 @@ def _attend_step(
     """One layer's attention of a whole step: [1, T, H, D]."""
     if isinstance(plan, CacheProbe):
         plan.layers[layer] = (key.shape[1], key.shape[3], value.shape[3])
+        plan.shapes.add(AttentionShape.of(query, key, value, window, softcap, sinks))
         num_rows = query.shape[2]
         rows = torch.arange(num_rows, device=query.device)
         probe = Group(

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import transformers
+from manylora_kernels import AttentionShape
 from transformers import (
     AttentionInterface,
     AutoConfig,
@@ -47,6 +48,8 @@ class LoadedModel:
     holder: MixHolder
     layers: dict[int, tuple[int, int, int]]
     """layer_idx -> (V, key D, value D)."""
+    attention: frozenset[AttentionShape]
+    """What decides which attention kernels the layers use."""
     dtype: torch.dtype
     device: torch.device
     vocab_size: int
@@ -82,7 +85,7 @@ def load_model(config: EngineConfig) -> LoadedModel:
     with torch.inference_mode():
         probe_logits = [_whole_logits(module, ids) for ids in probe_ids]
         use_our_attention(module)
-        layers, spec = observe(module)
+        probe, spec = observe(module)
         holder = MixHolder()
         gated_units = find_gated_units(module, spec)
         spec = put_gates_first(spec, gated_units)
@@ -96,7 +99,8 @@ def load_model(config: EngineConfig) -> LoadedModel:
         spec=spec,
         sites=sites,
         holder=holder,
-        layers=layers,
+        layers=probe.layers,
+        attention=frozenset(probe.shapes),
         dtype=dtype,
         device=device,
         vocab_size=_text_config(hf_config).vocab_size,
@@ -230,8 +234,8 @@ def use_our_attention(module: torch.nn.Module) -> None:
     module.set_attn_implementation(IMPLEMENTATION)  # type: ignore[operator]  # PreTrainedModel's method
 
 
-def observe(module: torch.nn.Module) -> tuple[dict[int, tuple[int, int, int]], ModelSpec]:
-    """Run a probe: each layer's key and value shapes, and the sites of linears.
+def observe(module: torch.nn.Module) -> tuple[CacheProbe, ModelSpec]:
+    """Run a probe: what each layer's attention is, and the sites of linears.
 
     Raises:
         UnsupportedError: the model does not call its attention, or has no linears in layers.
@@ -248,7 +252,7 @@ def observe(module: torch.nn.Module) -> tuple[dict[int, tuple[int, int, int]], M
         raise UnsupportedError(
             f"{type(module).__name__} never called the attention function that it was given"
         )
-    return probe.layers, spec
+    return probe, spec
 
 
 def _eos_token_ids(directory: Path, hf_config: Any) -> list[int]:

@@ -60,7 +60,8 @@ def outline_model(config: EngineConfig) -> ModelOutline:
     try:
         with fake, torch.inference_mode():
             loading.use_our_attention(module)
-            layers, spec = loading.observe(module)
+            probe, spec = loading.observe(module)
+            layers = probe.layers
     except RuntimeError as error:
         name = type(module).__name__
         log.warning("%s cannot be looked at without its weights (%s); loading them", name, error)

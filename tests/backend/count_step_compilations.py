@@ -1,0 +1,121 @@
+"""Count what an engine's steps would compile after its start, which needs no GPU, and print it as JSON.
+
+    python count_step_compilations.py MODEL_DIRECTORY
+
+A program of its own: triton gets a driver whose kernels do nothing, so that every launch of a step is looked
+up and specialised as on a GPU, and none is run. What a step computes is garbage.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import sys
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+
+sys.path.append(str(Path(__file__).parents[1] / "kernels"))
+
+from count_compilations import CPU, compiled, use_a_driver_that_does_nothing
+from manylora import EngineConfig
+from manylora.adapters.device_pool import DevicePool, Placement
+from manylora.engine import runner, warm_up
+from manylora.engine.batch import Batch, Item
+from manylora.engine.sequence import Sequence as EngineSequence
+from manylora.messages import SamplingParams
+from manylora.model.loading import load_model
+from manylora_kernels import precompile
+from manylora_kernels.precompile_attention import precompile_attention
+
+MAX_TOKENS = 160
+MAX_SEQS = 9
+BLOCK_SIZE = 4
+MAX_LEN = 256
+
+
+class Held:
+    """What a step asks of a lease."""
+
+    def __init__(self, placement: Placement, scale: float) -> None:
+        self.placement = placement
+        self.scale = scale
+
+
+def steps(placements: Sequence[Placement | None]) -> Iterator[list[Item]]:
+    """Decodes of every number and context, prompts and chunks of every length, alone and together."""
+    draw = random.Random(1)
+
+    def item(num_tokens: int, start: int, nth: int) -> Item:
+        return Item(sequence(num_tokens + start, start, placements[nth % len(placements)]), num_tokens)
+
+    for num_seqs in range(1, MAX_SEQS + 1):
+        for longest in (1, 17, MAX_LEN):
+            yield [item(1, draw.randrange(longest), nth) for nth in range(num_seqs)]
+            yield [item(1, draw.randrange(longest), 0) for _ in range(num_seqs)]
+    for num_tokens in range(2, MAX_TOKENS - MAX_SEQS, 7):
+        yield [item(num_tokens, 0, num_tokens)]
+        yield [item(num_tokens, MAX_LEN - num_tokens - 1, num_tokens + 1)]
+        decodes = [item(1, draw.randrange(MAX_LEN - 1), nth) for nth in range(num_tokens % MAX_SEQS)]
+        yield [*decodes, item(num_tokens // 2 + 1, 5, 1), item(num_tokens - num_tokens // 2, 0, 2)]
+
+
+def sequence(num_tokens: int, num_computed: int, placement: Placement | None) -> EngineSequence:
+    return EngineSequence(
+        id=0,
+        session=None,
+        token_ids=[3] * num_tokens,
+        num_prompt=num_tokens,
+        params=SamplingParams(),
+        seed=0,
+        lease=None if placement is None else Held(placement, 0.5),
+        table=list(range(-(-num_tokens // BLOCK_SIZE))),
+        num_computed=num_computed,
+    )
+
+
+def main() -> None:
+    use_a_driver_that_does_nothing()
+    runner._serves_paged = lambda model: True
+    config = EngineConfig(
+        base_model=sys.argv[1],
+        adapter_root=sys.argv[1],
+        device="cpu",
+        dtype="bfloat16",
+        max_batched_tokens=MAX_TOKENS,
+        max_num_seqs=MAX_SEQS,
+        max_model_len=MAX_LEN,
+        max_loras=4,
+        max_lora_rank=40,
+        kv_block_size=BLOCK_SIZE,
+    )
+    model = load_model(config)
+    pool = DevicePool(model.spec, config.max_loras, config.max_lora_rank, model.dtype, model.device)
+    served = runner.Runner(model, config, pool)
+    num_kinds = len(model.spec.kinds)
+    placements = [
+        None,
+        *(Placement(pages=(pages,) * num_kinds, copied=None) for pages in ((0,), (1, 2), (3, 4, 5))),
+    ]
+    one_kind = Placement(pages=((6,), *((),) * (num_kinds - 1)), copied=None)
+
+    every = list(steps([*placements, one_kind]))
+    with torch.inference_mode():
+        served.logits(Batch(every[-1]))
+        cold = Counter(compiled)
+        compiled.clear()
+        precompile.precompile(CPU, warm_up.served_shapes(model, config, pool.dtype))
+        precompile_attention(CPU, warm_up.served_attention(model, config))
+        before = Counter(compiled)
+        compiled.clear()
+        for items in every:
+            served.logits(Batch(items))
+    print(
+        json.dumps({"cold": cold, "before": before, "steps": len(every), "while_serving": Counter(compiled)})
+    )
+
+
+if __name__ == "__main__":
+    main()
