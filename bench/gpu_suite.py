@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -36,6 +37,8 @@ SHARES = {"goals": 70, "exposed": 60, "pool-rank": 20, "model": 120, "copy": 25,
 """The parts in their order, and seconds of each in a run of 460."""
 QUICK = ("goals", "exposed", "pool-rank")
 INTERPRETER = "interpreter"
+_COMPILE_SHARE = 0.25
+"""Of the time, at most, for compiling beforehand."""
 _SLOW_IN_INTERPRETER = frozenset({"vllm", "vllm, batch invariant"})
 """Thousands of programs that do nothing: half a minute for a tiny step."""
 
@@ -99,6 +102,28 @@ def make_context(arguments: argparse.Namespace) -> Context:
     )
 
 
+def compile_all(context: Context, chosen: Sequence[str], num_processes: int, limit_s: float) -> None:
+    """Have the kernels of the parts' points compiled, so that the time goes into measuring."""
+    from gpu import forms, shapes
+    from gpu.prewarm import Job, prewarm
+
+    points: dict[shapes.Point, None] = {}
+    if context.is_tiny:
+        points |= dict.fromkeys(shapes.TINY_POINTS)
+    else:
+        points |= dict.fromkeys(shapes.GOAL_POINTS)
+        points |= dict.fromkeys(shapes.POOL_RANK_POINTS if "pool-rank" in chosen else ())
+        points |= dict.fromkeys(shapes.few_points() if "table" in chosen else ())
+    names = [name for name in forms.makers(context.peers) if name not in context.leave_out]
+    jobs = [
+        Job(point, name, context.layer, context.device.type, context.dtype, context.peers)
+        for point in points
+        for name in names
+    ]
+    done = prewarm(jobs, num_processes, limit_s)
+    print(f"# compiled beforehand: {done} of {len(jobs)} forms at points", flush=True)
+
+
 def run(context: Context, chosen: Sequence[str], budget_s: float, keep: Callable[[Row], None]) -> list[Row]:
     """Run the parts one after the other; every row is kept as soon as it is there."""
     known, rows = parts(), []
@@ -152,7 +177,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         if out is not None:
             append_csv(out / "gpu_suite.csv", [row])
 
-    rows = run(context, arguments.parts, arguments.budget_s, keep)
+    begin = time.monotonic()
+    if arguments.compilers:
+        compile_all(context, arguments.parts, arguments.compilers, _COMPILE_SHARE * arguments.budget_s)
+    left_s = arguments.budget_s - (time.monotonic() - begin)
+    rows = run(context, arguments.parts, left_s, keep)
     verdicts = judge(rows, timed=not context.is_tiny)
     print(Table(["goal", "wanted", "floor", "found", "verdict"], [list(found) for found in verdicts]).plain())
     if out is not None:
@@ -175,15 +204,21 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--cpu-logic", action="store_true", help="tiny shapes in triton's interpreter")
     parser.add_argument("--quick", action="store_true", help=f"only {', '.join(QUICK)}, in about a minute")
     parser.add_argument("--parts", nargs="+", choices=list(SHARES), help="these parts only")
-    parser.add_argument("--budget-s", type=float, help="seconds, then no new point is begun; 440, quick 50")
+    parser.add_argument("--budget-s", type=float, help="seconds, then nothing more is begun; 430, quick 50")
     parser.add_argument("--peers", type=Path, default=FOLDER, help="where bench/peers.py has put its files")
     parser.add_argument("--save", action="store_true", help="rows, goals and plot into bench/results")
     parser.add_argument("--out", type=Path, metavar="DIR", help="into this folder instead")
+    parser.add_argument(
+        "--compilers", type=int, help="processes that compile first; by the processors at hand"
+    )
     arguments = parser.parse_args(argv)
+    if arguments.compilers is None:
+        # The interpreter compiles nothing.
+        arguments.compilers = 0 if arguments.cpu_logic else max(0, min(12, (os.cpu_count() or 1) - 2))
     if arguments.parts is None:
         arguments.parts = QUICK if arguments.quick else tuple(SHARES)
     if arguments.budget_s is None:
-        arguments.budget_s = 50.0 if arguments.quick else 440.0
+        arguments.budget_s = 50.0 if arguments.quick else 430.0
     if arguments.cpu_logic and arguments.out and arguments.out.resolve() == RESULTS.resolve():
         parser.error("--out: an interpreter's times are no results")
     return arguments

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -24,10 +25,11 @@ class Timing:
 
 
 def graph_of(run: Run, device: torch.device) -> Run:
-    """The same as one CUDA graph, run twice beforehand; on a CPU as it is."""
+    """The same as one CUDA graph, run twice beforehand; on a CPU as it is, run once beforehand."""
     if device.type != "cuda":
+        run()
         return run
-    side = torch.cuda.Stream()
+    side = _warm_up_stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         run()
@@ -43,6 +45,12 @@ def graph_of(run: Run, device: torch.device) -> Run:
         graph.replay()
 
     return replay
+
+
+@functools.cache
+def _warm_up_stream() -> torch.cuda.Stream:
+    """One for all: streams come from a small pool, and a new one may be any that is in use."""
+    return torch.cuda.Stream()
 
 
 def time_in_turn(

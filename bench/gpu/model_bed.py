@@ -71,6 +71,7 @@ class ModelBed:
             max_lora_rank=RANK,
             max_model_len=max_model_len,
             max_num_seqs=4 if is_tiny else 64,
+            max_batched_tokens=max_model_len,
         )
         module = _random_model(self.hf_config, device, dtype)
         self.model = convert_model(module, Path(), self.hf_config, int(max_model_len), device)

@@ -40,7 +40,7 @@ _NUM_LAYERS = 2
 """The base's weights alone are more than any cache holds."""
 
 SiteRun = Callable[[str, SitePool, torch.Tensor], Run]
-"""Of a site's name, its pool and its weight [N, K]: base product and term, into the bed's y."""
+"""Of a site's name, its pool and its weight [N, K]: base product and term, into the scene's sums."""
 
 
 @dataclass(slots=True)
@@ -76,8 +76,8 @@ class Bed:
         return bed
 
     def base(self, name: str, weight: torch.Tensor) -> torch.Tensor:
-        """The site's base product, into its y."""
-        return torch.mm(self.scene.x[name], weight.t(), out=self.scene.y[name])
+        """The site's base product, into the scene's sums."""
+        return torch.mm(self.scene.x[name], weight.t(), out=self.scene.sums[name])
 
     def layers(self, site_run: SiteRun, *, fused: bool = False) -> Run:
         """One form over all layers and sites, with the activation unless it is `fused` in already."""
@@ -102,11 +102,11 @@ class Bed:
         nobody = np.full(scene.point.num_rows, -1, dtype=np.int32)
         mix = RoutedMix.build(nobody, scene.scales, [[]], 1, scene.max_pages, scene.device)
         h = gpu.shrink_lora(scene.x[name], pool, mix, 0)
-        return lambda: gpu.expand_lora_silu_mul(self.out[name], scene.y[name], h, pool, mix, 0)
+        return lambda: gpu.expand_lora_silu_mul(self.out[name], scene.sums[name], h, pool, mix, 0)
 
     def results(self) -> dict[str, torch.Tensor]:
         """What the last layer gave: the activation where there is one, else y."""
-        return {name: self.out.get(name, y).clone() for name, y in self.scene.y.items()}
+        return {name: self.out.get(name, y).clone() for name, y in self.scene.sums.items()}
 
 
 def run(context: Context, deadline: Deadline) -> Iterator[Row]:
@@ -206,7 +206,7 @@ def _behind(bed: Bed, term: Term) -> SiteRun:
     """The term behind the base product."""
 
     def site_run(name: str, pool: SitePool, weight: torch.Tensor) -> Run:
-        add = term(bed.scene.y[name], bed.scene.x[name], pool)
+        add = term(bed.scene.sums[name], bed.scene.x[name], pool)
 
         def run() -> None:
             bed.base(name, weight)
@@ -222,10 +222,11 @@ def _beside(bed: Bed) -> SiteRun:
     from manylora_kernels import gpu  # imports triton, after the interpreter was chosen
 
     scene = bed.scene
-    side = torch.cuda.Stream() if scene.device.type == "cuda" else None
+    # Of another priority, and so another stream for certain, than the one that graphs are captured on.
+    side = torch.cuda.Stream(priority=-1) if scene.device.type == "cuda" else None
 
     def site_run(name: str, pool: SitePool, weight: torch.Tensor) -> Run:
-        x, y = scene.x[name], scene.y[name]
+        x, y = scene.x[name], scene.sums[name]
 
         def run() -> None:
             if side is None:

@@ -122,7 +122,7 @@ def _packages(folder: Path, *names: str) -> dict[str, ModuleType]:
     return {name: _module(name, __path__=[str(folder / name.replace(".", "/"))]) for name in names}
 
 
-class _Log(logging.LoggerAdapter[logging.Logger]):
+class _Log(logging.LoggerAdapter):  # type: ignore[type-arg]  # no subscript at run time before 3.11
     def warning_once(self, message: str, *args: object) -> None:
         self.debug(message, *args)
 

@@ -98,7 +98,7 @@ class Peft:
             AssertionError: it is above what rounding the sum and the base product allows.
         """
         outputs, worst = iter(self.run()), 0.0
-        picks = torch.from_numpy(self.scene._picks).to(self.scene.device)
+        picks = torch.from_numpy(self.scene.picks).to(self.scene.device)
         for name, site in self.scene.layer.items():
             parts = []
             for s in range(site.num_linears):

@@ -23,6 +23,7 @@ CACHE_BYTES = 128 << 20
 SCALE = 0.5
 """Of every row: exact in every dtype, for the peers that fold it into weights."""
 _MAX_LAYERS = 32
+_MAX_PREFILL_LAYERS = 4
 _CHECKED_ROWS = 48
 
 Term = Callable[[torch.Tensor, torch.Tensor, SitePool], Run]
@@ -55,12 +56,19 @@ class Scene:
         torch.manual_seed(0)
         self.x = {name: self.randn(point.num_rows, site.num_inputs) for name, site in layer.items()}
         self.y = {name: self.randn(point.num_rows, site.num_outputs) for name, site in layer.items()}
+        # What is timed adds up here, so that y stays what the right answer was computed from.
+        self.sums = {name: y.clone() for name, y in self.y.items()}
         if device.type != "cuda":
             num_layers = 1
-        read = floors.weight_bytes(point, layer, dtype.itemsize)
-        self.layers = [self._pools() for _ in range(num_layers or min(_MAX_LAYERS, -(-CACHE_BYTES // read)))]
-        self._picks = np.unique(np.linspace(0, point.num_rows - 1, _CHECKED_ROWS).astype(np.int64))
+        self.layers = [self._pools() for _ in range(num_layers or self._enough_layers())]
+        self.picks = np.unique(np.linspace(0, point.num_rows - 1, _CHECKED_ROWS).astype(np.int64))
         self._expected: dict[str, torch.Tensor] = {}
+
+    def _enough_layers(self) -> int:
+        # A prompt's rows alone are more than the caches hold.
+        most = _MAX_PREFILL_LAYERS if self.point.is_prefill else _MAX_LAYERS
+        read = floors.weight_bytes(self.point, self.layer, self.dtype.itemsize)
+        return min(most, -(-CACHE_BYTES // read))
 
     def randn(self, *shape: int) -> torch.Tensor:
         """Normal numbers on the device."""
@@ -95,9 +103,9 @@ class Scene:
         return pool.b[list(self.pages[adapter])].flatten(0, 1)[: self.point.rank(adapter)]
 
     def all_layers(self, term: Term) -> Run:
-        """One form over all layers, one after the other."""
+        """One form over all layers, one after the other, into `sums`."""
         runs = [
-            term(self.y[site], self.x[site], pool) for pools in self.layers for site, pool in pools.items()
+            term(self.sums[site], self.x[site], pool) for pools in self.layers for site, pool in pools.items()
         ]
 
         def run() -> None:
@@ -119,7 +127,7 @@ class Scene:
         for name, pool in self.layers[0].items():
             y = self.y[name].clone()
             term(y, self.x[name], pool)()
-            found = y[torch.from_numpy(self._picks).to(self.device)]
+            found = y[torch.from_numpy(self.picks).to(self.device)]
             worst = max(worst, self.error(name, found))
         return worst
 
@@ -129,8 +137,8 @@ class Scene:
         Raises:
             AssertionError: as of `check`.
         """
-        picks = torch.from_numpy(self._picks).to(self.device)
-        untouched = [i for i, t in enumerate(self._picks.tolist()) if self.slots[t] < 0]
+        picks = torch.from_numpy(self.picks).to(self.device)
+        untouched = [i for i, t in enumerate(self.picks.tolist()) if self.slots[t] < 0]
         before = self.y[name][picks]
         assert torch.equal(found[untouched], before[untouched]), (
             f"{name}: a row without an adapter has changed"
@@ -145,7 +153,7 @@ class Scene:
         """What a site of the first layer should give for the picked rows: [number of picks, N], float64."""
         if name not in self._expected:
             pool, rows = self.layers[0][name], []
-            for t in self._picks.tolist():
+            for t in self.picks.tolist():
                 row, slot = self.y[name][t].double(), int(self.slots[t])
                 if slot >= 0:
                     a, b = self.stacked_a(pool, slot).double(), self.stacked_b(pool, slot).double()
