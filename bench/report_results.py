@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 
+from gpu import report as gpu_report
 from loadtest import table
 from loadtest.csv_file import read_csv
 from loadtest.origin import RESULTS, Origin
@@ -62,6 +63,18 @@ KINDS = (
         "CPU kernels",
         "The adapters' part of one step of SmolLM2-135M beside the base model's own products, each checked "
         "against the reference first. Milliseconds: median, least and most.",
+    ),
+    Kind(
+        "gpu_goals",
+        "GPU: the goals",
+        "By `bench/gpu_suite.py`, on Llama-3-8B's shapes in bfloat16. Floors are of the bandwidth that the "
+        "same run measures.",
+    ),
+    Kind(
+        "gpu_suite",
+        "GPU: kernels and steps",
+        "Ours and the peers in turn in one run, each a CUDA graph over more layers than the caches hold; a "
+        "pool is as wide as its widest adapter, which is the best case of peers that pad.",
     ),
     Kind(
         "faults",
@@ -133,6 +146,8 @@ def _runs(path: Path, kind: Kind, plots: list[str]) -> list[str]:
         parts.append(f"{heading}{_origin(lines[chosen[0]])}\n")
         if rows:
             parts += _serving([rows[i] for i in chosen])
+        elif kind.name == "gpu_suite":
+            parts += gpu_report.sections([lines[i] for i in chosen])
         else:
             parts.append(_generic([lines[i] for i in chosen]).markdown() + "\n")
         mine = [name for name in plots if name.removesuffix(".png").split("_")[-1] == label]

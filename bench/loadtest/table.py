@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from loadtest.row import COUNTERS, PERCENTILES, Row
 
 _WORDS = {"target", "mix", "load", "ratio", "part", "fault", "outcomes", "ends", "memory", "verdict", "step"}
-_WORDS |= {"dtype", "model", "protocol", "column", "value"}
+_WORDS |= {"dtype", "model", "protocol", "column", "value", "form", "goal", "wanted", "found"}
 """Columns that are aligned on the left."""
 
 

@@ -81,6 +81,21 @@ def load_model(config: EngineConfig) -> LoadedModel:
     module = _read_model(directory, config, device)
     max_model_len = resolve_max_model_len(config, hf_config)
     _refuse_step_wide_rope(hf_config, max_model_len)
+    return convert_model(module, directory, hf_config, max_model_len, device)
+
+
+def convert_model(
+    module: torch.nn.Module, directory: Path, hf_config: Any, max_model_len: int, device: torch.device
+) -> LoadedModel:
+    """Replace the linears and the attention of a model of transformers by ours.
+
+    Args:
+        module: on `device`; it is changed in place.
+        directory: of its generation configuration; where there is none, that of `hf_config` counts.
+
+    Raises:
+        UnsupportedError: the model does not call its attention, or has no linears in layers.
+    """
     probe_ids = _probe_ids(_text_config(hf_config).vocab_size)
     with torch.inference_mode():
         probe_logits = [_whole_logits(module, ids) for ids in probe_ids]

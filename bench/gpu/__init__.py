@@ -1,0 +1,1 @@
+"""What `gpu_suite.py` and `tune_plans.py` are made of."""

@@ -1,0 +1,166 @@
+"""A whole model with random weights, served through the engine's own runner, and steps for it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from manylora.adapters.device_pool import DevicePool, Placement
+from manylora.config import EngineConfig
+from manylora.engine.batch import Batch, Item
+from manylora.engine.runner import Runner
+from manylora.engine.sequence import Sequence
+from manylora.messages import SamplingParams
+from manylora.model.loading import convert_model
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+RANK = 16
+CONTEXT = 128
+"""Tokens in the cache of each sequence of a decode step, its own among them: few, since what is asked is how
+fast weights are read."""
+
+_LLAMA_8B = {
+    "vocab_size": 128256,
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "max_position_embeddings": 8192,
+    "rope_theta": 500000.0,
+    "tie_word_embeddings": False,
+}
+_TINY = _LLAMA_8B | {
+    "vocab_size": 96,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+}
+
+
+@dataclass(slots=True)
+class HeldAdapter:
+    """Stands where a running sequence has its lease: an adapter in the pool, of no file."""
+
+    placement: Placement
+    scale: float = 1.0
+
+
+class ModelBed:
+    """The model, its pool with adapters of rank 16, and its runner.
+
+    Args:
+        max_adapters: most adapters of a step.
+        is_tiny: two small layers in place of Llama-3-8B's.
+    """
+
+    def __init__(self, device: torch.device, dtype: torch.dtype, max_adapters: int, is_tiny: bool) -> None:
+        sizes = _TINY if is_tiny else _LLAMA_8B
+        self.hf_config = LlamaConfig(**sizes)
+        max_model_len = sizes["max_position_embeddings"]
+        self.config = EngineConfig(
+            base_model="random",
+            device=str(device),
+            max_loras=max_adapters,
+            max_lora_rank=RANK,
+            max_model_len=max_model_len,
+            max_num_seqs=4 if is_tiny else 64,
+            max_batched_tokens=max_model_len,
+        )
+        module = _random_model(self.hf_config, device, dtype)
+        self.model = convert_model(module, Path(), self.hf_config, int(max_model_len), device)
+        self.pool = DevicePool(self.model.spec, max_adapters, RANK, dtype, device)
+        for kind in self.pool.kinds:
+            kind.a.normal_(std=kind.a.shape[-1] ** -0.5)
+            kind.b.normal_(std=0.02)
+        self.runner = Runner(self.model, self.config, self.pool)
+        self.runner.prove_packing()
+        # Recorded steps, where the engine has them; `logits` then chooses by itself.
+        record = getattr(self.runner, "capture_graphs", None)
+        if record is not None:
+            record(self.config)
+
+    def weight_bytes(self) -> int:
+        """Of the linears in layers and of the head: what a decode step reads of the base model."""
+        linears = sum(
+            kind.num_layers * kind.in_features * sum(kind.out_features) for kind in self.model.spec.kinds
+        )
+        head = self.hf_config.vocab_size * self.hf_config.hidden_size
+        return (linears + head) * self.model.dtype.itemsize
+
+    def adapter_bytes(self, num_adapters: int) -> int:
+        """Of so many adapters of rank 16."""
+        one = sum(kind.page_elements for kind in self.model.spec.kinds)
+        return num_adapters * one * self.model.dtype.itemsize
+
+    def decode(self, num_seqs: int, num_adapters: int) -> Batch:
+        """A step of one token of each sequence; adapters take turns among them."""
+        return self._batch([CONTEXT] * num_seqs, 1, num_adapters)
+
+    def prefill(self, num_tokens: int, num_adapters: int) -> Batch:
+        """A step of fresh prompts of `num_tokens` together, one for each adapter."""
+        num_seqs = max(1, num_adapters)
+        return self._batch([num_tokens // num_seqs] * num_seqs, 0, num_adapters)
+
+    def run(self, batch: Batch) -> torch.Tensor:
+        """The step, as the engine computes it: [sequences, vocabulary]."""
+        return self.runner.logits(batch)
+
+    def forward(self, batch: Batch) -> Callable[[], torch.Tensor]:
+        """The model's forward pass alone, on tensors that are there already: what a graph can hold."""
+        step = self.runner.builder.build(batch)
+        self.model.holder.mix = step.mix
+
+        def run() -> torch.Tensor:
+            output: Any = self.model.module(
+                input_ids=step.input_ids,
+                position_ids=step.positions,
+                use_cache=False,
+                # None, where the builder knows it: all rows.
+                logits_to_keep=0 if step.sample_rows is None else step.sample_rows,
+                manylora_plan=step.plan,
+            )
+            logits: torch.Tensor = output.logits[0]
+            return logits
+
+        return run
+
+    def _batch(self, lengths: list[int], num_new: int, num_adapters: int) -> Batch:
+        size, items, next_block = self.config.kv_block_size, [], 0
+        for index, length in enumerate(lengths):
+            num_blocks = -(-length // size)
+            lease: Any = None
+            if num_adapters:
+                page = (index % num_adapters,)
+                lease = HeldAdapter(Placement(pages=(page,) * len(self.pool.kinds), copied=None))
+            sequence = _sequence(index, length, self.hf_config.vocab_size, lease)
+            sequence.table = list(range(next_block, next_block + num_blocks))
+            sequence.num_computed = length - num_new if num_new else 0
+            next_block += num_blocks
+            items.append(Item(sequence, num_new or length))
+        return Batch(items)
+
+
+def _random_model(hf_config: LlamaConfig, device: torch.device, dtype: torch.dtype) -> torch.nn.Module:
+    """Made on the device: 16 GB would take minutes on a host."""
+    with torch.device(device):
+        module: torch.nn.Module = AutoModelForCausalLM.from_config(hf_config, dtype=dtype)
+    return module.eval().requires_grad_(False)
+
+
+def _sequence(index: int, length: int, vocab_size: int, lease: Any) -> Sequence:
+    return Sequence(
+        id=index,
+        session=None,  # type: ignore[arg-type]  # belongs to nobody
+        token_ids=[(7 * index + 3 * t) % vocab_size for t in range(length)],
+        num_prompt=length,
+        params=SamplingParams(),
+        seed=0,
+        lease=lease,
+    )
