@@ -14,7 +14,8 @@ from manylora.engine.batch import Batch, Item
 from manylora.engine.runner import Runner
 from manylora.engine.sequence import Sequence
 from manylora.messages import SamplingParams
-from manylora.model.loading import convert_model
+from manylora.model.compiling import compile_forward
+from manylora.model.loading import compiles, convert_model, logits_tolerance
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 RANK = 16
@@ -75,16 +76,15 @@ class ModelBed:
         )
         module = _random_model(self.hf_config, device, dtype)
         self.model = convert_model(module, Path(), self.hf_config, int(max_model_len), device)
+        if compiles(self.config, device):
+            compile_forward(self.model.module, logits_tolerance(dtype))
         self.pool = DevicePool(self.model.spec, max_adapters, RANK, dtype, device)
         for kind in self.pool.kinds:
             kind.a.normal_(std=kind.a.shape[-1] ** -0.5)
             kind.b.normal_(std=0.02)
         self.runner = Runner(self.model, self.config, self.pool)
         self.runner.prove_packing()
-        # Recorded steps, where the engine has them; `logits` then chooses by itself.
-        record = getattr(self.runner, "capture_graphs", None)
-        if record is not None:
-            record(self.config)
+        self.runner.capture_graphs(self.config)
 
     def weight_bytes(self) -> int:
         """Of the linears in layers and of the head: what a decode step reads of the base model."""

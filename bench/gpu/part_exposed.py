@@ -218,29 +218,16 @@ def _behind(bed: Bed, term: Term) -> SiteRun:
 
 
 def _beside(bed: Bed) -> SiteRun:
-    """Shrink on a stream of its own beside the base product, expand behind both."""
+    """Shrink on a stream of its own beside the base product, expand behind both: as the model calls it."""
     from manylora_kernels import gpu  # imports triton, after the interpreter was chosen
 
     scene = bed.scene
-    # Of another priority, and so another stream for certain, than the one that graphs are captured on.
-    side = torch.cuda.Stream(priority=-1) if scene.device.type == "cuda" else None
 
     def site_run(name: str, pool: SitePool, weight: torch.Tensor) -> Run:
-        x, y = scene.x[name], scene.sums[name]
+        def product(_x: torch.Tensor) -> torch.Tensor:
+            return bed.base(name, weight)
 
-        def run() -> None:
-            if side is None:
-                h = gpu.shrink_lora(x, pool, scene.mix, 0)
-                bed.base(name, weight)
-            else:
-                side.wait_stream(torch.cuda.current_stream())
-                with torch.cuda.stream(side):
-                    h = gpu.shrink_lora(x, pool, scene.mix, 0)
-                bed.base(name, weight)
-                torch.cuda.current_stream().wait_stream(side)
-            gpu.expand_lora(y, h, pool, scene.mix, 0)
-
-        return run
+        return lambda: gpu.linear_lora(scene.x[name], product, pool, scene.mix, 0)
 
     return site_run
 

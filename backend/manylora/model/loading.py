@@ -81,7 +81,10 @@ def load_model(config: EngineConfig) -> LoadedModel:
     module = _read_model(directory, config, device)
     max_model_len = resolve_max_model_len(config, hf_config)
     _refuse_step_wide_rope(hf_config, max_model_len)
-    return convert_model(module, directory, hf_config, max_model_len, device)
+    model = convert_model(module, directory, hf_config, max_model_len, device)
+    if compiles(config, device):
+        compile_forward(module, logits_tolerance(model.dtype))
+    return model
 
 
 def convert_model(
@@ -105,9 +108,6 @@ def convert_model(
         gated_units = find_gated_units(module, spec)
         spec = put_gates_first(spec, gated_units)
         sites = replace_linears(module, spec, holder, gated_units)
-    dtype = next(module.parameters()).dtype
-    if compiles(config, device):
-        compile_forward(module, logits_tolerance(dtype))
     return LoadedModel(
         module=module,
         directory=directory,
@@ -116,7 +116,7 @@ def convert_model(
         holder=holder,
         layers=probe.layers,
         attention=frozenset(probe.shapes),
-        dtype=dtype,
+        dtype=next(module.parameters()).dtype,
         device=device,
         vocab_size=_text_config(hf_config).vocab_size,
         max_model_len=max_model_len,
