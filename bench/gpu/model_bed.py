@@ -82,7 +82,8 @@ class ModelBed:
         for kind in self.pool.kinds:
             kind.a.normal_(std=kind.a.shape[-1] ** -0.5)
             kind.b.normal_(std=0.02)
-        self.runner = Runner(self.model, self.config, self.pool)
+        # Without a GPU the interpreter runs what a GPU would.
+        self.runner = Runner(self.model, self.config, self.pool, paged=True)
         self.runner.prove_packing()
         self.runner.capture_graphs(self.config)
 

@@ -2,37 +2,30 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Iterator, Mapping
 from functools import partial
+
+import adapter_copy
 
 from gpu.budget import Deadline
 from gpu.part_kernels import attempt
 from gpu.rows import Context, Row
 
-_MODULE = "adapter_copy"
 _RANKS = (8, 16, 64)
 
 
 def run(context: Context, deadline: Deadline) -> Iterator[Row]:
-    """What `bench/adapter_copy.py` measures, if it is there."""
-    try:
-        measure = importlib.import_module(_MODULE).measure
-    except (ImportError, AttributeError) as error:
-        yield context.row(
-            "copy", "adapter copy", result=f"missing: bench/{_MODULE}.py cannot be used: {error}"
-        )
-        return
+    """What `bench/adapter_copy.py` measures, by rank and number of runs that the pages lie in."""
     for rank in _RANKS[:1] if context.is_tiny else _RANKS:
         if deadline.is_over:
             print(f"copy: time is up before rank {rank}", flush=True)
             return
-        found = attempt(partial(measure, context.device, context.layer, [rank], context.repeats))
+        found = attempt(partial(adapter_copy.measure, context.device, context.layer, [rank], context.repeats))
         if isinstance(found, str):
             yield context.row("copy", f"rank {rank}", rank=str(rank), result=found)
             continue
         for one in found:
-            yield context.row("copy", f"pages {one['pages']}", **columns(one))
+            yield context.row("copy", f"runs of pages: {one['runs']}", **columns(one))
 
 
 def columns(found: Mapping[str, object]) -> dict[str, object]:

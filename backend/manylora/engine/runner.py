@@ -32,16 +32,23 @@ log = logging.getLogger(__name__)
 
 
 class Runner:
-    """The model, its KV tensors and the device pool's views: everything a step touches."""
+    """The model, its KV tensors and the device pool's views: everything a step touches.
 
-    def __init__(self, model: LoadedModel, config: EngineConfig, pool: DevicePool) -> None:
+    Args:
+        paged: whether attention and adapters go through Triton's kernels; None: on CUDA, for heads that fit.
+    """
+
+    def __init__(
+        self, model: LoadedModel, config: EngineConfig, pool: DevicePool, paged: bool | None = None
+    ) -> None:
         self.model = model
         self.runs_ahead = _runs_ahead(model)
         """Whether a step is launched before the one in front of it has landed."""
         self.graphs: StepGraphs | None = None
         """Recorded decode steps, from `capture_graphs`."""
         self.num_blocks = num_kv_blocks(config, model.max_model_len, model.cache_bytes_per_token())
-        prepare_kernels(model, config, pool.dtype, _serves_paged(model))
+        paged = _serves_paged(model) if paged is None else paged
+        prepare_kernels(model, config, pool.dtype, paged)
         caches = {
             layer: _layer_cache(model, shape, self.num_blocks * config.kv_block_size)
             for layer, shape in model.layers.items()
@@ -50,7 +57,6 @@ class Runner:
             kind = model.spec.kinds[site.kind]
             tensors = pool.kinds[site.kind]
             site.pool = SitePool(a=tensors.a[site.row], b=tensors.b[site.row], widths=kind.out_features)
-        paged = _serves_paged(model)
         self.builder = BatchBuilder(
             device=model.device,
             block_size=config.kv_block_size,
