@@ -6,13 +6,15 @@ import torch
 
 
 class Download:
-    """Tensors on their way to the host, behind what their stream has been given so far."""
+    """Tensors of one device on their way to the host, behind what its current stream was given before."""
 
     def __init__(self, *tensors: torch.Tensor) -> None:
         self._tensors = [_to_host(tensor) for tensor in tensors]
         self._done: torch.cuda.Event | None = None
-        if any(tensor.device.type == "cuda" for tensor in tensors):
-            self._done = torch.cuda.current_stream().record_event()
+        if tensors[0].device.type == "cuda":
+            # Who waits for it sleeps: a step takes milliseconds, and the processor has other work.
+            self._done = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]  # torch has no stub
+            self._done.record(torch.cuda.current_stream(tensors[0].device))
 
     def wait(self) -> list[torch.Tensor]:
         """The tensors on the host, in order."""

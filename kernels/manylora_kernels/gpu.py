@@ -74,10 +74,16 @@ def expand_lora_silu_mul(
     expand_silu_mul(out, y, h, pool.b, mix, kind, mix.plan_for(pool.shape, pool.a.dtype))
 
 
-def runs_beside(mix: RoutedMix) -> bool:
+def runs_beside(mix: RoutedMix, device: torch.device, side: streams.Streams | None = None) -> bool:
     """Whether shrink runs beside the base product in this step: few rows, and not for the vendor's products,
-    which need y. Known from T alone inside a captured graph."""
-    return mix.route.num_rows <= MAX_ROWS_BESIDE and mix.one_adapter is None
+    which need y. Known from T alone inside a captured graph.
+
+    Not where the host launches one by one, unless it names the stream: fork and join cost it more than a
+    chained launch costs the device.
+    """
+    if mix.route.num_rows > MAX_ROWS_BESIDE or mix.one_adapter is not None:
+        return False
+    return side is not None or device.type != "cuda" or torch.cuda.is_current_stream_capturing()
 
 
 def linear_lora(
@@ -98,7 +104,7 @@ def linear_lora(
     Returns:
         [T, N].
     """
-    if not runs_beside(mix):
+    if not runs_beside(mix, x.device, side):
         y = product(x)
         add_lora(y, x, pool, mix, kind)
         return y
@@ -117,7 +123,7 @@ def gate_up_lora(
     side: streams.Streams | None = None,
 ) -> torch.Tensor:
     """The same of a gate/up site, with the activation behind it: [T, N / 2]."""
-    if runs_beside(mix):
+    if runs_beside(mix, x.device, side):
         chosen = mix.plan_for(pool.shape, pool.a.dtype)
         y, h = _product_and_shrink(x, product, pool, mix, kind, chosen, side)
         out = y.new_empty(y.shape[0], pool.widths[0])

@@ -201,6 +201,16 @@ def test_a_step_behind_an_unforeseen_end_is_in_vain() -> None:
     assert one.token_ids[3:] == [5, EOS]
 
 
+def test_a_sequence_with_penalties_sits_out_alone() -> None:
+    steps = Ahead(make())
+    for s in (sequence(0, max_tokens=9, presence_penalty=1.0), sequence(1, max_tokens=9)):
+        steps.scheduler.add(s)
+    assert steps.turn() == [(0, 0), (1, 0)]
+    assert steps.turn() == [(1, 3)]
+    assert steps.turn() == [(0, 3), (1, 4)]
+    assert steps.turn() == [(1, 5)]
+
+
 def test_a_removed_sequence_takes_no_token_of_a_step_that_still_runs() -> None:
     steps = Ahead(make())
     gone, stays = sequence(0, max_tokens=9), sequence(1, max_tokens=9)

@@ -13,7 +13,7 @@ import torch
 from manylora_kernels import Mix, SitePool, gpu
 from manylora_kernels.one_adapter import OneAdapter
 from manylora_kernels.routed import RoutedMix
-from manylora_kernels.streams import run_beside
+from manylora_kernels.streams import run_beside, side_stream
 
 
 class RecordedStreams:
@@ -63,7 +63,7 @@ def test_a_linear_has_the_bits_of_product_and_term_one_after_the_other(
     mix = case.routed()
     expected = product(x)
     gpu.add_lora(expected, x, case.pool, mix, 0)
-    assert gpu.runs_beside(mix)
+    assert gpu.runs_beside(mix, x.device, RecordedStreams())
     assert torch.equal(gpu.linear_lora(x, product, case.pool, mix, 0), expected)
 
 
@@ -126,13 +126,14 @@ def routed_rows(num_rows: int, device: str) -> RoutedMix:
 
 def test_long_steps_and_the_vendors_products_take_turns(triton_device: str) -> None:
     limit = gpu.MAX_ROWS_BESIDE
-    assert gpu.runs_beside(routed_rows(limit, triton_device))
-    assert not gpu.runs_beside(routed_rows(limit + 1, triton_device))
+    device, side = torch.device(triton_device), RecordedStreams()
+    assert gpu.runs_beside(routed_rows(limit, triton_device), device, side)
+    assert not gpu.runs_beside(routed_rows(limit + 1, triton_device), device, side)
     few = routed_rows(8, triton_device)
     one = OneAdapter.of(
         np.zeros(8, np.int32), np.ones(8, np.float32), [[(0,)]], 8, torch.device(triton_device)
     )
-    assert not gpu.runs_beside(replace(few, one_adapter=one))
+    assert not gpu.runs_beside(replace(few, one_adapter=one), device, side)
 
 
 def test_a_long_step_gives_the_same_as_the_parts(triton_device: str) -> None:
@@ -158,8 +159,6 @@ def test_a_long_step_gives_the_same_as_the_parts(triton_device: str) -> None:
 @pytest.mark.parametrize("captured", [False, True], ids=["eager", "captured"])
 def test_two_streams_give_the_bits_of_one(captured: bool) -> None:
     """Many sites in a row, so that memory is used again while both streams run."""
-    from manylora_kernels import gate_up_lora, linear_lora
-
     generator = torch.Generator(device="cuda").manual_seed(0)
 
     def randn(*shape: int) -> torch.Tensor:
@@ -185,10 +184,16 @@ def test_two_streams_give_the_bits_of_one(captured: bool) -> None:
 
     def beside(x: torch.Tensor) -> torch.Tensor:
         for _ in range(20):
-            y = linear_lora(x, lambda x: torch.nn.functional.linear(x, weight), square, mix, 0)
-            x = gate_up_lora(y, lambda x: torch.nn.functional.linear(x, wide), gate_up, mix, 0)
+            y = gpu.linear_lora(
+                x, lambda x: torch.nn.functional.linear(x, weight), square, mix.routed, 0, side
+            )
+            x = gpu.gate_up_lora(
+                y, lambda x: torch.nn.functional.linear(x, wide), gate_up, mix.routed, 0, side
+            )
         return x
 
+    # Steps that are launched one by one use one stream, unless they name the other.
+    side = None if captured else side_stream(torch.device("cuda", 0))
     x = randn(num_rows, k)
     expected = serial(x)
     found = beside(x)

@@ -6,7 +6,6 @@ configuration whose steps do not fit the device fails here and not under load.
 
 from __future__ import annotations
 
-import itertools
 import logging
 import time
 from typing import TYPE_CHECKING
@@ -50,6 +49,8 @@ def dry_run(runner: Runner, config: EngineConfig) -> None:
 def run_steps(runner: Runner, config: EngineConfig) -> list[int]:
     """A prompt as long as a step may be, a later chunk of it, and as many decodes as may run at once.
 
+    All of these have the same parameters, each kind in its turn: no mix takes the sampler more memory.
+
     Returns:
         The tokens of each step.
     """
@@ -63,10 +64,8 @@ def run_steps(runner: Runner, config: EngineConfig) -> list[int]:
         chunk = _sequence(num_tokens, table)
         chunk.num_computed = num_tokens // 2
         steps.append(Batch([Item(chunk, num_tokens - chunk.num_computed)]))
-    every = list(itertools.islice(itertools.cycle(_PARAMS), max(num_decodes, len(_PARAMS))))
-    for first in range(0, len(every), num_decodes):
-        params = every[first : first + num_decodes]
-        steps.append(Batch([Item(_sequence(1, [block], own), 1) for block, own in enumerate(params)]))
+    for params in _PARAMS:
+        steps.append(Batch([Item(_sequence(1, [block], params), 1) for block in range(num_decodes)]))
     for step in steps:
         runner.launch(step).land()
     return [step.num_tokens for step in steps]

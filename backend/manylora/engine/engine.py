@@ -20,6 +20,7 @@ from manylora.config import EngineConfig
 from manylora.engine import report
 from manylora.engine.dry_run import dry_run
 from manylora.engine.generate import Completion, Prompt, generate
+from manylora.engine.kernel_check import prove_kernels
 from manylora.engine.kv_cache import BlockPool
 from manylora.engine.limits import Limits
 from manylora.engine.notes import Notes
@@ -31,7 +32,7 @@ from manylora.engine.steps import Steps
 from manylora.errors import CancelledRequestError, InternalError, ManyloraError, UnavailableError
 from manylora.memory import keep_freed_memory
 from manylora.messages import EngineInfo, Generate, Status, Tokens
-from manylora.model.loading import LoadedModel, load_model
+from manylora.model.loading import LoadedModel, load_model, use_device
 from manylora.protocol import check_input_ids
 from manylora.text import Tokenizer
 
@@ -127,6 +128,7 @@ class Engine:
 
     def _run(self, built: Future[None], strict_preload: bool) -> None:
         try:
+            use_device(self.config)
             self._build(self.config, strict_preload)
         except BaseException as error:
             built.set_exception(error)
@@ -151,6 +153,7 @@ class Engine:
             self.model.device,
         )
         self.runner = Runner(self.model, config, self.pool)
+        prove_kernels(self.model, self.runner.builder)
         dry_run(self.runner, config)
         self.runner.prove_packing()
         self.runner.capture_graphs(config)

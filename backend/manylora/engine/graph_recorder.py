@@ -5,10 +5,13 @@ The only file that knows `torch.cuda.CUDAGraph`.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from typing import Protocol, TypeVar
 
 import torch
+
+log = logging.getLogger(__name__)
 
 Replay = Callable[[], None]
 Result = TypeVar("Result")
@@ -75,7 +78,11 @@ class CudaRecorder:
     def abandon(self) -> None:
         """Wait for all work, which shows whether the device still computes, and give memory back."""
         torch.cuda.synchronize(self._device)
-        torch.cuda.empty_cache()
+        try:
+            torch.cuda.empty_cache()
+        except RuntimeError as error:
+            # A capture that did not end well can leave torch's allocator believing that it goes on.
+            log.warning("memory of the failed recording is not given back: %s", error)
 
     def free_bytes(self) -> int:
         """As the driver counts it, graphs' own memory with it."""

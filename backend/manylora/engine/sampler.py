@@ -5,8 +5,8 @@ Shape key: B sampling items, V vocabulary, F rows that draw in one way.
 In this order: ends that `min_tokens` forbids, penalties, then the best token, or with a temperature a draw
 among those that top_k, top_p and min_p leave. Each draw takes one uniform number that depends on the
 sequence's seed and the token's position only, and turns it into a token by inverting the cumulative
-distribution. So a seed gives the same text alone, in any batch and after a preemption. Greedy rows take the
-first maximum.
+distribution. So from the same logits a seed gives the same text alone, in any batch and after a preemption.
+Greedy rows take the first maximum.
 """
 
 from __future__ import annotations
@@ -28,6 +28,10 @@ _LEAST_TEMPERATURE = 1e-30
 """Below this float32 cannot divide; long before, only the best token is left."""
 _MOST_TEMPERATURE = 1e30
 """Above this float32 has no number; long before, all tokens are as likely."""
+
+
+_ROWS_AT_ONCE = 32
+"""Rows that draw together: each takes some 40 bytes for every token of the vocabulary."""
 
 
 def uniform(seed: int, position: int) -> float:
@@ -68,8 +72,9 @@ def choose(logits_BV: torch.Tensor, items: Seq[Item], eos_token_ids: Seq[int]) -
         params = item.sequence.params
         if params.temperature > 0:
             (filtered if params.top_k or params.top_p < 1 else plain).append(row)
-    for rows, draw in ((plain, _draw_all), (filtered, _draw_filtered)):
-        if rows:
+    for every, draw in ((plain, _draw_all), (filtered, _draw_filtered)):
+        for first in range(0, len(every), _ROWS_AT_ONCE):
+            rows = every[first : first + _ROWS_AT_ONCE]
             chosen = [items[row] for row in rows]
             rows_F, temperatures_F, draws_F = _uploads(rows, chosen, logits_BV.device)
             best_F1 = logits_BV.index_select(0, rows_F).gather(1, ids_B.index_select(0, rows_F)[:, None])

@@ -125,11 +125,8 @@ class Scheduler:
     def can_run_ahead(self) -> bool:
         """Whether the next step can be chosen before the tokens of the one that runs are known.
 
-        Not where a sequence might be preempted, which could have ended with its pending token, nor where a
-        pending token counts for penalties.
+        Not where a sequence might be preempted, which could have ended with its pending token.
         """
-        if any(s.num_pending and asks(s.params) for s in self.running):
-            return False
         lacking = sum(self.blocks.num_needed(s.num_tokens) - len(s.table) for s in self.running)
         return lacking <= self.blocks.num_free
 
@@ -139,7 +136,7 @@ class Scheduler:
         From here on its tokens count as computed, and what it samples as pending, until `finish`.
         """
         self._items, self._late, self._budget = [], [], self.limits.max_batched_tokens
-        decodes = [s for s in self.running if s.num_to_compute == 1 and not self._ends_when_known(s)]
+        decodes = [s for s in self.running if s.num_to_compute == 1 and not self._awaits_token(s)]
         chunks = [s for s in self.running if s.num_to_compute > 1]
         for sequence in decodes + chunks:
             if sequence.state is not State.RUNNING or self._budget == 0:
@@ -301,10 +298,12 @@ class Scheduler:
         self.blocks.release(sequence.table)
         self._deactivate(sequence)
 
-    def _ends_when_known(self, sequence: Sequence) -> bool:
-        """Whether its pending token is its last one, whatever it is."""
+    def _awaits_token(self, sequence: Sequence) -> bool:
+        """Whether it sits this step out: its pending token is its last one, whatever it is, or counts for
+        penalties on the next one."""
         return bool(sequence.num_pending) and (
-            sequence.num_tokens - sequence.num_prompt >= sequence.params.max_tokens
+            asks(sequence.params)
+            or sequence.num_tokens - sequence.num_prompt >= sequence.params.max_tokens
             or sequence.num_tokens >= self.limits.max_model_len
         )
 

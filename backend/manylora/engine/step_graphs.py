@@ -99,8 +99,8 @@ class StepGraphs:
         self.replays: Counter[tuple[int, bool]] = Counter()
         """Steps that were replayed since the start, by bucket and whether they had adapters."""
         device = builder.device
-        self._input_ids = torch.zeros(1, max_rows, dtype=torch.int64, device=device)
-        self._positions = torch.zeros(1, max_rows, dtype=torch.int64, device=device)
+        self._input_ids = torch.zeros(max_rows, dtype=torch.int64, device=device)
+        self._positions = torch.zeros(max_rows, dtype=torch.int64, device=device)
         self._paged = PagedBatch.blank(max_rows, max_context, builder.block_size, device)
         self._logits: torch.Tensor | None = None
         self._graphs: dict[tuple[int, bool], _Graph] = {}
@@ -175,8 +175,9 @@ class StepGraphs:
         """The first rows of the shared tensors, with a mix of their own."""
         paged = self._paged.first(rows)
         return StepTensors(
-            input_ids=self._input_ids[:, :rows],
-            positions=self._positions[:, :rows],
+            # With the strides of a tensor of its own: compiled model code is for no others.
+            input_ids=self._input_ids[:rows][None],
+            positions=self._positions[:rows][None],
             sample_rows=None,
             plan=AttentionPlan(
                 write_rows=paged.write_rows, groups=[], paged=paged, caches=self._builder.caches

@@ -29,9 +29,7 @@ def prepare_kernels(model: LoadedModel, config: EngineConfig, pool_dtype: torch.
         warmup(model.device)
         return
     started_s = time.monotonic()
-    # Without adapters no step has a term to add.
-    if config.adapter_root:
-        warmup(model.device, served_shapes(model, config, pool_dtype))
+    warmup(model.device, served_shapes(model, config, pool_dtype))
     if paged:
         warmup_attention(model.device, served_attention(model, config))
     log.info("kernels are ready after %.1f s", time.monotonic() - started_s)

@@ -82,6 +82,9 @@ def load_model(config: EngineConfig) -> LoadedModel:
     max_model_len = resolve_max_model_len(config, hf_config)
     _refuse_step_wide_rope(hf_config, max_model_len)
     model = convert_model(module, directory, hf_config, max_model_len, device)
+    if device.type == "cuda":
+        # Linears that became one left holes that nothing later fits into.
+        torch.cuda.empty_cache()
     if compiles(config, device):
         compile_forward(module, logits_tolerance(model.dtype))
     return model
@@ -147,6 +150,13 @@ def resolve_device(name: str) -> torch.device:
     if name.startswith("cuda") and not torch.cuda.is_available():
         raise InvalidArgumentError(f"device={name!r}: no CUDA device is visible; use cpu or auto")
     return torch.device(name)
+
+
+def use_device(config: EngineConfig) -> None:
+    """Make the configured CUDA device this thread's own, since Triton and graphs take the current one."""
+    device = resolve_device(config.device)
+    if device.type == "cuda":
+        torch.cuda.set_device(device if device.index is not None else torch.device("cuda", 0))
 
 
 def read_config(directory: Path) -> Any:

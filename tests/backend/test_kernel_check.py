@@ -1,0 +1,45 @@
+"""An engine whose kernels compute wrongly does not start."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from manylora import Engine, EngineConfig
+from manylora.engine import kernel_check
+from manylora.errors import UnsupportedError
+from manylora_kernels import add_lora
+
+
+def scaled_too_much(y: torch.Tensor, *others: Any) -> None:
+    add_lora(y, *others)
+    y *= 1.05
+
+
+def every_row(y: torch.Tensor, *others: Any) -> None:
+    y.nan_to_num_()
+    add_lora(y, *others)
+
+
+def not_a_number(y: torch.Tensor, *others: Any) -> None:
+    add_lora(y, *others)
+    y[0, -1] = torch.nan
+
+
+@pytest.mark.parametrize("wrong", [scaled_too_much, every_row, not_a_number])
+def test_wrong_numbers_stop_the_start(
+    tiny_model: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, wrong: Callable[..., None]
+) -> None:
+    monkeypatch.setattr(kernel_check, "add_lora", wrong)
+    with pytest.raises(UnsupportedError, match=r"compute the adapters' term of .*q_proj.* wrongly"):
+        Engine(EngineConfig(base_model=str(tiny_model("llama")), num_threads=1))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_pool_is_empty_again_after_the_comparison(tiny_model: Callable[..., Path], dtype: str) -> None:
+    config = EngineConfig(base_model=str(tiny_model("gpt2")), num_threads=1, dtype=dtype)
+    with Engine(config) as engine:
+        assert all(not t.any() for kind in engine.pool.kinds for t in (kind.a, kind.b))
