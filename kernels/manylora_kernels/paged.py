@@ -18,9 +18,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import TypeAlias
 
 import numpy as np
 import torch
+
+from manylora_kernels.upload import upload
+
+Table: TypeAlias = "Sequence[int] | np.ndarray[tuple[int], np.dtype[np.int32]]"
+"""The blocks of one sequence."""
 
 _MIN_CONTEXT = 128
 """Contexts are counted in powers of two from here on, so that a step's launches seldom change."""
@@ -57,7 +63,7 @@ class PagedBatch:
         cls,
         num_queries: Sequence[int],
         contexts: Sequence[int],
-        tables: Sequence[Sequence[int]],
+        tables: Sequence[Table],
         block_size: int,
         device: torch.device | str,
         num_splits: int | None = None,
@@ -68,7 +74,8 @@ class PagedBatch:
         Args:
             num_queries: [B] rows of each sequence, at least 1; those with one row come first.
             contexts: [B] tokens of each sequence, the step's among them.
-            tables: the blocks of each sequence, at least as many as its context fills.
+            tables: the blocks of each sequence, at least as many as its context fills; as arrays, which are
+                copied, or as sequences, which are read number by number.
             block_size: M.
             device: where the cache is.
             num_splits: fixes the parts of a decode's context.
@@ -98,10 +105,7 @@ class PagedBatch:
             starts,
             np.pad(rows.astype(np.int32), (0, num_padding), constant_values=-1),
         )
-        packed = torch.from_numpy(np.concatenate(parts))
-        if torch.device(device).type == "cuda":
-            packed = packed.pin_memory()
-        packed = packed.to(device, non_blocking=True)
+        packed = upload(np.concatenate(parts), device)
         split = torch.split(packed, [len(part) for part in parts])
         return cls(
             tables=split[0].view(blocks.shape),
@@ -229,7 +233,7 @@ def _num_padding(queries: np.ndarray[tuple[int], np.dtype[np.int32]], num_rows: 
 def _check(
     queries: np.ndarray[tuple[int], np.dtype[np.int32]],
     contexts: np.ndarray[tuple[int], np.dtype[np.int32]],
-    tables: Sequence[Sequence[int]],
+    tables: Sequence[Table],
     block_size: int,
 ) -> None:
     if not 0 < len(queries) == len(contexts) == len(tables):

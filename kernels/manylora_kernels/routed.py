@@ -17,6 +17,7 @@ from manylora_kernels.device import Device, facts
 from manylora_kernels.one_adapter import OneAdapter
 from manylora_kernels.route import Route, route
 from manylora_kernels.shapes import SiteShape
+from manylora_kernels.upload import upload
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,10 +63,7 @@ class RoutedMix:
             for slot, mine in enumerate(table):
                 tables[kind, slot, 0] = len(mine)
                 tables[kind, slot, 1 : 1 + len(mine)] = mine
-        packed = torch.from_numpy(np.concatenate((row_slots, row_scales.view(np.int32), tables.reshape(-1))))
-        if device.type == "cuda":
-            packed = packed.pin_memory()
-        packed = packed.to(device, non_blocking=True)
+        packed = upload(np.concatenate((row_slots, row_scales.view(np.int32), tables.reshape(-1))), device)
         found = facts(device)
         one_adapter = None
         if not batch_invariant:

@@ -80,6 +80,8 @@ class DevicePool:
         )
         self._allocators = tuple(PageAllocator(self.num_pages) for _ in spec.kinds)
         self._placements: set[Placement] = set()
+        # Those whose copy is known to be over: the driver is asked once, not for each sequence of each step.
+        self._arrived: set[Placement] = set()
         # The same memory as `kinds`, as it is copied.
         self._words = tuple((words_of(kind.a), words_of(kind.b)) for kind in self.kinds)
         self._stream = copy_stream(self.device)
@@ -140,6 +142,7 @@ class DevicePool:
     def free(self, placement: Placement) -> None:
         """Give the adapter's pages back. Their content stays until it is overwritten."""
         self._placements.remove(placement)
+        self._arrived.discard(placement)
         for allocator, pages in zip(self._allocators, placement.pages, strict=True):
             allocator.free(pages)
         # A step that still runs may read these pages: the next copy waits for it.
@@ -147,9 +150,11 @@ class DevicePool:
 
     def is_copied(self, placement: Placement) -> bool:
         """Whether the adapter is in its pages, so that a step would not wait for it."""
-        if placement.copied is None:
+        if placement.copied is None or placement in self._arrived:
             return True
         is_over: bool = placement.copied.query()  # type: ignore[no-untyped-call]  # torch has no stub
+        if is_over:
+            self._arrived.add(placement)
         return is_over
 
     def await_copy(self, placement: Placement) -> None:

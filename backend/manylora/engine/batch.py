@@ -154,7 +154,7 @@ class BatchBuilder:
         paged = PagedBatch.build(
             [item.num_tokens for item in items],
             [item.end for item in items],
-            [item.sequence.table[: -(-item.end // self.block_size)] for item in items],
+            [item.sequence.blocks(-(-item.end // self.block_size)) for item in items],
             self.block_size,
             self.device,
             num_rows=num_rows,
@@ -215,7 +215,7 @@ class BatchBuilder:
     def _rows(self, item: Item) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
         """Cache rows of the item's tokens 0 .. end-1."""
         size = self.block_size
-        blocks = np.asarray(item.sequence.table[: -(-item.end // size)], dtype=np.int64)
+        blocks = item.sequence.blocks(-(-item.end // size)).astype(np.int64)
         return (blocks[:, None] * size + np.arange(size)).reshape(-1)[: item.end]
 
     def _mix(self, batch: Batch, num_rows: int) -> Mix | None:

@@ -296,6 +296,7 @@ class Scheduler:
     def _stop(self, sequence: Sequence) -> None:
         self.running.remove(sequence)
         self.blocks.release(sequence.table)
+        sequence.table_array = None
         self._deactivate(sequence)
 
     def _awaits_token(self, sequence: Sequence) -> bool:

@@ -6,6 +6,8 @@ import enum
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from manylora.engine.kv_cache import Key
 from manylora.engine.token_counts import TokenCounts
 from manylora.messages import SamplingParams
@@ -57,6 +59,8 @@ class Sequence:
     """Tokens behind `token_ids` that scheduled steps will give: their ids are not known here yet."""
     table: list[int] = field(default_factory=list)
     """KV blocks, in order."""
+    table_array: np.ndarray[tuple[int], np.dtype[np.int32]] | None = None
+    """`table` as steps' tensors take it, by `blocks`; None while it holds no blocks."""
     keys: list[Key] = field(default_factory=list)
     """Prefix keys of the full blocks of token_ids."""
     num_passed: int = 0
@@ -68,6 +72,13 @@ class Sequence:
     def order(self) -> tuple[int, int]:
         """Its place among all sequences, the same for life: what comes first sorts first."""
         return (-self.priority, self.arrival)
+
+    def blocks(self, count: int) -> np.ndarray[tuple[int], np.dtype[np.int32]]:
+        """The first `count` of its KV blocks. Made anew only when the table has grown, since a long context
+        has hundreds and each step wants them."""
+        if self.table_array is None or len(self.table_array) < count:
+            self.table_array = np.asarray(self.table, dtype=np.int32)
+        return self.table_array[:count]
 
     @property
     def num_generated(self) -> int:
