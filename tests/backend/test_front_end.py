@@ -318,14 +318,14 @@ def test_a_deadline_holds_though_the_engine_hangs(
 ) -> None:
     expected = setting.begin(is_streaming, max_tokens=5).wait().ids
     hangs, gate = threading.Event(), threading.Event()
-    run = Runner.run
+    launch = Runner.launch
 
-    def hang(self: Runner, batch: Any) -> None:
+    def hang(self: Runner, *step: Any) -> Any:
         hangs.set()
         assert gate.wait(WAIT_S)
-        run(self, batch)
+        return launch(self, *step)
 
-    monkeypatch.setattr(Runner, "run", hang)
+    monkeypatch.setattr(Runner, "launch", hang)
     try:
         patient = setting.begin(is_streaming, max_tokens=5)
         assert hangs.wait(WAIT_S)
