@@ -2,24 +2,26 @@
 
     python bench/peers.py                            once, where there is a network
     python bench/gpu_suite.py --save                 all parts; rows, goals and a plot go to bench/results
-    python bench/gpu_suite.py --quick                the goals' kernels in about a minute
+    python bench/gpu_suite.py --quick                our kernels at the goals' steps, in about a minute
     python bench/gpu_suite.py --cpu-logic            the same logic on tiny shapes in triton's interpreter
 
 Every form is compared with float64 before it is timed. Forms take turns, each in a CUDA graph over more
 layers of different weights than the caches hold; times are medians with the least and the most. Parts run in
-the order of the goals, so that a run that is cut short has the goals' rows. The status is 1 where a form or a
-proof failed.
+the order of the goals, ours before the peers', and goals and plot are written after each: a run that is cut
+short has what it has found. The status is 1 where a form or a proof failed.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict
+from functools import partial
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING
 
 import torch
@@ -31,13 +33,27 @@ from loadtest.origin import RESULTS, Origin
 from loadtest.table import Table
 
 if TYPE_CHECKING:
+    from gpu import shapes
+    from gpu.goals import Whole
     from gpu.rows import Context, Row
 
-SHARES = {"goals": 70, "exposed": 60, "pool-rank": 20, "model": 120, "copy": 25, "proofs": 40, "table": 125}
-"""The parts in their order, and seconds of each in a run of 460."""
+SHARES = {
+    "goals": 30,
+    "exposed": 45,
+    "pool-rank": 10,
+    "copy": 20,
+    "model": 30,
+    "peers": 90,
+    "proofs": 50,
+    "exposed-peers": 25,
+    "table": 100,
+}
+"""The parts in their order, and the share of each in a run's time."""
+RESERVED_S = {"model": 110.0}
+"""Beside the share: the model is made, compiled and recorded before its first step."""
 QUICK = ("goals", "exposed", "pool-rank")
 INTERPRETER = "interpreter"
-_COMPILE_SHARE = 0.25
+_COMPILE_SHARE = 0.3
 """Of the time, at most, for compiling beforehand."""
 _SLOW_IN_INTERPRETER = frozenset({"vllm", "vllm, batch invariant"})
 """Thousands of programs that do nothing: half a minute for a tiny step."""
@@ -47,22 +63,24 @@ Part = Callable[["Context", Deadline], Iterator["Row"]]
 
 def parts() -> dict[str, Part]:
     """By name; what they import imports triton, so the interpreter must be chosen before."""
-    from gpu import part_copy, part_exposed, part_kernels, part_model, part_proofs, shapes
+    from gpu import forms, part_copy, part_exposed, part_kernels, part_model, part_proofs, shapes
 
     def points(context: Context, of_gpu: Iterable[shapes.Point]) -> Iterable[shapes.Point]:
         return shapes.TINY_POINTS if context.is_tiny else of_gpu
 
     def goals(context: Context, deadline: Deadline) -> Iterator[Row]:
-        yield from part_kernels.run(context, deadline, points(context, shapes.GOAL_POINTS))
+        chosen = points(context, shapes.GOAL_POINTS)
+        yield from part_kernels.run(context, deadline, chosen, part_kernels.ALONE, forms.PEERS)
 
     def pool_rank(context: Context, deadline: Deadline) -> Iterator[Row]:
-        chosen = points(context, shapes.POOL_RANK_POINTS)
-        yield from part_kernels.run(context, deadline, list(chosen)[-2:], "pool rank")
+        yield from part_kernels.pool_rank(context, points(context, shapes.POOL_RANK_POINTS))
+
+    def peers(context: Context, deadline: Deadline) -> Iterator[Row]:
+        yield from part_kernels.run(context, deadline, points(context, shapes.COMPARED_POINTS))
 
     def table(context: Context, deadline: Deadline) -> Iterator[Row]:
-        first = list(shapes.GOAL_POINTS)
-        rest = [point for point in shapes.few_points() if point not in first]
-        peft = shapes.TINY_POINTS[0] if context.is_tiny else first[0]
+        rest = [point for point in shapes.few_points() if point not in shapes.COMPARED_POINTS]
+        peft = shapes.TINY_POINTS[0] if context.is_tiny else shapes.GOAL_POINTS[0]
         yield from part_kernels.peft(context, peft)
         yield from part_kernels.run(context, deadline, [] if context.is_tiny else rest)
 
@@ -70,11 +88,27 @@ def parts() -> dict[str, Part]:
         "goals": goals,
         "exposed": part_exposed.run,
         "pool-rank": pool_rank,
-        "model": part_model.run,
         "copy": part_copy.run,
+        "model": part_model.run,
+        "peers": peers,
         "proofs": part_proofs.run,
+        "exposed-peers": part_exposed.run_with_peers,
         "table": table,
     }
+
+
+def whole_run(context: Context) -> Whole:
+    """What a whole run has."""
+    from gpu import forms, part_exposed, part_kernels, part_proofs, shapes
+    from gpu.goals import Whole
+
+    num_proofs, read = part_proofs.num_proofs(context), context.bandwidth.read
+    if not context.is_tiny:
+        return Whole(num_proofs=num_proofs, read=read)
+    checked = [(part_exposed.PART, part_exposed.IN_TURN, shapes.TINY_POINTS[0])]
+    for part in (part_kernels.ALONE, part_kernels.KERNELS):
+        checked += [(part, forms.OURS, point) for point in shapes.TINY_POINTS]
+    return Whole(num_proofs=num_proofs, compared=shapes.TINY_POINTS, checked=tuple(checked), read=read)
 
 
 def make_context(arguments: argparse.Namespace) -> Context:
@@ -104,42 +138,136 @@ def make_context(arguments: argparse.Namespace) -> Context:
 
 def compile_all(context: Context, chosen: Sequence[str], num_processes: int, limit_s: float) -> None:
     """Have the kernels of the parts' points compiled, so that the time goes into measuring."""
-    from gpu import forms, shapes
-    from gpu.prewarm import Job, prewarm
+    from gpu import prewarm
 
-    points: dict[shapes.Point, None] = {}
-    if context.is_tiny:
-        points |= dict.fromkeys(shapes.TINY_POINTS)
-    else:
-        points |= dict.fromkeys(shapes.GOAL_POINTS)
-        points |= dict.fromkeys(shapes.POOL_RANK_POINTS if "pool-rank" in chosen else ())
-        points |= dict.fromkeys(shapes.few_points() if "table" in chosen else ())
-    names = [name for name in forms.makers(context.peers) if name not in context.leave_out]
     jobs = [
-        Job(point, name, context.layer, context.device.type, context.dtype, context.peers)
-        for point in points
-        for name in names
+        prewarm.Job(point, name, context.layer, context.device.type, context.dtype, context.peers)
+        for point, name in dict.fromkeys(_compiled(context, chosen))
+        if name not in context.leave_out
     ]
-    done = prewarm(jobs, num_processes, limit_s)
-    print(f"# compiled beforehand: {done} of {len(jobs)} forms at points", flush=True)
+    model = prewarm.ModelJob(context.device.type, context.dtype, context.is_tiny)
+    begin = time.monotonic()
+    done = prewarm.prewarm(jobs, num_processes, limit_s, model if "model" in chosen else None)
+    seconds = time.monotonic() - begin
+    print(f"# compiled beforehand: {done} of {len(jobs)} forms at points, {seconds:.0f} s", flush=True)
 
 
-def run(context: Context, chosen: Sequence[str], budget_s: float, keep: Callable[[Row], None]) -> list[Row]:
-    """Run the parts one after the other; every row is kept as soon as it is there."""
-    known, rows = parts(), []
-    budget = Budget(budget_s, {name: SHARES[name] for name in SHARES if name in chosen})
-    for name in SHARES:
-        if name not in chosen:
-            continue
-        deadline = budget.begin(name)
+def _compiled(context: Context, chosen: Sequence[str]) -> Iterator[tuple[shapes.Point, str]]:
+    """Points and forms, in the order in which they are measured."""
+    from gpu import forms, part_exposed, part_proofs, prewarm, shapes
+
+    names = list(forms.makers(context.peers))
+    ours = [name for name in names if name not in forms.PEERS]
+
+    def of(
+        part: str, points: Iterable[shapes.Point], forms_of: Iterable[str]
+    ) -> Iterator[tuple[shapes.Point, str]]:
+        if part in chosen:
+            used = shapes.TINY_POINTS if context.is_tiny else points
+            yield from ((point, name) for point in used for name in forms_of)
+
+    yield from of("goals", shapes.GOAL_POINTS, ours)
+    yield from of("exposed", part_exposed.POINTS, (*ours, *prewarm.MORE))
+    yield from of("pool-rank", shapes.POOL_RANK_POINTS, ours)
+    yield from of("peers", shapes.COMPARED_POINTS, names)
+    yield from of("proofs", part_proofs.POINTS.values(), (*ours, *prewarm.MORE))
+    yield from of("exposed-peers", part_exposed.POINTS, (forms.VLLM, forms.SGLANG_V2))
+    yield from of("table", shapes.few_points(), names)
+
+
+def run(
+    context: Context,
+    chosen: Sequence[str],
+    budget_s: float,
+    keep: Callable[[Row], None],
+    part_is_done: Callable[[], None],
+) -> None:
+    """Run the parts one after the other; every row is kept as soon as it is there.
+
+    Args:
+        part_is_done: called after each.
+    """
+    from gpu.attempt import guarded
+
+    known = parts()
+    shares = {name: float(SHARES[name]) for name in SHARES if name in chosen}
+    budget = Budget(budget_s, shares, reserved_s=RESERVED_S)
+    for name in shares:
+        deadline, begin = budget.begin(name), time.monotonic()
         print(f"# {name}: {deadline.left_s:.0f} s", flush=True)
-        for row in known[name](context, deadline):
-            rows.append(row)
+        failed = partial(_failed, context, name)
+        for row in guarded(known[name](context, deadline), failed):
             keep(row)
             print(line_of(row), flush=True)
+        _settle(context)
+        part_is_done()
+        print(f"# {name}: took {time.monotonic() - begin:.0f} s", flush=True)
+
+
+def _failed(context: Context, part: str, why: str) -> Row:
+    return context.row(part, "whole part", result=why)
+
+
+def _settle(context: Context) -> None:
+    """Give memory back and measure the bandwidth again; the larger is kept."""
+    from gpu.attempt import attempt
+    from gpu.clock import measured_bandwidth
+
+    def settle() -> None:
         if context.device.type == "cuda":
             torch.cuda.empty_cache()
-    return rows
+        context.bandwidth = context.bandwidth.or_larger(measured_bandwidth(context.device))
+
+    if isinstance(why := attempt(settle), str):
+        print(f"# {why}", flush=True)
+
+
+class Report:
+    """The rows of a run so far, and what is written and printed of them.
+
+    Args:
+        out: the folder of the files; None: nothing is written.
+    """
+
+    def __init__(self, context: Context, out: Path | None) -> None:
+        self.context, self.out = context, out
+        self.rows: list[Row] = []
+
+    def keep(self, row: Row) -> None:
+        """One more."""
+        self.rows.append(row)
+        if self.out is not None:
+            append_csv(self.out / "gpu_suite.csv", [row])
+
+    def judged(self) -> list[tuple[str, str, str, str, str]]:
+        """The goals by the rows so far."""
+        from gpu.goals import judge
+
+        return judge(self.rows, whole_run(self.context), timed=not self.context.is_tiny)
+
+    def write(self) -> None:
+        """The goals' file and the plot, in place of those that this run has written before."""
+        from gpu import verdict_file
+        from gpu.attempt import attempt
+
+        if self.out is None or not self.rows:
+            return
+        origin, out = self.context.origin, self.out
+        verdict_file.write(out / "gpu_goals.csv", origin, self.judged())
+
+        def draw() -> None:
+            from gpu import plot  # matplotlib may be missing
+
+            path = out / f"gpu_kernels_{origin.label or INTERPRETER}.png"
+            plot.draw(self.rows, path, f"Adapters' part of a layer, {origin.device}")
+
+        if isinstance(why := attempt(draw), str):
+            print(f"# no plot: {why}", flush=True)
+
+    def tell(self) -> None:
+        """Print the goals."""
+        header = ["goal", "wanted", "floor", "found", "verdict"]
+        print(Table(header, [list(found) for found in self.judged()]).plain(), flush=True)
 
 
 def line_of(row: Row) -> str:
@@ -162,39 +290,35 @@ def main(argv: Sequence[str] | None = None) -> int:
     elif not torch.cuda.is_available():
         print("no GPU here: nothing to measure (--cpu-logic runs the logic on a CPU)")
         return 0
-    from gpu.goals import Verdict, judge
-
     context = make_context(arguments)
+    _introduce(context)
     out: Path | None = arguments.out or (RESULTS if arguments.save and not context.is_tiny else None)
+    report = Report(context, out)
+    # Whoever ends the run by a signal gets what it has found.
+    signal.signal(signal.SIGTERM, _end)
+    begin = time.monotonic()
+    try:
+        if arguments.compilers:
+            compile_all(context, arguments.parts, arguments.compilers, _COMPILE_SHARE * arguments.budget_s)
+        left_s = arguments.budget_s - (time.monotonic() - begin)
+        run(context, arguments.parts, left_s, report.keep, report.write)
+    finally:
+        report.tell()
+        report.write()
+    return int(any(row.is_bad for row in report.rows))
+
+
+def _end(_signal: int, _frame: FrameType | None) -> None:
+    raise SystemExit(128 + signal.SIGTERM)
+
+
+def _introduce(context: Context) -> None:
     wide = context.bandwidth
     print(f"{context.origin.device}, commit {context.origin.commit}, torch {context.origin.torch}, ", end="")
     print(f"triton {context.triton}; reads {wide.read / 1e12:.2f} TB/s ({wide.read_by}), ", end="")
     print(f"copies {wide.copy / 1e12:.2f} TB/s", flush=True)
     if context.leave_out:
         print(f"left out here: {', '.join(sorted(context.leave_out))}")
-
-    def keep(row: Row) -> None:
-        if out is not None:
-            append_csv(out / "gpu_suite.csv", [row])
-
-    begin = time.monotonic()
-    if arguments.compilers:
-        compile_all(context, arguments.parts, arguments.compilers, _COMPILE_SHARE * arguments.budget_s)
-    left_s = arguments.budget_s - (time.monotonic() - begin)
-    rows = run(context, arguments.parts, left_s, keep)
-    verdicts = judge(rows, timed=not context.is_tiny)
-    print(Table(["goal", "wanted", "floor", "found", "verdict"], [list(found) for found in verdicts]).plain())
-    if out is not None:
-        names = ("goal", "wanted", "floor", "found", "verdict")
-        kept = [
-            Verdict(**asdict(context.origin), **dict(zip(names, found, strict=True))) for found in verdicts
-        ]
-        append_csv(out / "gpu_goals.csv", kept)
-        from gpu.plot import draw
-
-        label = context.origin.label or INTERPRETER
-        draw(rows, out / f"gpu_kernels_{label}.png", f"Adapters' part of a layer, {context.origin.device}")
-    return int(any(row.is_bad for row in rows))
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -213,8 +337,9 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     arguments = parser.parse_args(argv)
     if arguments.compilers is None:
-        # The interpreter compiles nothing.
-        arguments.compilers = 0 if arguments.cpu_logic else max(0, min(12, (os.cpu_count() or 1) - 2))
+        # The interpreter compiles nothing; the others' start would take most of a short run.
+        is_short = arguments.cpu_logic or arguments.quick
+        arguments.compilers = 0 if is_short else max(0, min(12, (os.cpu_count() or 1) - 2))
     if arguments.parts is None:
         arguments.parts = QUICK if arguments.quick else tuple(SHARES)
     if arguments.budget_s is None:
