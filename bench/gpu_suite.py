@@ -18,97 +18,26 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
 
 import torch
-from gpu.budget import Budget, Deadline
+from gpu.budget import Budget
 from gpu.peer_modules import FOLDER
+from gpu.suite_parts import QUICK, RESERVED_S, SHARES, compile_all, parts
 from loadtest import environment
-from loadtest.csv_file import append_csv
 from loadtest.origin import RESULTS, Origin
-from loadtest.table import Table
 
 if TYPE_CHECKING:
-    from gpu import shapes
-    from gpu.goals import Whole
     from gpu.rows import Context, Row
 
-SHARES = {
-    "goals": 30,
-    "exposed": 45,
-    "pool-rank": 10,
-    "copy": 20,
-    "model": 30,
-    "peers": 90,
-    "proofs": 50,
-    "exposed-peers": 25,
-    "table": 100,
-}
-"""The parts in their order, and the share of each in a run's time."""
-RESERVED_S = {"model": 110.0}
-"""Beside the share: the model is made, compiled and recorded before its first step."""
-QUICK = ("goals", "exposed", "pool-rank")
-INTERPRETER = "interpreter"
 _COMPILE_SHARE = 0.3
 """Of the time, at most, for compiling beforehand."""
 _SLOW_IN_INTERPRETER = frozenset({"vllm", "vllm, batch invariant"})
 """Thousands of programs that do nothing: half a minute for a tiny step."""
-
-Part = Callable[["Context", Deadline], Iterator["Row"]]
-
-
-def parts() -> dict[str, Part]:
-    """By name; what they import imports triton, so the interpreter must be chosen before."""
-    from gpu import forms, part_copy, part_exposed, part_kernels, part_model, part_proofs, shapes
-
-    def points(context: Context, of_gpu: Iterable[shapes.Point]) -> Iterable[shapes.Point]:
-        return shapes.TINY_POINTS if context.is_tiny else of_gpu
-
-    def goals(context: Context, deadline: Deadline) -> Iterator[Row]:
-        chosen = points(context, shapes.GOAL_POINTS)
-        yield from part_kernels.run(context, deadline, chosen, part_kernels.ALONE, forms.PEERS)
-
-    def pool_rank(context: Context, deadline: Deadline) -> Iterator[Row]:
-        yield from part_kernels.pool_rank(context, points(context, shapes.POOL_RANK_POINTS))
-
-    def peers(context: Context, deadline: Deadline) -> Iterator[Row]:
-        yield from part_kernels.run(context, deadline, points(context, shapes.COMPARED_POINTS))
-
-    def table(context: Context, deadline: Deadline) -> Iterator[Row]:
-        rest = [point for point in shapes.few_points() if point not in shapes.COMPARED_POINTS]
-        peft = shapes.TINY_POINTS[0] if context.is_tiny else shapes.GOAL_POINTS[0]
-        yield from part_kernels.peft(context, peft)
-        yield from part_kernels.run(context, deadline, [] if context.is_tiny else rest)
-
-    return {
-        "goals": goals,
-        "exposed": part_exposed.run,
-        "pool-rank": pool_rank,
-        "copy": part_copy.run,
-        "model": part_model.run,
-        "peers": peers,
-        "proofs": part_proofs.run,
-        "exposed-peers": part_exposed.run_with_peers,
-        "table": table,
-    }
-
-
-def whole_run(context: Context) -> Whole:
-    """What a whole run has."""
-    from gpu import forms, part_exposed, part_kernels, part_proofs, shapes
-    from gpu.goals import Whole
-
-    num_proofs, read = part_proofs.num_proofs(context), context.bandwidth.read
-    if not context.is_tiny:
-        return Whole(num_proofs=num_proofs, read=read)
-    checked = [(part_exposed.PART, part_exposed.IN_TURN, shapes.TINY_POINTS[0])]
-    for part in (part_kernels.ALONE, part_kernels.KERNELS):
-        checked += [(part, forms.OURS, point) for point in shapes.TINY_POINTS]
-    return Whole(num_proofs=num_proofs, compared=shapes.TINY_POINTS, checked=tuple(checked), read=read)
 
 
 def make_context(arguments: argparse.Namespace) -> Context:
@@ -119,7 +48,7 @@ def make_context(arguments: argparse.Namespace) -> Context:
 
     tiny = bool(arguments.cpu_logic)
     device = torch.device("cpu" if tiny else "cuda")
-    name = INTERPRETER if tiny else environment.device_name()
+    name = "interpreter" if tiny else environment.device_name()
     return Context(
         origin=Origin.now("" if tiny else label_of(name), device=name),
         triton=environment.package_version("triton"),
@@ -134,45 +63,6 @@ def make_context(arguments: argparse.Namespace) -> Context:
         is_tiny=tiny,
         leave_out=_SLOW_IN_INTERPRETER if tiny else frozenset(),
     )
-
-
-def compile_all(context: Context, chosen: Sequence[str], num_processes: int, limit_s: float) -> None:
-    """Have the kernels of the parts' points compiled, so that the time goes into measuring."""
-    from gpu import prewarm
-
-    jobs = [
-        prewarm.Job(point, name, context.layer, context.device.type, context.dtype, context.peers)
-        for point, name in dict.fromkeys(_compiled(context, chosen))
-        if name not in context.leave_out
-    ]
-    model = prewarm.ModelJob(context.device.type, context.dtype, context.is_tiny)
-    begin = time.monotonic()
-    done = prewarm.prewarm(jobs, num_processes, limit_s, model if "model" in chosen else None)
-    seconds = time.monotonic() - begin
-    print(f"# compiled beforehand: {done} of {len(jobs)} forms at points, {seconds:.0f} s", flush=True)
-
-
-def _compiled(context: Context, chosen: Sequence[str]) -> Iterator[tuple[shapes.Point, str]]:
-    """Points and forms, in the order in which they are measured."""
-    from gpu import forms, part_exposed, part_proofs, prewarm, shapes
-
-    names = list(forms.makers(context.peers))
-    ours = [name for name in names if name not in forms.PEERS]
-
-    def of(
-        part: str, points: Iterable[shapes.Point], forms_of: Iterable[str]
-    ) -> Iterator[tuple[shapes.Point, str]]:
-        if part in chosen:
-            used = shapes.TINY_POINTS if context.is_tiny else points
-            yield from ((point, name) for point in used for name in forms_of)
-
-    yield from of("goals", shapes.GOAL_POINTS, ours)
-    yield from of("exposed", part_exposed.POINTS, (*ours, *prewarm.MORE))
-    yield from of("pool-rank", shapes.POOL_RANK_POINTS, ours)
-    yield from of("peers", shapes.COMPARED_POINTS, names)
-    yield from of("proofs", part_proofs.POINTS.values(), (*ours, *prewarm.MORE))
-    yield from of("exposed-peers", part_exposed.POINTS, (forms.VLLM, forms.SGLANG_V2))
-    yield from of("table", shapes.few_points(), names)
 
 
 def run(
@@ -222,54 +112,6 @@ def _settle(context: Context) -> None:
         print(f"# {why}", flush=True)
 
 
-class Report:
-    """The rows of a run so far, and what is written and printed of them.
-
-    Args:
-        out: the folder of the files; None: nothing is written.
-    """
-
-    def __init__(self, context: Context, out: Path | None) -> None:
-        self.context, self.out = context, out
-        self.rows: list[Row] = []
-
-    def keep(self, row: Row) -> None:
-        """One more."""
-        self.rows.append(row)
-        if self.out is not None:
-            append_csv(self.out / "gpu_suite.csv", [row])
-
-    def judged(self) -> list[tuple[str, str, str, str, str]]:
-        """The goals by the rows so far."""
-        from gpu.goals import judge
-
-        return judge(self.rows, whole_run(self.context), timed=not self.context.is_tiny)
-
-    def write(self) -> None:
-        """The goals' file and the plot, in place of those that this run has written before."""
-        from gpu import verdict_file
-        from gpu.attempt import attempt
-
-        if self.out is None or not self.rows:
-            return
-        origin, out = self.context.origin, self.out
-        verdict_file.write(out / "gpu_goals.csv", origin, self.judged())
-
-        def draw() -> None:
-            from gpu import plot  # matplotlib may be missing
-
-            path = out / f"gpu_kernels_{origin.label or INTERPRETER}.png"
-            plot.draw(self.rows, path, f"Adapters' part of a layer, {origin.device}")
-
-        if isinstance(why := attempt(draw), str):
-            print(f"# no plot: {why}", flush=True)
-
-    def tell(self) -> None:
-        """Print the goals."""
-        header = ["goal", "wanted", "floor", "found", "verdict"]
-        print(Table(header, [list(found) for found in self.judged()]).plain(), flush=True)
-
-
 def line_of(row: Row) -> str:
     """A row for people: what is set."""
     names = ("part", "form", "rows", "adapters", "rank", "pool_rank", "skewed", "base_share")
@@ -290,6 +132,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     elif not torch.cuda.is_available():
         print("no GPU here: nothing to measure (--cpu-logic runs the logic on a CPU)")
         return 0
+    from gpu.suite_report import Report
+
     context = make_context(arguments)
     _introduce(context)
     out: Path | None = arguments.out or (RESULTS if arguments.save and not context.is_tiny else None)

@@ -1,7 +1,6 @@
 """The goals, and whether the rows of a run meet them.
 
-A goal is met only by all the rows that a whole run has for it; one row that misses it is enough for "not
-met".
+A goal is met only by all the rows that a whole run has for it; one that misses it is enough for "not met".
 """
 
 from __future__ import annotations
