@@ -50,10 +50,14 @@ def spec_of(layer_shapes: Mapping[str, SiteShape], num_layers: int) -> ModelSpec
 
 
 def make_weights(spec: ModelSpec, rank: int, dtype: torch.dtype, device: torch.device) -> AdapterWeights:
-    """A random adapter on all linears, page-locked for a GPU."""
+    """A random adapter on all linears, page-locked for a GPU.
+
+    Raises:
+        RuntimeError: no memory can be page-locked.
+    """
     buffer, kinds = allocate(spec.kinds, [rank] * len(spec.kinds), dtype, pin=device.type == "cuda")
     if device.type == "cuda" and not buffer.is_pinned():
-        sys.exit("no memory can be page-locked here: there is nothing to compare with")
+        raise RuntimeError("no memory can be page-locked here: there is nothing to compare with")
     buffer.copy_(torch.randn(buffer.shape, dtype=dtype, device=device))
     return AdapterWeights(version=str(rank), scale=1.0, max_rank=rank, buffer=buffer, kinds=kinds)
 
@@ -224,7 +228,10 @@ def main() -> None:
     if args.cpu_logic:
         rows = measure(torch.device("cpu"), TINY_LAYER, args.ranks, 2, num_layers=2, dtype=torch.float32)
     else:
-        rows = measure(torch.device("cuda"), LAYER, args.ranks, args.repeats)
+        try:
+            rows = measure(torch.device("cuda"), LAYER, args.ranks, args.repeats)
+        except RuntimeError as error:
+            sys.exit(str(error))
     for row in rows:
         print(" ".join(f"{name}={value}" for name, value in row.items()), flush=True)
         if not args.cpu_logic:

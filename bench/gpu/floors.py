@@ -25,6 +25,11 @@ class Bandwidth:
     read_by: str = ""
     """The operation that read fastest."""
 
+    def or_larger(self, other: Bandwidth) -> Bandwidth:
+        """The larger of each: what was measured while the device was slower says nothing of it."""
+        faster = max(self, other, key=lambda found: found.read)
+        return Bandwidth(faster.read, max(self.copy, other.copy), faster.read_by)
+
 
 def weight_bytes(point: Point, layer: Layer, itemsize: int) -> int:
     """Of the adapters that have rows, in one layer."""

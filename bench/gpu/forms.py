@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
 from manylora_kernels import SitePool
 
 from gpu import peer_sglang, peer_torch, peer_vllm
+from gpu.attempt import NO_MEANING, attempt
 from gpu.clock import Run
 from gpu.peer_modules import Missing
 from gpu.scene import Scene, Term
@@ -22,6 +24,7 @@ SGLANG_CSGMV = "sglang csgmv"
 SGLANG_LONG = "sglang csgmv, chunks of 128"
 SGLANG = (SGLANG_V2, SGLANG_CSGMV, SGLANG_LONG)
 """Of which the best counts."""
+PEERS = (VLLM, "vllm, batch invariant", *SGLANG, "grouped_mm", "per-adapter products")
 
 
 def ours(scene: Scene) -> Term:
@@ -85,16 +88,17 @@ def prepare(
         leave_out: names of forms that are not wanted.
 
     Returns:
-        The forms, and why others are missing; forms that have no meaning for the step are in neither.
+        The forms, and why others cannot be run, in words; forms that have no meaning for the step are in
+        neither.
     """
     found: dict[str, Term] = {}
-    missing: dict[str, str] = {}
+    others: dict[str, str] = {}
     for name, make in makers(folder).items():
         if name in leave_out:
             continue
-        try:
-            found[name] = make(scene)
-        except Missing as error:
-            if str(error):
-                missing[name] = str(error)
-    return found, missing
+        made = attempt(partial(make, scene))
+        if not isinstance(made, str):
+            found[name] = made
+        elif made != NO_MEANING:
+            others[name] = made
+    return found, others

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,9 +18,11 @@ from manylora.engine.sequence import Sequence
 from manylora.messages import SamplingParams
 from manylora.model.compiling import compile_forward
 from manylora.model.loading import compiles, convert_model, logits_tolerance
+from manylora.model.lora_layers import GatedLinear
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-RANK = 16
+from gpu.part_model import RANK
+
 CONTEXT = 128
 """Tokens in the cache of each sequence of a decode step, its own among them: few, since what is asked is how
 fast weights are read."""
@@ -74,18 +78,39 @@ class ModelBed:
             max_num_seqs=4 if is_tiny else 64,
             max_batched_tokens=max_model_len,
         )
-        module = _random_model(self.hf_config, device, dtype)
-        self.model = convert_model(module, Path(), self.hf_config, int(max_model_len), device)
+        with _told("random weights"):
+            module = _random_model(self.hf_config, device, dtype)
+        with _told("sites"):
+            self.model = convert_model(module, Path(), self.hf_config, int(max_model_len), device)
+        self.is_compiled = False
         if compiles(self.config, device):
-            compile_forward(self.model.module, logits_tolerance(dtype))
-        self.pool = DevicePool(self.model.spec, max_adapters, RANK, dtype, device)
+            with _told("compiled"):
+                self.is_compiled = compile_forward(self.model.module, logits_tolerance(dtype))
+        with _told("pool, kernels"):
+            self.pool = DevicePool(self.model.spec, max_adapters, RANK, dtype, device)
+            # Without a GPU the interpreter runs what a GPU would.
+            self.runner = Runner(self.model, self.config, self.pool, paged=True)
+        with _told("packing proved"):
+            self.runner.prove_packing()
+        with _told("graphs"):
+            self.runner.capture_graphs(self.config)
+        # Behind the graphs: their proof leaves zeros in the first page.
         for kind in self.pool.kinds:
             kind.a.normal_(std=kind.a.shape[-1] ** -0.5)
             kind.b.normal_(std=0.02)
-        # Without a GPU the interpreter runs what a GPU would.
-        self.runner = Runner(self.model, self.config, self.pool, paged=True)
-        self.runner.prove_packing()
-        self.runner.capture_graphs(self.config)
+
+    @property
+    def state(self) -> str:
+        """What of the engine's ways is in use, since it goes on without what fails."""
+        num_gated = sum(isinstance(module, GatedLinear) for module in self.model.module.modules())
+        graphs = self.runner.graphs
+        recorded = "no graphs" if graphs is None else f"graphs of {len(graphs.buckets)} sizes"
+        return f"{'compiled' if self.is_compiled else 'not compiled'}, {num_gated} gated units, {recorded}"
+
+    @property
+    def num_replays(self) -> int:
+        """Steps that were replayed from graphs so far."""
+        return 0 if self.runner.graphs is None else self.runner.graphs.replays.total()
 
     def weight_bytes(self) -> int:
         """Of the linears in layers and of the head: what a decode step reads of the base model."""
@@ -104,14 +129,17 @@ class ModelBed:
         """A step of one token of each sequence; adapters take turns among them."""
         return self._batch([CONTEXT] * num_seqs, 1, num_adapters)
 
-    def prefill(self, num_tokens: int, num_adapters: int) -> Batch:
-        """A step of fresh prompts of `num_tokens` together, one for each adapter."""
-        num_seqs = max(1, num_adapters)
+    def prefill(self, num_tokens: int, num_seqs: int, num_adapters: int) -> Batch:
+        """A step of fresh prompts of `num_tokens` together; adapters take turns among them."""
         return self._batch([num_tokens // num_seqs] * num_seqs, 0, num_adapters)
 
     def run(self, batch: Batch) -> torch.Tensor:
         """The step, as the engine computes it: [sequences, vocabulary]."""
         return self.runner.logits(batch)
+
+    def launch(self, batch: Batch) -> object:
+        """The step and the sampler behind it; the host waits for nothing."""
+        return self.runner.launch(batch)
 
     def forward(self, batch: Batch) -> Callable[[], torch.Tensor]:
         """The model's forward pass alone, on tensors that are there already: what a graph can hold."""
@@ -146,6 +174,14 @@ class ModelBed:
             next_block += num_blocks
             items.append(Item(sequence, num_new or length))
         return Batch(items)
+
+
+@contextmanager
+def _told(phase: str) -> Iterator[None]:
+    """Print the seconds of a phase: which of them needs how many is what the next run is planned by."""
+    begin = time.monotonic()
+    yield
+    print(f"# model, {phase}: {time.monotonic() - begin:.1f} s", flush=True)
 
 
 def _random_model(hf_config: LlamaConfig, device: torch.device, dtype: torch.dtype) -> torch.nn.Module:

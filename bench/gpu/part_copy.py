@@ -1,17 +1,21 @@
-"""Adapters from host to device, against a plain copy of as many bytes from pinned memory."""
+"""Adapters from host to device, against a plain copy of as many bytes from pinned memory.
+
+The bytes are those of the host's buffer, whose ranks are filled up to whole pages: an adapter of rank 8 has
+as many as one of rank 16, half of them zeros, in the floor as well.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from functools import partial
 
-import adapter_copy
-
+from gpu.attempt import attempt
 from gpu.budget import Deadline
-from gpu.part_kernels import attempt
 from gpu.rows import Context, Row
 
 _RANKS = (8, 16, 64)
+NUM_ROWS = 4
+"""Of a whole run: each rank in one run of pages, and rank 64 also in pages that lie apart."""
 
 
 def run(context: Context, deadline: Deadline) -> Iterator[Row]:
@@ -20,12 +24,18 @@ def run(context: Context, deadline: Deadline) -> Iterator[Row]:
         if deadline.is_over:
             print(f"copy: time is up before rank {rank}", flush=True)
             return
-        found = attempt(partial(adapter_copy.measure, context.device, context.layer, [rank], context.repeats))
+        found = attempt(partial(_measure, context, rank))
         if isinstance(found, str):
             yield context.row("copy", f"rank {rank}", rank=str(rank), result=found)
             continue
         for one in found:
             yield context.row("copy", f"runs of pages: {one['runs']}", **columns(one))
+
+
+def _measure(context: Context, rank: int) -> list[dict[str, object]]:
+    import adapter_copy  # needs the backend's packages
+
+    return adapter_copy.measure(context.device, context.layer, [rank], context.repeats)
 
 
 def columns(found: Mapping[str, object]) -> dict[str, object]:

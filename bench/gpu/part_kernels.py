@@ -2,26 +2,33 @@
 
 from __future__ import annotations
 
-import traceback
-from collections.abc import Callable, Iterable, Iterator
-from typing import TypeVar
+from collections.abc import Iterable, Iterator
+from functools import partial
 
 import torch
 
 from gpu import floors, forms
+from gpu.attempt import attempt, guarded
 from gpu.budget import Deadline
-from gpu.clock import Run, graph_of, time_in_turn
-from gpu.peer_modules import Missing
+from gpu.clock import Run, Timing, graph_of, samples_in_turn, time_in_turn
 from gpu.peer_peft import Peft
 from gpu.rows import Context, Row
 from gpu.scene import Scene, Term
 from gpu.shapes import Point
 
-ReadyT = TypeVar("ReadyT")
+KERNELS = "kernels"
+"""Ours and the peers."""
+ALONE = "kernels alone"
+"""Ours before any peer has run in this process: one that writes where it must not ends all that follows."""
+POOL_RANK = "pool rank"
 
 
 def run(
-    context: Context, deadline: Deadline, points: Iterable[Point], part: str = "kernels"
+    context: Context,
+    deadline: Deadline,
+    points: Iterable[Point],
+    part: str = KERNELS,
+    leave_out: Iterable[str] = (),
 ) -> Iterator[Row]:
     """The rows of the points until the time is up; a point that comes twice is measured once."""
     seen: set[Point] = set()
@@ -33,52 +40,67 @@ def run(
             return
         seen.add(point)
         with torch.inference_mode():
-            yield from measure(context, point, part)
+            yield from guarded(
+                measure(context, point, part, context.leave_out | frozenset(leave_out)),
+                lambda why, point=point: context.row(part, forms.OURS, point, result=why),  # type: ignore[misc]
+            )
 
 
-def measure(context: Context, point: Point, part: str) -> Iterator[Row]:
+def measure(context: Context, point: Point, part: str, leave_out: frozenset[str]) -> Iterator[Row]:
     """Check every form at one point, time them in turn, and give a row for each."""
     scene = Scene(point, context.layer, context.device, context.dtype)
-    found, missing = forms.prepare(scene, context.peers, context.leave_out)
-    for name, why in missing.items():
-        yield context.row(part, name, point, result=f"missing: {why}")
+    found, others = forms.prepare(scene, context.peers, leave_out)
+    for name, why in others.items():
+        yield context.row(part, name, point, result=why)
     errors: dict[str, float] = {}
     runs: dict[str, Run] = {}
     for name, term in found.items():
-        result = attempt(lambda term=term: _ready(scene, term, context))  # type: ignore[misc]
+        result = attempt(partial(_ready, scene, term, context))
         if isinstance(result, str):
             yield context.row(part, name, point, result=result)
         else:
             errors[name], runs[name] = result
     timings = time_in_turn(runs, context.device, context.repeats, len(scene.layers))
     for name, timing in timings.items():
-        yield context.row(
-            part,
-            name,
-            point,
-            timing,
-            floor_us=floors.floor_us(point, context.layer, context.dtype.itemsize, context.bandwidth),
-            moved_bytes=floors.moved_bytes(point, context.layer, context.dtype.itemsize),
-            error=errors[name],
-            result="ok",
-        )
+        yield _timed(context, part, name, point, timing, errors[name])
+
+
+def pool_rank(context: Context, points: Iterable[Point]) -> Iterator[Row]:
+    """Our form at the same step in several pools, all of them in turn."""
+    errors: dict[Point, float] = {}
+    runs: dict[str, Run] = {}
+    counts: dict[str, float] = {}
+    by_name = {str(point): point for point in points}
+    with torch.inference_mode():
+        for name, point in by_name.items():
+            scene = Scene(point, context.layer, context.device, context.dtype)
+            result = attempt(partial(_ready, scene, forms.ours(scene), context))
+            if isinstance(result, str):
+                yield context.row(POOL_RANK, forms.OURS, point, result=result)
+            else:
+                errors[point], runs[name] = result
+                counts[name] = len(scene.layers)
+        samples = samples_in_turn(runs, context.device, 2 * context.repeats, counts)
+    for name, mine in samples.items():
+        point = by_name[name]
+        yield _timed(context, POOL_RANK, forms.OURS, point, Timing.of(mine), errors[point])
+
+
+def _timed(context: Context, part: str, form: str, point: Point, timing: Timing, error: float) -> Row:
+    return context.row(
+        part,
+        form,
+        point,
+        timing,
+        floor_us=floors.floor_us(point, context.layer, context.dtype.itemsize, context.bandwidth),
+        moved_bytes=floors.moved_bytes(point, context.layer, context.dtype.itemsize),
+        error=error,
+        result="ok",
+    )
 
 
 def _ready(scene: Scene, term: Term, context: Context) -> tuple[float, Run]:
     return scene.check(term), graph_of(scene.all_layers(term), context.device)
-
-
-def attempt(make: Callable[[], ReadyT]) -> ReadyT | str:
-    """What it makes, or in words why it cannot: one form's failure must not end the run."""
-    try:
-        return make()
-    except AssertionError as error:
-        return f"wrong: {error}"
-    except Missing as error:
-        return f"missing: {error}"
-    except Exception as error:
-        traceback.print_exc()
-        return f"failed: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
 
 
 def peft(context: Context, point: Point) -> Iterator[Row]:

@@ -1,22 +1,21 @@
-"""The same bits in every run, rows that do not notice their batch, and the forms that the table has not.
-
-Shape key: T rows, H query heads, V key/value heads, D head size.
-"""
+"""The same bits in every run, rows that do not notice their batch, and the forms that the table has not."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import torch
 from manylora_kernels import SitePool
-from manylora_kernels.attention_plan import Scoring
-from manylora_kernels.paged import PagedBatch
 
+from gpu import proof_attention
+from gpu.attempt import attempt
 from gpu.budget import Deadline
-from gpu.clock import Run
-from gpu.part_kernels import attempt
+from gpu.clock import Run, graph_of
+from gpu.exposed_bed import Bed
+from gpu.proof_attention import bits
 from gpu.rows import Context, Row
 from gpu.scene import SCALE, Scene, Term
 from gpu.shapes import MIXED, TINY_POINTS, Point
@@ -27,7 +26,11 @@ POINTS = {
     "prefill, mixed ranks": Point(2048, 8, MIXED),
 }
 _TINY = {"decode": TINY_POINTS[0], "decode, half the rows without adapter": TINY_POINTS[1]}
-_HEADS, _KV_HEADS, _HEAD_SIZE, _BLOCK = 32, 8, 128, 16
+
+
+_ONE_ADAPTER = Point(2048, 1, (16,))
+_TINY_ONE_ADAPTER = Point(5, 1, (16,))
+Proof = tuple[str, Callable[[], str], Point | None]
 
 
 def run(context: Context, deadline: Deadline) -> Iterator[Row]:
@@ -40,19 +43,61 @@ def run(context: Context, deadline: Deadline) -> Iterator[Row]:
             yield context.row("proofs", name, point, result=attempt(proof))
 
 
-def _proofs(context: Context) -> Iterator[tuple[str, Callable[[], str], Point | None]]:
-    for name, point in (_TINY if context.is_tiny else POINTS).items():
-        yield f"{name}: same bits", lambda point=point: _repeated(context, point, False), point  # type: ignore[misc]
+def num_proofs(context: Context) -> int:
+    """Of a whole run."""
+    return len(list(_proofs(context)))
+
+
+def _proofs(context: Context) -> Iterator[Proof]:
+    points = _TINY if context.is_tiny else POINTS
+    for name, point in points.items():
+        yield f"{name}: same bits", partial(_repeated, context, point, _routed), point
         yield (
             f"{name}, batch invariant: same bits",
-            lambda point=point: _repeated(context, point, True),  # type: ignore[misc]
+            partial(_repeated, context, point, batch_invariant),
             point,
         )
-    point = next(iter((_TINY if context.is_tiny else POINTS).values()))
-    yield "batch invariant: a row alone", lambda: _alone(context, point), point
-    yield "shrink and expand by themselves", lambda: _halves(context, point), point
-    yield "attention, decode: same bits", lambda: _attention(context, decodes=True), None
-    yield "attention, prompts: same bits", lambda: _attention(context, decodes=False), None
+    point = next(iter(points.values()))
+    yield "batch invariant: a row alone", partial(_alone, context, point), point
+    yield "shrink and expand by themselves", partial(_halves, context, point), point
+    yield "shrink beside the base product: same bits", partial(_beside, context, point), point
+    yield "fused with the activation: same bits", partial(_fused, context, point), point
+    alone = _TINY_ONE_ADAPTER if context.is_tiny else _ONE_ADAPTER
+    yield "one adapter, the vendor's products: same bits", partial(_repeated, context, alone, _one), alone
+    yield "in a replayed graph: same bits", partial(_repeated, context, point, _replayed), point
+    yield "attention, decode: same bits", partial(proof_attention.prove, context, decodes=True), None
+    yield "attention, prompts: same bits", partial(proof_attention.prove, context, decodes=False), None
+
+
+def _routed(scene: Scene) -> Term:
+    return _ours(scene, False)
+
+
+def batch_invariant(scene: Scene) -> Term:
+    """Our form in the setting in which a row's bits depend on no other row."""
+    return _ours(scene, True)
+
+
+def _one(scene: Scene) -> Term:
+    from manylora_kernels.one_adapter import OneAdapter
+
+    # However few rows the scene has.
+    one = OneAdapter.of(scene.slots, scene.scales, [scene.pages], 1, scene.device)
+    assert one is not None, "all rows are of one adapter"
+    return lambda y, x, pool: lambda: one.add_lora(y, x, pool, 0)
+
+
+def _replayed(scene: Scene) -> Term:
+    term = _ours(scene, False)
+
+    def build(y: torch.Tensor, x: torch.Tensor, pool: SitePool) -> Run:
+        # What is recorded runs beforehand, and adds up.
+        before = y.clone()
+        replay = graph_of(term(y, x, pool), scene.device)
+        y.copy_(before)
+        return replay
+
+    return build
 
 
 def _ours(scene: Scene, batch_invariant: bool) -> Term:
@@ -72,32 +117,95 @@ def _ours(scene: Scene, batch_invariant: bool) -> Term:
     return lambda y, x, pool: lambda: gpu.add_lora(y, x, pool, mix, 0)
 
 
-def _repeated(context: Context, point: Point, batch_invariant: bool) -> str:
+def _repeated(context: Context, point: Point, make: Callable[[Scene], Term]) -> str:
     """Check against float64, then repeat and compare every bit.
 
     Raises:
         AssertionError: bits that differ.
     """
     scene = Scene(point, context.layer, context.device, context.dtype, num_layers=1)
-    term = _ours(scene, batch_invariant)
+    term = make(scene)
     error = scene.check(term)
-    differing = torch.zeros((), dtype=torch.int64, device=context.device)
+    steps: list[Callable[[], torch.Tensor]] = []
     for name, pool in scene.layers[0].items():
-        y, before = scene.y[name].clone(), scene.y[name]
-        step = term(y, scene.x[name], pool)
-        step()
-        first = y.clone()
-        for _ in range(context.proofs - 1):
+        y = scene.y[name].clone()
+        add = term(y, scene.x[name], pool)
+
+        def step(y: torch.Tensor = y, add: Run = add, before: torch.Tensor = scene.y[name]) -> torch.Tensor:
             y.copy_(before)
-            step()
-            differing += _bits(y).ne(_bits(first)).any()
+            add()
+            return y
+
+        steps.append(step)
+    return f"{_same_bits(context, steps)}, error {error:.1e}"
+
+
+def _same_bits(context: Context, steps: list[Callable[[], torch.Tensor]]) -> str:
+    """Repeat each and compare every bit of what it returns.
+
+    Raises:
+        AssertionError: bits that differ.
+    """
+    differing = torch.zeros((), dtype=torch.int64, device=context.device)
+    for step in steps:
+        first = step().clone()
+        for _ in range(context.proofs - 1):
+            differing += bits(step()).ne(bits(first)).any()
     count = int(differing.item())
-    assert count == 0, f"other bits in {count} of {context.proofs * len(scene.layers[0])} runs"
-    return f"same bits {context.proofs} times, error {error:.1e}"
+    assert count == 0, f"other bits in {count} of {context.proofs * len(steps)} runs"
+    return f"same bits {context.proofs} times"
 
 
-def _bits(values: torch.Tensor) -> torch.Tensor:
-    return values.view(torch.int16 if values.element_size() == 2 else torch.int32)
+def _beside(context: Context, point: Point) -> str:
+    """Shrink on a stream of its own beside the base product: right, and the same bits.
+
+    Raises:
+        AssertionError: they are not.
+    """
+    from manylora_kernels import gpu  # imports triton, after the interpreter was chosen
+
+    bed = Bed.of(point, context)
+    scene = bed.scene
+
+    def site_run(name: str, pool: SitePool, weight: torch.Tensor) -> Run:
+        return lambda: gpu.linear_lora(scene.x[name], lambda _: bed.base(name, weight), pool, scene.mix, 0)
+
+    return _bed_repeated(context, bed, bed.layers(site_run))
+
+
+def _fused(context: Context, point: Point) -> str:
+    """The activation in the kernel that adds: right, and the same bits.
+
+    Raises:
+        AssertionError: they are not.
+    """
+    from manylora_kernels import gpu  # imports triton, after the interpreter was chosen
+
+    bed = Bed.of(point, context, activates=True)
+    scene = bed.scene
+
+    def site_run(name: str, pool: SitePool, weight: torch.Tensor) -> Run:
+        def run() -> None:
+            y = bed.base(name, weight)
+            if name in bed.out:
+                gpu.add_lora_silu_mul(bed.out[name], y, scene.x[name], pool, scene.mix, 0)
+            else:
+                gpu.add_lora(y, scene.x[name], pool, scene.mix, 0)
+
+        return run
+
+    return _bed_repeated(context, bed, bed.layers(site_run, activation=False))
+
+
+def _bed_repeated(context: Context, bed: Bed, form: Run) -> str:
+    form()
+    error = bed.error()
+
+    def step() -> torch.Tensor:
+        form()
+        return torch.cat([bed.out.get(name, y).flatten() for name, y in bed.scene.sums.items()])
+
+    return f"{_same_bits(context, [step])}, error {error:.1e}"
 
 
 def _alone(context: Context, point: Point) -> str:
@@ -113,9 +221,7 @@ def _alone(context: Context, point: Point) -> str:
     for t in range(point.num_rows):
         for name, pool in scene.layers[0].items():
             alone = _once(scene, pool, name, scene.slots[t : t + 1], slice(t, t + 1))
-            assert torch.equal(_bits(alone[0]), _bits(whole[name][t])), (
-                f"{name}: row {t} alone has other bits"
-            )
+            assert torch.equal(bits(alone[0]), bits(whole[name][t])), f"{name}: row {t} alone has other bits"
     return f"same bits, {point.num_rows} rows"
 
 
@@ -158,71 +264,5 @@ def _halves(context: Context, point: Point) -> str:
         found, wanted = scene.y[name].clone(), scene.y[name].clone()
         halves(found, scene.x[name], pool)()
         whole(wanted, scene.x[name], pool)()
-        assert torch.equal(_bits(found), _bits(wanted)), f"{name}: the halves give other bits"
+        assert torch.equal(bits(found), bits(wanted)), f"{name}: the halves give other bits"
     return f"same bits as the whole, error {error:.1e}"
-
-
-def _attention(context: Context, decodes: bool) -> str:
-    """Attention over scattered blocks against float64, then repeated.
-
-    Raises:
-        AssertionError: a wrong result, or bits that differ.
-    """
-    from manylora_kernels.attention import paged_attention
-
-    heads, kv, size = (4, 2, 16) if context.is_tiny else (_HEADS, _KV_HEADS, _HEAD_SIZE)
-    contexts = (
-        ([7, 19, 33] if context.is_tiny else [100 + 37 * i for i in range(32)]) if decodes else [19, 40]
-    )
-    queries = [1] * len(contexts) if decodes else [9, 40]
-    counts = [-(-length // _BLOCK) for length in contexts]
-    blocks = np.random.default_rng(0).permutation(sum(counts)).tolist()
-    tables = [[blocks.pop() for _ in range(count)] for count in counts]
-    batch = PagedBatch.build(queries, contexts, tables, _BLOCK, context.device)
-    torch.manual_seed(0)
-    rows = sum(counts) * _BLOCK
-    keys, values = (
-        torch.randn(rows, kv * size, device=context.device, dtype=context.dtype) for _ in range(2)
-    )
-    q = torch.randn(heads, sum(queries), size, device=context.device, dtype=context.dtype)
-    scoring = Scoring(scaling=size**-0.5)
-    first = paged_attention(q, keys, values, batch, scoring)
-    error = _attention_error(first, q, keys, values, tables, queries, contexts)
-    allowed = 1e-2 if context.dtype.itemsize == 2 else 1e-4
-    assert error <= allowed, f"error {error:.2e}, allowed {allowed}"
-    differing = torch.zeros((), dtype=torch.int64, device=context.device)
-    for _ in range(context.proofs - 1):
-        again = paged_attention(q, keys, values, batch, scoring)
-        differing += _bits(again).ne(_bits(first)).any()
-    assert differing.item() == 0, f"other bits in {differing.item()} of {context.proofs} runs"
-    return f"same bits {context.proofs} times, error {error:.1e}"
-
-
-def _attention_error(
-    out: torch.Tensor,
-    q: torch.Tensor,
-    keys: torch.Tensor,
-    values: torch.Tensor,
-    tables: list[list[int]],
-    queries: list[int],
-    contexts: list[int],
-) -> float:
-    """The largest error of all rows [T, H, D] against float64, as a share of the largest result."""
-    heads, _, size = q.shape
-    kv, worst, largest, row = keys.shape[1] // size, 0.0, 0.0, 0
-    for table, count, length in zip(tables, queries, contexts, strict=True):
-        at = torch.tensor(
-            [block * _BLOCK + i for block in table for i in range(_BLOCK)][:length], device=q.device
-        )
-        k, v = (
-            t[at].double().view(length, kv, size).repeat_interleave(heads // kv, 1) for t in (keys, values)
-        )
-        mine = q[:, row : row + count].double()
-        scores = torch.einsum("hqd,chd->hqc", mine, k) * size**-0.5
-        ahead = torch.ones(count, length, dtype=torch.bool, device=q.device).triu(length - count + 1)
-        weights = scores.masked_fill(ahead, float("-inf")).softmax(-1)
-        wanted = torch.einsum("hqc,chd->qhd", weights, v)
-        worst = max(worst, (out[row : row + count].double() - wanted).abs().max().item())
-        largest = max(largest, wanted.abs().max().item())
-        row += count
-    return worst / largest

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from gpu import peer_sglang, peer_vllm
-from gpu.part_kernels import attempt
+from gpu.attempt import attempt
 from gpu.scene import Scene, Term
 from gpu.shapes import LLAMA_LAYER, TINY_LAYER, TINY_POINTS, Point
 

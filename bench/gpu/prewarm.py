@@ -6,6 +6,7 @@ run's time on that.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, wait
 from dataclasses import dataclass
@@ -14,11 +15,18 @@ from multiprocessing import get_context
 from pathlib import Path
 
 import torch
+from manylora_kernels import SitePool
 
-from gpu import forms
-from gpu.part_kernels import attempt
-from gpu.scene import Scene
+from gpu import forms, part_model, part_proofs
+from gpu.attempt import attempt
+from gpu.clock import Run
+from gpu.scene import Scene, Term
 from gpu.shapes import Layer, Point
+
+BESIDE, FUSED, SILU_MUL = "beside the base product", "fused with the activation", "activation"
+BATCH_INVARIANT = "batch invariant"
+MORE = (BESIDE, FUSED, SILU_MUL, BATCH_INVARIANT)
+"""What other parts launch beside the forms."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,23 +41,51 @@ class Job:
     peers: Path
 
 
-def prewarm(jobs: Sequence[Job], num_processes: int, limit_s: float) -> int:
+def prewarm(jobs: Sequence[Job], num_processes: int, limit_s: float, model: ModelJob | None = None) -> int:
     """Run each form once, in other processes, until the time is up.
 
     Args:
         num_processes: 0: none, and nothing is done.
+        model: also make the whole model, in a process beside the others, which ends when the time is up.
 
     Returns:
         How many jobs were done. What was not, or failed, is compiled, or told of, when it is measured.
     """
     if not num_processes:
         return 0
-    pool = ProcessPoolExecutor(num_processes, mp_context=get_context("spawn"))
+    begin, spawn = time.monotonic(), get_context("spawn")
+    beside = spawn.Process(target=fill_model, args=(model,), daemon=False) if model is not None else None
+    if beside is not None:
+        beside.start()
+    pool = ProcessPoolExecutor(num_processes, mp_context=spawn)
     try:
         done, _ = wait([pool.submit(launch, job) for job in jobs], limit_s)
         return sum(future.exception() is None and future.result() for future in done)
     finally:
         pool.shutdown(cancel_futures=True)
+        if beside is not None:
+            beside.join(max(0.0, limit_s - (time.monotonic() - begin)))
+            # What it has compiled by now is in the caches.
+            beside.terminate()
+            beside.join()
+
+
+@dataclass(frozen=True, slots=True)
+class ModelJob:
+    """The whole model once."""
+
+    device: str
+    dtype: torch.dtype
+    is_tiny: bool = False
+
+
+def fill_model(job: ModelJob) -> None:
+    """Make the model as its part does, and run a step of prompts: inductor and triton keep what they compile
+    on disk."""
+    bed = attempt(partial(part_model.make_bed, torch.device(job.device), job.dtype, job.is_tiny))
+    if not isinstance(bed, str):
+        with torch.inference_mode():
+            attempt(partial(bed.run, bed.prefill(24 if job.is_tiny else 512, 2, 2)))
 
 
 def launch(job: Job) -> bool:
@@ -60,11 +96,52 @@ def launch(job: Job) -> bool:
     """
     device = torch.device(job.device)
     with torch.inference_mode():
-        scene = Scene(job.point, job.layer, device, job.dtype, num_layers=1)
-        found = attempt(partial(forms.makers(job.peers)[job.form], scene))
-        ran = found if isinstance(found, str) else attempt(scene.all_layers(found))
-        del scene, found
+        ran = attempt(partial(_launch, job, device))
     if device.type == "cuda":
         torch.cuda.synchronize()
         torch.cuda.empty_cache()
     return not isinstance(ran, str)
+
+
+def _launch(job: Job, device: torch.device) -> None:
+    scene = Scene(job.point, job.layer, device, job.dtype, num_layers=1)
+    makers = forms.makers(job.peers) | {
+        BESIDE: _beside,
+        FUSED: _fused,
+        SILU_MUL: _silu_mul,
+        BATCH_INVARIANT: part_proofs.batch_invariant,
+    }
+    scene.all_layers(makers[job.form](scene))()
+
+
+def _beside(scene: Scene) -> Term:
+    from manylora_kernels import gpu  # imports triton, after the interpreter was chosen
+
+    return lambda y, x, pool: lambda: gpu.linear_lora(x, lambda _: y, pool, scene.mix, 0)
+
+
+def _fused(scene: Scene) -> Term:
+    from manylora_kernels import gpu  # imports triton, after the interpreter was chosen
+
+    def build(y: torch.Tensor, x: torch.Tensor, pool: SitePool) -> Run:
+        def run() -> None:
+            if pool.shape.is_gate_up:
+                out = y.new_empty(len(y), pool.widths[0])
+                gpu.add_lora_silu_mul(out, y, x, pool, scene.mix, 0)
+
+        return run
+
+    return build
+
+
+def _silu_mul(_scene: Scene) -> Term:
+    from manylora_kernels import gpu  # imports triton, after the interpreter was chosen
+
+    def build(y: torch.Tensor, _x: torch.Tensor, pool: SitePool) -> Run:
+        def run() -> None:
+            if pool.shape.is_gate_up:
+                gpu.silu_mul(y.new_empty(len(y), pool.widths[0]), y)
+
+        return run
+
+    return build

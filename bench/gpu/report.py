@@ -20,10 +20,19 @@ def sections(lines: Sequence[Line]) -> list[str]:
             "right against float64 first.",
             kernels(lines, "kernels"),
         ),
+        ("Ours alone, before any peer:", kernels(lines, "kernels alone")),
         ("The same step in a pool of a high and of a low rank:", kernels(lines, "pool rank")),
-        ("What adapters add to a layer's base products, microseconds:", exposed(lines)),
+        (
+            "What adapters add to a layer's base products, microseconds:",
+            exposed(lines, "exposed"),
+        ),
+        ("The same, the peers in turn with ours:", exposed(lines, "exposed, with peers")),
         ("Steps of the whole model, microseconds:", model(lines)),
-        ("Adapters to the device, microseconds; the floor is a plain copy of pinned memory:", copies(lines)),
+        (
+            "Adapters to the device, microseconds; the floor is a plain copy of as many pinned bytes: "
+            "those of rank 8 are filled up to pages of rank 16.",
+            copies(lines),
+        ),
         ("PEFT's mixed batch as it runs, microseconds a layer:", peft(lines)),
         ("Proofs:", proofs(lines)),
     ):
@@ -50,9 +59,9 @@ def kernels(lines: Sequence[Line], part: str) -> Table:
     return Table(header, found)
 
 
-def exposed(lines: Sequence[Line]) -> Table:
+def exposed(lines: Sequence[Line], part: str) -> Table:
     """A line for each form at each step."""
-    mine = [line for line in lines if line["part"] == "exposed" and line["median_us"]]
+    mine = [line for line in lines if line["part"] == part and line["median_us"]]
     return Table(
         ["rows", "adapters", "rank", "form", "layer", "least", "most", "added"],
         [
@@ -66,13 +75,14 @@ def model(lines: Sequence[Line]) -> Table:
     """A line for each mix at each step."""
     mine = [line for line in lines if line["part"] in _DECODE_PARTS and line["median_us"]]
     return Table(
-        ["step", "rows", "adapters", "form", "median", "least", "most", "floor", "over floor"],
+        ["step", "rows", "adapters", "form", "median", "least", "most", "floor", "over floor", "ran"],
         [
             [
                 *(line[name] for name in ("part", "rows", "adapters", "form")),
                 *_times(line),
                 _us(line["floor_us"]),
                 _over_floor(line),
+                line["result"].removeprefix("ok").removeprefix("; "),
             ]
             for line in mine
         ],

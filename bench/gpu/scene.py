@@ -16,13 +16,14 @@ from gpu import floors
 from gpu.clock import Run
 from gpu.shapes import Layer, Point
 
-TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
-"""Of the largest result: sums in another order, rounded to the dtype twice."""
+TOLERANCE = {torch.float32: 1e-4, torch.float16: 4e-3, torch.bfloat16: 2e-2}
+"""Of the norm of the adapters' term: sums in another order, factors and the sum with y rounded to the dtype.
+The sum's rounding alone is 5e-3 in bfloat16 at rank 8, whose terms are a third of y."""
 CACHE_BYTES = 128 << 20
 """What the layers of one graph read must be more than this, or they would be read from a cache."""
 SCALE = 0.5
 """Of every row: exact in every dtype, for the peers that fold it into weights."""
-_MAX_LAYERS = 32
+_MAX_LAYERS = 64
 _MAX_PREFILL_LAYERS = 4
 _CHECKED_ROWS = 48
 
@@ -62,7 +63,7 @@ class Scene:
             num_layers = 1
         self.layers = [self._pools() for _ in range(num_layers or self._enough_layers())]
         self.picks = np.unique(np.linspace(0, point.num_rows - 1, _CHECKED_ROWS).astype(np.int64))
-        self._expected: dict[str, torch.Tensor] = {}
+        self._terms: dict[str, torch.Tensor] = {}
 
     def _enough_layers(self) -> int:
         # A prompt's rows alone are more than the caches hold.
@@ -118,7 +119,7 @@ class Scene:
         """Compare the first layer with float64.
 
         Returns:
-            The largest error as a share of the largest result.
+            The norm of the term's error as a share of the term's, of the worst site.
 
         Raises:
             AssertionError: an error above the tolerance, or a row without an adapter that has changed.
@@ -132,7 +133,8 @@ class Scene:
         return worst
 
     def error(self, name: str, found: torch.Tensor) -> float:
-        """Of the picked rows of a site's y, [number of picks, N], as a share of the largest result.
+        """Of the picked rows of a site's y, [number of picks, N]: the norm of the term's error, as a share of
+        the term's own.
 
         Raises:
             AssertionError: as of `check`.
@@ -143,23 +145,36 @@ class Scene:
         assert torch.equal(found[untouched], before[untouched]), (
             f"{name}: a row without an adapter has changed"
         )
-        expected = self.expected(name)
-        worst = ((found.double() - expected).abs().max() / expected.abs().max()).item()
-        allowed = TOLERANCE[self.dtype]
-        assert worst <= allowed, f"{name}: error {worst:.2e} of the largest result, allowed {allowed}"
-        return worst
+        return self.share(name, found.double() - before.double() - self.term(name), self.term(name))
 
-    def expected(self, name: str) -> torch.Tensor:
-        """What a site of the first layer should give for the picked rows: [number of picks, N], float64."""
-        if name not in self._expected:
-            pool, rows = self.layers[0][name], []
-            for t in self.picks.tolist():
-                row, slot = self.y[name][t].double(), int(self.slots[t])
-                if slot >= 0:
-                    a, b = self.stacked_a(pool, slot).double(), self.stacked_b(pool, slot).double()
-                    h = torch.einsum("k,srk->sr", self.x[name][t].double(), a)
-                    parts = b.split(list(pool.widths), dim=1)
-                    row = row + SCALE * torch.cat([h[s] @ part for s, part in enumerate(parts)])
-                rows.append(row)
-            self._expected[name] = torch.stack(rows)
-        return self._expected[name]
+    def share(self, name: str, wrong: torch.Tensor, term: torch.Tensor) -> float:
+        """The norm of what is wrong as a share of the norm of the term.
+
+        Raises:
+            AssertionError: it is above the tolerance, or no number.
+        """
+        found = (wrong.norm() / term.norm()).item() if wrong.any() else 0.0
+        allowed = TOLERANCE[self.dtype]
+        assert found <= allowed, f"{name}: error {found:.2e} of the term, allowed {allowed}"
+        return found
+
+    def term(self, name: str) -> torch.Tensor:
+        """What the adapters add at a site of the first layer to the picked rows: [number of picks, N],
+        float64."""
+        if name not in self._terms:
+            self._terms[name] = self.term_of(name, self.layers[0][name])
+        return self._terms[name]
+
+    def term_of(self, name: str, pool: SitePool) -> torch.Tensor:
+        """The same with a site's pool of any layer."""
+        rows = []
+        for t in self.picks.tolist():
+            slot = int(self.slots[t])
+            row = torch.zeros(pool.num_outputs, dtype=torch.float64, device=self.device)
+            if slot >= 0:
+                a, b = self.stacked_a(pool, slot).double(), self.stacked_b(pool, slot).double()
+                h = torch.einsum("k,srk->sr", self.x[name][t].double(), a)
+                parts = b.split(list(pool.widths), dim=1)
+                row = SCALE * torch.cat([h[s] @ part for s, part in enumerate(parts)])
+            rows.append(row)
+        return torch.stack(rows)

@@ -91,6 +91,16 @@ GOAL_POINTS = (
     Point(8192, 1, (16,)),
 )
 """The steps that the goals name."""
+COMPARED_POINTS = (
+    *GOAL_POINTS,
+    Point(1, 1, (16,)),
+    Point(8, 8, (16,)),
+    Point(64, 32, MIXED, skewed=True),
+    Point(256, 32, MIXED),
+    Point(512, 8, (16,)),
+    Point(2048, 8, (16,), base_share=0.5),
+)
+"""Those, and a few of the table that lie far apart: where a run compares with the peers first."""
 POOL_RANK_POINTS = (Point(32, 32, (8,), max_rank=64), Point(32, 32, (8,), max_rank=16))
 """The same step in a pool of a high and of a low rank."""
 TINY_POINTS = (Point(5, 2, (8, 24)), Point(3, 3, (16,), True, 0.5, 16))

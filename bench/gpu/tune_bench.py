@@ -19,8 +19,8 @@ from manylora_kernels import PAGE_ROWS, SitePool, SiteShape
 from manylora_kernels.plan import Plan
 
 from gpu import floors, tune_search
+from gpu.attempt import attempt
 from gpu.clock import Run, graph_of, time_in_turn
-from gpu.part_kernels import attempt
 from gpu.scene import CACHE_BYTES, Scene, Term
 from gpu.shapes import PREFILL_ROWS, Point
 from gpu.tune_space import Cell

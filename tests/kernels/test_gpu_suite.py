@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import csv
+import importlib
 import os
+import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,7 +17,8 @@ import numpy as np
 import pytest
 import report_results
 import torch
-from gpu import floors, goals, part_copy, part_exposed, part_model, shapes
+from gpu import floors, goals, names, part_copy, part_exposed, shapes, verdict_file
+from gpu.attempt import attempt, guarded
 from gpu.budget import Budget
 from gpu.clock import Timing
 from gpu.floors import Bandwidth
@@ -75,7 +79,8 @@ def test_every_part_runs_and_leaves_its_rows_its_goals_and_its_plot(tmp_path: Pa
         rows = list(csv.DictReader(file))
     assert {row["device"] for row in rows} == {"interpreter"}
     assert {row["part"] for row in rows} == {
-        "kernels", "exposed", "pool rank", "decode", "prefill", "copy", "proofs", "peft"
+        "kernels alone", "kernels", "exposed", "exposed, with peers", "pool rank", "decode", "prefill",
+        "copy", "proofs", "peft",
     }  # fmt: skip
     measured = {row["form"] for row in rows if row["part"] == "kernels" and row["median_us"]}
     assert measured == {OURS, "per-adapter products"}
@@ -84,6 +89,10 @@ def test_every_part_runs_and_leaves_its_rows_its_goals_and_its_plot(tmp_path: Pa
     errors = [float(row["error"]) for row in rows if row["error"]]
     assert errors
     assert max(errors) < 1e-2
+    steps = [row for row in rows if row["part"] == "decode" and row["median_us"]]
+    # Each step of the engine says whether it was replayed.
+    assert steps
+    assert all(names.REPLAYED_ALL in row["result"] for row in steps)
     with (tmp_path / "gpu_goals.csv").open() as file:
         verdicts = {row["goal"]: row["verdict"] for row in csv.DictReader(file)}
     assert len(verdicts) == len(goals.GOALS)
@@ -187,18 +196,29 @@ def test_a_device_has_a_short_name(name: str, label: str) -> None:
     assert label_of(name) == label
 
 
+WHOLE = goals.Whole(
+    num_proofs=1,
+    compared=shapes.GOAL_POINTS,
+    checked=tuple(
+        found for found in goals.CHECKED if found[0] != "kernels" or found[2] in shapes.GOAL_POINTS
+    ),
+    num_copies=1,
+)
+
+
 def good_rows(context: Context) -> list[Row]:
     """A run that meets every goal."""
 
     def timed(part: str, form: str, point: Point | None, median: float, **values: object) -> Row:
-        return context.row(
-            part, form, point, Timing(median, median, median), result="ok", error=1e-3, **values
-        )
+        values = {"result": "ok", "error": 1e-3} | values
+        return context.row(part, form, point, Timing(median, median, median), **values)
 
     many, wide, one, long = shapes.GOAL_POINTS
-    rows = [
+    alone = ((many, 29.0), (wide, 199.0), (one, 9.0), (long, 900.0))
+    rows = [timed("kernels alone", OURS, point, micros, floor_us=micros / 2) for point, micros in alone]
+    rows += [
         timed("kernels", form, point, micros * times, floor_us=micros / 2)
-        for point, micros in ((many, 29.0), (wide, 199.0), (one, 9.0))
+        for point, micros in alone[:3]
         for form, times in ((OURS, 1.0), (VLLM, 1.6), (SGLANG_V2, 1.5), (SGLANG_CSGMV, 4.0))
     ]
     rows += [
@@ -206,21 +226,28 @@ def good_rows(context: Context) -> list[Row]:
         timed("kernels", ONE_ADAPTER, long, 500.0),
         timed("kernels", VLLM, long, 800.0),
         timed("kernels", SGLANG_V2, long, 760.0),
+        timed("kernels", SGLANG_CSGMV, long, 790.0),
     ]
     rows += [
         timed("pool rank", OURS, point, 15.0 + i / 10) for i, point in enumerate(shapes.POOL_RANK_POINTS)
     ]
     rows += [
-        timed("exposed", part_exposed.BASE, one, 110.0),
-        timed("exposed", part_exposed.IN_TURN, one, 120.0, extra_us=10.0),
-        timed("exposed", part_exposed.BESIDE, one, 115.0, extra_us=5.5),
-        timed("exposed", part_exposed.BASE, long, 5000.0),
-        timed("exposed", ONE_ADAPTER, long, 5590.0, extra_us=590.0),
-        timed("exposed", part_exposed.FUSED, long, 5290.0, extra_us=290.0),
+        timed("exposed", part_exposed.IN_TURN, point, 120.0, extra_us=10.0) for point in part_exposed.POINTS
     ]
     rows += [
-        timed("decode", part_model.ENGINE, None, 4300.0, rows=32, adapters=0, floor_us=3490.0),
-        timed("decode", part_model.ENGINE, None, 5400.0, rows=32, adapters=32, floor_us=4110.0),
+        timed("exposed", part_exposed.BESIDE, point, 115.0, extra_us=5.0 + point.num_rows / 64)
+        for point in part_exposed.DECODE_POINTS
+    ]
+    rows += [
+        timed("exposed", part_exposed.BASE, long, 5400.0),
+        timed("exposed", part_exposed.LINEARS, long, 5000.0),
+        timed("exposed", ONE_ADAPTER, long, 5990.0, extra_us=590.0),
+        timed("exposed", part_exposed.FUSED, long, 5690.0, extra_us=290.0),
+    ]
+    ran = f"ok; {names.REPLAYED_ALL} 50 steps"
+    rows += [
+        timed("decode", names.ENGINE, None, 4300.0, rows=32, adapters=0, floor_us=3490.0, result=ran),
+        timed("decode", names.ENGINE, None, 5400.0, rows=32, adapters=32, floor_us=4110.0, result=ran),
         timed("copy", "pages in one run", None, 1100.0, rank="16", floor_us=1000.0),
     ]
     rows.append(context.row("proofs", "decode: same bits", result="same bits 1000 times"))
@@ -229,36 +256,38 @@ def good_rows(context: Context) -> list[Row]:
 
 def verdict(rows: list[Row], title: str) -> tuple[str, str]:
     """What was found for the goal whose title begins so, and the verdict."""
-    return next((found, said) for name, _, _, found, said in goals.judge(rows) if name.startswith(title))
+    return next(
+        (found, said) for name, _, _, found, said in goals.judge(rows, WHOLE) if name.startswith(title)
+    )
 
 
 def test_a_run_that_meets_every_goal_is_told_so(context: Context) -> None:
-    judged = goals.judge(good_rows(context))
+    judged = goals.judge(good_rows(context), WHOLE)
     assert [said for *_, said in judged] == ["met"] * len(goals.GOALS), judged
 
 
 def test_without_rows_nothing_is_met() -> None:
-    assert {said for *_, said in goals.judge([])} == {"not measured"}
+    assert {said for *_, said in goals.judge([], WHOLE)} == {"not measured"}
 
 
 def test_times_that_mean_nothing_are_not_judged(context: Context) -> None:
-    said = [found[-1] for found in goals.judge(good_rows(context), timed=False)]
+    said = [found[-1] for found in goals.judge(good_rows(context), WHOLE, timed=False)]
     assert said == ["not measured"] * (len(goals.GOALS) - 2) + ["met"] * 2
 
 
 @pytest.mark.parametrize(
     ("title", "part", "form", "change"),
     [
-        ("decode, 32 rows, 32 adapters", "kernels", OURS, {"median_us": 30.5}),
-        ("decode, 64 rows", "kernels", OURS, {"median_us": 201.0}),
-        ("decode, 32 rows of one", "exposed", part_exposed.BESIDE, {"extra_us": 6.5}),
+        ("decode, 32 rows, 32 adapters", "kernels alone", OURS, {"median_us": 30.5}),
+        ("decode, 64 rows", "kernels alone", OURS, {"median_us": 201.0}),
+        ("decode, 1 to 32 rows of one", "exposed", part_exposed.BESIDE, {"extra_us": 6.5}),
         ("against vLLM", "kernels", VLLM, {"median_us": 1.0}),
         ("against SGLang", "kernels", SGLANG_CSGMV, {"median_us": 1.0}),
         ("32 adapters of rank 8", "pool rank", OURS, {"median_us": 17.0}),
         ("prefill", "exposed", ONE_ADAPTER, {"extra_us": 601.0}),
         ("the same, fused", "exposed", part_exposed.FUSED, {"extra_us": 301.0}),
-        ("decode step", "decode", part_model.ENGINE, {"median_us": 4400.0}),
-        ("the same with 32", "decode", part_model.ENGINE, {"median_us": 5600.0}),
+        ("decode step", "decode", names.ENGINE, {"median_us": 4400.0}),
+        ("the same with 32", "decode", names.ENGINE, {"median_us": 5600.0}),
         ("adapter host", "copy", "pages in one run", {"median_us": 1201.0}),
         ("right", "kernels", OURS, {"result": "wrong: qkv: error 3 of the largest result"}),
         ("the same bits", "proofs", "decode: same bits", {"result": "wrong: other bits in 1 of 1000 runs"}),
@@ -286,6 +315,134 @@ def _is_of(title: str, row: Row) -> bool:
 def test_the_best_of_the_peers_counts_and_both_of_our_forms(context: Context) -> None:
     found, _ = verdict(good_rows(context), "against SGLang")
     assert found == "slower at 0 of 4 points; 1.50 times faster in the median"
+
+
+@pytest.mark.parametrize(
+    ("title", "part", "form", "said"),
+    [
+        ("decode, 1 to 32 rows of one", "exposed", part_exposed.BESIDE, "not measured (2 of 3)"),
+        ("against vLLM", "kernels", VLLM, "not measured (3 of 4)"),
+        ("against SGLang", "kernels", SGLANG_CSGMV, "not measured (3 of 4)"),
+        ("right", "exposed", part_exposed.IN_TURN, "not measured (13 of 14)"),
+        ("the same bits", "proofs", "decode: same bits", "not measured"),
+        ("adapter host", "copy", "pages in one run", "not measured"),
+    ],
+)
+def test_a_run_that_was_cut_meets_no_goal_it_has_not_seen_the_whole_of(
+    context: Context, title: str, part: str, form: str, said: str
+) -> None:
+    rows = good_rows(context)
+    rows.remove(next(row for row in rows if (row.part, row.form) == (part, form)))
+    assert verdict(rows, title)[1] == said
+
+
+def test_the_form_that_the_engine_takes_counts_whether_it_is_the_faster_or_not(context: Context) -> None:
+    slow = {("kernels", ONE_ADAPTER): {"median_us": 1000.0}, ("exposed", ONE_ADAPTER): {"extra_us": 700.0}}
+    rows = [replace(row, **slow.get((row.part, row.form), {})) for row in good_rows(context)]  # type: ignore[arg-type]
+    assert verdict(rows, "against vLLM") == (
+        "slower at 1 of 4 points; 1.60 times faster in the median", "not met"
+    )  # fmt: skip
+    assert verdict(rows, "prefill") == ("14.0% (one adapter)", "not met")
+
+
+def test_steps_that_ran_operator_by_operator_are_no_measure_of_the_engine(context: Context) -> None:
+    rows = [replace(row, result="ok; no graphs; replayed 0 of 50 steps") for row in good_rows(context)]
+    found, said = verdict(rows, "decode step")
+    assert found.startswith("1.23")
+    assert said == "not measured: steps were not replayed from graphs"
+
+
+def test_microseconds_are_not_judged_on_another_device(context: Context) -> None:
+    rows = [replace(row, device="NVIDIA H100 80GB HBM3") for row in good_rows(context)]
+    assert verdict(rows, "decode, 32 rows, 32") == ("29.0 us", "not judged: goals are for H200")
+    assert verdict(rows, "prefill")[1] == "met"
+
+
+def test_a_floor_is_of_the_bandwidth_that_the_run_has_found_at_last(context: Context) -> None:
+    rows = [replace(row, moved_bytes=15_000_000_000) for row in good_rows(context)]
+    judged = goals.judge(rows, replace(WHOLE, read=4.0e12))
+    assert next(found for name, _, _, found, _ in judged if name.startswith("decode step")).startswith("1.15")
+
+
+def test_a_part_that_fails_ends_with_a_row_that_says_why(capsys: pytest.CaptureFixture[str]) -> None:
+    def failing() -> Iterator[str]:
+        yield "first"
+        raise RuntimeError("illegal memory access\nmore")
+
+    assert list(guarded(failing(), str.upper)) == ["first", "FAILED: RUNTIMEERROR: ILLEGAL MEMORY ACCESS"]
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_a_package_that_is_not_there_is_missing_and_no_failure() -> None:
+    def make() -> object:
+        return importlib.import_module("no_such_package_at_all")
+
+    assert attempt(make) == "missing: No module named 'no_such_package_at_all'"
+
+
+def test_what_a_part_has_reserved_is_not_used_up_by_those_before() -> None:
+    now = [0.0]
+    budget = Budget(100, {"a": 1, "b": 1, "c": 1}, lambda: now[0], {"b": 40})
+    assert budget.begin("a").left_s == pytest.approx(20)
+    now[0] = 50.0
+    assert budget.begin("b").left_s == pytest.approx(45)
+    now[0] = 99.0
+    assert budget.begin("c").left_s == pytest.approx(1)
+
+
+def test_verdicts_of_a_run_take_the_place_of_its_earlier_ones(context: Context, tmp_path: Path) -> None:
+    path, other = tmp_path / "gpu_goals.csv", replace(context.origin, run="2026-11-25T10:00:00+00:00")
+    verdict_file.write(path, context.origin, [("a", "1", "", "", "not measured")])
+    verdict_file.write(path, other, [("a", "1", "", "2", "not met")])
+    verdict_file.write(path, context.origin, [("a", "1", "", "1", "met")])
+    with path.open() as file:
+        found = [(row["run"][:10], row["verdict"]) for row in csv.DictReader(file)]
+    assert found == [("2026-11-25", "not met"), ("2026-11-24", "met")]
+
+
+NO_BACKEND = """
+import runpy, sys
+
+class Refusing:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in ("manylora", "msgspec"):
+            raise ModuleNotFoundError(f"No module named {name!r}")
+
+sys.meta_path.insert(0, Refusing())
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def test_without_the_backends_packages_the_kernels_are_measured_all_the_same(tmp_path: Path) -> None:
+    suite = [str(BENCH / "gpu_suite.py"), "--cpu-logic", "--out", str(tmp_path), "--peers", str(tmp_path)]
+    done = run_in_interpreter("-c", NO_BACKEND, *suite, "--parts", "pool-rank", "copy", "model")
+    assert done.returncode == 0, done.stdout + done.stderr
+    with (tmp_path / "gpu_suite.csv").open() as file:
+        found = [(row["part"], row["result"].partition(":")[0]) for row in csv.DictReader(file)]
+    assert found == [("pool rank", "ok")] * 2 + [("copy", "missing"), ("decode", "missing")]
+
+
+def test_a_run_that_is_ended_has_its_rows_and_goals(tmp_path: Path) -> None:
+    suite = [str(BENCH / "gpu_suite.py"), "--cpu-logic", "--out", str(tmp_path), "--peers", str(tmp_path)]
+    with subprocess.Popen(
+        [sys.executable, *suite, "--parts", "pool-rank", "table"],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stdout is not None
+        while "# pool-rank: took" not in (line := process.stdout.readline()):
+            assert line, "it ended by itself"
+        process.terminate()
+        rest, errors = process.communicate()
+    assert process.returncode == 128 + signal.SIGTERM, errors
+    assert "verdict" in rest
+    with (tmp_path / "gpu_goals.csv").open() as file:
+        assert len(list(csv.DictReader(file))) == len(goals.GOALS)
+    with (tmp_path / "gpu_suite.csv").open() as file:
+        assert [row["part"] for row in csv.DictReader(file)] == ["pool rank"] * 2
 
 
 def test_the_page_shows_a_run(context: Context, tmp_path: Path) -> None:

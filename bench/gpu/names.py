@@ -1,0 +1,12 @@
+"""Names of forms that the goals read, without what measures them: that needs the backend's packages."""
+
+ENGINE = "engine"
+"""`Runner.logits`: the step's tensors are built, the model runs; without the sampler."""
+STEP = "engine, with the sampler"
+"""`Runner.launch`: the same, and the next tokens chosen."""
+TWIN = "engine, base in as many prompts"
+"""The base model on the prompts of a mix: what the mix is compared with."""
+FORWARD = "forward in one graph"
+"""The forward pass alone, recorded by hand: what is left when the host costs nothing."""
+REPLAYED_ALL = "replayed all"
+"""In the result of an engine's decode whose every step was a recorded graph."""
