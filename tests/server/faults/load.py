@@ -8,6 +8,8 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+from manylora import run_dir
+from manylora.ipc import query_status
 from manylora.serve.background import RunningServer
 from manylora_client import Client, ManyloraClientError
 
@@ -107,6 +109,7 @@ class Bed:
                 thread.start()
             for _ in range(NUM_STREAMS):
                 assert flowing.acquire(timeout=DONE_S), "the load does not flow"
+            self._wait_arrived(seen)
             began = time.monotonic()
             inject()
             for thread in threads:
@@ -119,6 +122,16 @@ class Bed:
             last_end_s=max(each.ended_at for each in seen) - began,
             recovery_s=time.monotonic() - began,
         )
+
+    def _wait_arrived(self, seen: Sequence[Seen]) -> None:
+        """Wait until the engine has the requests without a stream, too, which nothing tells of."""
+        deadline = time.monotonic() + DONE_S
+        while time.monotonic() < deadline:
+            gauges = query_status(run_dir.socket_path(self.server.run_dir, "llm"), timeout_s=DONE_S).gauges
+            num_ended = sum(each.outcome != HUNG for each in seen)
+            if gauges["running"] + gauges["waiting"] + num_ended >= len(seen):
+                return
+        raise AssertionError(f"requests did not arrive in {DONE_S} s: {gauges}")
 
     def _follow(
         self, client: Client, number: int, max_tokens: int, seen: Seen, flowing: threading.Semaphore
