@@ -22,7 +22,7 @@ from manylora import Engine, EngineConfig
 from manylora.engine import sampler
 from manylora.engine.batch import Batch, BatchBuilder
 from manylora.engine.flight import Flight
-from manylora.model import attention, lora_layers
+from manylora.model import grouped_attention, lora_layers
 from manylora_kernels import lora
 from torch.profiler import ProfilerActivity, profile, record_function
 
@@ -60,7 +60,7 @@ def name_parts() -> None:
     BatchBuilder.build = named("part: build tensors", BatchBuilder.build)  # type: ignore[method-assign]
     sampler.choose = named("part: sample", sampler.choose)  # type: ignore[assignment]
     lora.add_lora = named("part: LoRA", lora.add_lora)  # type: ignore[assignment]
-    attention._attend = named("part: attend", attention._attend)  # type: ignore[assignment]
+    grouped_attention.attend = named("part: attend", grouped_attention.attend)  # type: ignore[assignment]
     make_product = lora_layers.make_product
     lora_layers.make_product = lambda *args: named("part: base linears", make_product(*args))  # type: ignore
 

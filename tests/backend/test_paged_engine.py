@@ -6,8 +6,6 @@ They run on a GPU; elsewhere in triton's interpreter, in a process of its own.
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -69,14 +67,5 @@ def test_a_packed_batch_matches_generate(
 
 
 @pytest.mark.skipif(INTERPRETED or DEVICE == "cuda", reason="the tests run in this process")
-def test_passes_in_the_interpreter() -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__],
-        env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
-        cwd=Path(__file__).parents[2],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "3 passed" in done.stdout
+def test_passes_in_the_interpreter(pass_interpreted: Callable[..., str]) -> None:
+    assert "3 passed" in pass_interpreted(__file__)

@@ -7,8 +7,6 @@ in a process of its own: padding, tables and mixes are proved there, the capture
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -411,14 +409,5 @@ def test_a_spoilt_capture_leaves_the_device_usable() -> None:
 
 
 @pytest.mark.skipif(INTERPRETED or DEVICE == "cuda", reason="the tests run in this process")
-def test_passes_in_the_interpreter() -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__],
-        env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
-        cwd=Path(__file__).parents[2],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert f"{NUM_INTERPRETED} passed" in done.stdout
+def test_passes_in_the_interpreter(pass_interpreted: Callable[..., str]) -> None:
+    assert f"{NUM_INTERPRETED} passed" in pass_interpreted(__file__)

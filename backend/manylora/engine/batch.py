@@ -17,7 +17,8 @@ from manylora_kernels.upload import upload
 
 from manylora.errors import ManyloraError
 from manylora.messages import TokenLogprobs
-from manylora.model.attention import AttentionPlan, Group, LayerCache
+from manylora.model.attention import AttentionPlan
+from manylora.model.grouped_attention import Group, LayerCache
 
 if TYPE_CHECKING:
     from manylora.engine.flight import Flight

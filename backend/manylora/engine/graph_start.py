@@ -6,8 +6,7 @@ Shape key: T rows of a step, V vocabulary.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -16,6 +15,7 @@ from manylora_kernels import Mix
 from manylora.engine.batch import Batch, BatchBuilder, StepTensors
 from manylora.engine.graph_recorder import Recorder
 from manylora.engine.step_graphs import Forward, StepGraphs
+from manylora.engine.trial_adapter import trial_adapter
 from manylora.model.loading import LoadedModel, logits_tolerance
 from manylora.model.lora_layers import Site
 
@@ -85,7 +85,7 @@ def _differences(
     """What of a replayed step is not the eager one's, with an adapter in the pool and without any."""
     step = builder.build(probe, num_rows=graphs.bucket_of(len(probe.items)))
     found = _compare(model, forward, step, graphs, len(probe.items), "the base model")
-    with _adapter_in_page_0(model.sites):
+    with trial_adapter([site.pool for site in model.sites if site.pool is not None], 1):
         step.mix = _mix_of_page_0(builder, step.input_ids.shape[1])
         found += _compare(model, forward, step, graphs, len(probe.items), "an adapter")
     return found
@@ -101,24 +101,6 @@ def _compare(
     if difference <= allowed:
         return []
     return [f"logits of {what}, replayed, differ by {difference:.3g}, allowed is {allowed:.3g}"]
-
-
-@contextmanager
-def _adapter_in_page_0(sites: Sequence[Site]) -> Iterator[None]:
-    """Numbers in the first page of every site, as of an adapter that changes much."""
-    pools = [site.pool for site in sites if site.pool is not None]
-    for pool in pools:
-        pool.a[0].normal_(0, pool.num_inputs**-0.5)
-        pool.b[0].normal_(0, 0.1)
-    try:
-        yield
-    finally:
-        for pool in pools:
-            pool.a[0].zero_()
-            pool.b[0].zero_()
-        if pools and pools[0].a.device.type == "cuda":
-            # Adapters are copied on a stream of their own, which knows nothing of this.
-            torch.cuda.synchronize(pools[0].a.device)
 
 
 def _mix_of_page_0(builder: BatchBuilder, num_rows: int) -> Mix:

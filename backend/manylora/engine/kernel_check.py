@@ -13,6 +13,7 @@ import torch
 from manylora_kernels import Mix, SitePool, add_lora, reference
 
 from manylora.engine.batch import BatchBuilder
+from manylora.engine.trial_adapter import trial_adapter
 from manylora.errors import UnsupportedError
 from manylora.model.loading import LoadedModel
 
@@ -39,9 +40,6 @@ def prove_kernels(model: LoadedModel, builder: BatchBuilder) -> None:
                 f"the kernels compute the adapters' term of {spec.name} wrongly on {model.device} with "
                 f"{model.dtype}: found an error of {error:.2g} of the term, allowed {_ALLOWED[model.dtype]:g}"
             )
-    if model.device.type == "cuda":
-        # Adapters are copied on a stream of their own, which knows nothing of this.
-        torch.cuda.synchronize(model.device)
 
 
 def _error(pool: SitePool, kind: int, builder: BatchBuilder, dtype: torch.dtype) -> float:
@@ -61,16 +59,10 @@ def _error(pool: SitePool, kind: int, builder: BatchBuilder, dtype: torch.dtype)
         builder.device,
         triton=builder.triton,
     )
-    mine = slice(0, len(pages))
-    pool.a[mine].normal_(0, pool.num_inputs**-0.5, generator=generator)
-    pool.b[mine].normal_(0, 0.25, generator=generator)
-    try:
+    with trial_adapter([pool], len(pages)):
         add_lora(found, x, pool, mix, kind)
         wanted = torch.zeros_like(found, dtype=torch.float32)
         reference.add_lora(wanted, x, pool, _SLOTS, _SCALES, [pages])
-    finally:
-        pool.a[mine].zero_()
-        pool.b[mine].zero_()
     if not found[without].isnan().all():
         return float("inf")
     found[without] = 0

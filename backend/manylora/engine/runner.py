@@ -25,7 +25,7 @@ from manylora.engine.warm_up import prepare_kernels
 from manylora.errors import UnsupportedError
 from manylora.memory import zeros
 from manylora.messages import SamplingParams
-from manylora.model.attention import LayerCache
+from manylora.model.grouped_attention import LayerCache
 from manylora.model.loading import LoadedModel
 
 log = logging.getLogger(__name__)

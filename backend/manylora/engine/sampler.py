@@ -28,8 +28,6 @@ _LEAST_TEMPERATURE = 1e-30
 """Below this float32 cannot divide; long before, only the best token is left."""
 _MOST_TEMPERATURE = 1e30
 """Above this float32 has no number; long before, all tokens are as likely."""
-
-
 _ROWS_AT_ONCE = 32
 """Rows that draw together: each takes some 40 bytes for every token of the vocabulary."""
 
@@ -77,11 +75,11 @@ def choose(logits_BV: torch.Tensor, items: Seq[Item], eos_token_ids: Seq[int]) -
             rows = every[first : first + _ROWS_AT_ONCE]
             chosen = [items[row] for row in rows]
             rows_F, temperatures_F, draws_F = _uploads(rows, chosen, logits_BV.device)
-            best_F1 = logits_BV.index_select(0, rows_F).gather(1, ids_B.index_select(0, rows_F)[:, None])
-            scaled = logits_BV.index_select(0, rows_F).float().sub_(best_F1.float())
+            scaled = logits_BV.index_select(0, rows_F).float()
             # Measured from the best one, so that the smallest temperature makes no infinity of it. What is
             # not sound draws, too, but from nothing that could stop the others.
-            scaled = scaled.masked_fill_(~is_sound_B.index_select(0, rows_F)[:, None], 0.0)
+            scaled -= scaled.amax(-1, keepdim=True)
+            scaled.masked_fill_(~is_sound_B.index_select(0, rows_F)[:, None], 0.0)
             scaled /= temperatures_F[:, None].float()
             ids_B.index_copy_(0, rows_F, draw(scaled, draws_F[:, None], chosen))
     return Chosen(ids_B, is_sound_B)

@@ -18,7 +18,7 @@ from typing import Any, TypeAlias
 import torch
 from transformers.modeling_outputs import CausalLMOutput
 
-from manylora.model.attention import AttentionPlan, CacheProbe, Steps
+from manylora.model.attention import AttentionPlan, CacheProbe, PlanHolder
 
 log = logging.getLogger(__name__)
 
@@ -65,7 +65,7 @@ class CompiledForward:
     def __init__(self, module: torch.nn.Module, backend: Backend) -> None:
         self._own = module.forward
         self._device = next(module.parameters()).device
-        self._steps = Steps()
+        self._holder = PlanHolder()
         self._compiled = torch.compile(self._logits_function(), backend=backend)
 
     def __call__(
@@ -125,15 +125,15 @@ class CompiledForward:
         is_alone = input_ids.shape[1] > 1 and wanted.shape[0] == 1
         if is_alone:
             wanted = wanted.repeat(2)
-        self._steps.plan = plan
+        self._holder.plan = plan
         try:
             logits = self._compiled(*map(_of_inference, (input_ids, position_ids, wanted)))
         finally:
-            self._steps.plan = None
+            self._holder.plan = None
         return logits[:, :1] if is_alone else logits
 
     def _logits_function(self) -> Callable[..., torch.Tensor]:
-        own, number = self._own, self._steps.number
+        own, number = self._own, self._holder.number
 
         def logits(input_ids: torch.Tensor, position_ids: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
             output = own(

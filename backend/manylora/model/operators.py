@@ -16,9 +16,10 @@ import weakref
 from typing import TYPE_CHECKING, Any
 
 import torch
+from manylora_kernels.attention_plan import Scoring
 
 if TYPE_CHECKING:
-    from manylora.model.attention import Steps
+    from manylora.model.attention import PlanHolder
     from manylora.model.lora_layers import ProductLinear, Site
 
 _numbers = itertools.count()
@@ -77,15 +78,16 @@ def attention(
     key: torch.Tensor,
     value: torch.Tensor,
     sinks: torch.Tensor | None,
-    steps: int,
+    plan_holder: int,
     layer: int,
     scaling: float,
     window: int,
     softcap: float | None,
 ) -> torch.Tensor:
     """[1, H, T, D], [1, V, T, D], [1, V, T, E] -> [1, T, H, E]: what the plan of the current step says."""
-    owner: Steps = _objects[steps]
-    return owner.attend(query, key, value, sinks, layer, scaling, window, softcap).contiguous()
+    owner: PlanHolder = _objects[plan_holder]
+    scoring = Scoring(scaling=scaling, window=window, softcap=softcap, sinks=sinks)
+    return owner.attend(query, key, value, layer, scoring).contiguous()
 
 
 @attention.register_fake
@@ -94,7 +96,7 @@ def _(
     key: torch.Tensor,
     value: torch.Tensor,
     sinks: torch.Tensor | None,
-    steps: int,
+    plan_holder: int,
     layer: int,
     scaling: float,
     window: int,
