@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import re
 import types
 import typing
@@ -47,6 +48,13 @@ class EngineConfig:
     pinned_adapters: tuple[str, ...] = ()
     """Adapters loaded at start and never evicted from the host cache or the device pool. What fails
     when the engine is started again is pinned as soon as it loads."""
+
+    adapter_settle_s: float = 1.0
+    """Seconds that an adapter's files must have been left alone before they are read as a new version. A new
+    adapter is not served before that either."""
+    adapter_check_s: float = 2.0
+    """Seconds after which a request has an adapter's files looked at again for changes. 0: each request waits
+    for a look. Negative: never."""
 
     dtype: str = "auto"
     """auto (the checkpoint's), float32, float16 or bfloat16."""
@@ -129,6 +137,11 @@ def _parse(key: str, text: str, kind: Any) -> Any:
             return int(text)
         except ValueError:
             raise InvalidArgumentError(f"{key}={text!r}: expected an integer") from None
+    if kind is float:
+        try:
+            return float(text)
+        except ValueError:
+            raise InvalidArgumentError(f"{key}={text!r}: expected a number") from None
     if isinstance(kind, types.GenericAlias):
         return tuple(part.strip() for part in text.split(",") if part.strip())
     return text
@@ -139,6 +152,11 @@ def _check(config: EngineConfig) -> None:
         value = getattr(config, f.name)
         if f.type == "int" and value < 0:
             raise InvalidArgumentError(f"{f.name}={value}: must not be negative")
+    for name in ("adapter_settle_s", "adapter_check_s"):
+        value = getattr(config, name)
+        if not math.isfinite(value) or (value < 0 and name == "adapter_settle_s"):
+            allowed = "not be negative" if name == "adapter_settle_s" else "be finite"
+            raise InvalidArgumentError(f"{name}={value:g}: must {allowed}")
     for name in (
         "max_loras",
         "max_lora_rank",

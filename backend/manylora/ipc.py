@@ -39,6 +39,9 @@ Item = TypeVar("Item")
 
 log = logging.getLogger(__name__)
 
+HEARTBEAT_TIMEOUT_MS = 15_000
+"""Silence of the engine's end of a connection after which it is dead. zmq's own threads answer for it."""
+
 _encode = msgspec.msgpack.Encoder().encode
 _decode: Callable[[bytes], FromEngine] = msgspec.msgpack.Decoder(FromEngine).decode
 
@@ -108,6 +111,9 @@ class EngineConnection:
         self._dealer.set(zmq.SNDHWM, 0)
         self._dealer.set(zmq.RCVHWM, 0)
         self._dealer.set(zmq.RECONNECT_IVL, 100)
+        # An engine that was killed while a thread hung in the kernel leaves its end of the connection open.
+        self._dealer.set(zmq.HEARTBEAT_IVL, 2000)
+        self._dealer.set(zmq.HEARTBEAT_TIMEOUT, HEARTBEAT_TIMEOUT_MS)
         self._monitor = self._dealer.get_monitor_socket(
             zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED
         )

@@ -18,12 +18,18 @@ from typing import Any
 from manylora import errors
 from manylora.config import EngineConfig
 from manylora.errors import ManyloraError, UnavailableError
+from manylora.process_state import is_alive
 from manylora.pulse import MAX_SILENT_TURNS, MAX_SILENT_TURNS_AT_START, PulseListener, Silence
 
 log = logging.getLogger(__name__)
 
 STOP_S = 25.0
 """Time for the engine to close, a little more than it gives itself."""
+KILL_S = 5.0
+"""Time for a killed engine to go."""
+LOOK_S = 1.0
+HANGS = -999
+"""Instead of the exit status of a process of which threads hang in the kernel."""
 FIRST_PAUSE_S = 1.0
 MAX_PAUSE_S = 30.0
 STEADY_S = 60.0
@@ -95,7 +101,7 @@ class EngineProcess:
         """
         while self._listen(MAX_SILENT_TURNS) is not None:
             pass
-        return self._process.wait()
+        return self._await_end(KILL_S)
 
     def _listen(self, max_silent_turns: int) -> bytes | None:
         """The next line that it says; None when it has ended, or shows no life and is killed."""
@@ -115,15 +121,30 @@ class EngineProcess:
         assert self._process.stdout
         with contextlib.suppress(BrokenPipeError):
             self._process.stdin.close()
-        try:
-            status = self._process.wait(STOP_S)
-        except subprocess.TimeoutExpired:
+        status = self._await_end(STOP_S)
+        if status == HANGS and is_alive(self.pid):
             log.error("the engine process %d does not end; it is killed", self.pid)
             self._process.kill()
-            status = self._process.wait()
+            status = self._await_end(KILL_S)
         with self._listening:
             self._process.stdout.close()
         return status
+
+    def _await_end(self, timeout_s: float) -> int:
+        """Wait for its end, but for no thread of it that hangs in the kernel, which no signal ends.
+
+        Returns: the exit status; HANGS if it has none yet.
+        """
+        for _ in range(max(1, round(timeout_s / LOOK_S))):
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                return self._process.wait(LOOK_S)
+            if not is_alive(self.pid):
+                # Only its first thread has ended. It keeps its memory, and harms nobody.
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    return self._process.wait(LOOK_S)
+                log.error("the engine process %d has ended but for threads that hang in the kernel", self.pid)
+                break
+        return HANGS
 
 
 class EngineKeeper:

@@ -111,6 +111,10 @@ class AdapterState(msgspec.Struct, frozen=True, kw_only=True):
     num_bytes: int = 0
     num_running: int = 0
     pinned: bool = False
+    outdated: bool = False
+    """New requests get a newer version, or none: it goes with the last sequence that ends on it."""
+    files_error: str = ""
+    """Why the files as they are now cannot be served, while this older version is. Empty: they can."""
 
 
 class Status(msgspec.Struct, tag="engine_status", frozen=True, kw_only=True):

@@ -20,3 +20,8 @@ def process_state(pid: int) -> str:
 def is_stopped(pid: int) -> bool:
     """Say whether a signal (SIGSTOP and its like) holds the process. One under a debugger is not meant."""
     return process_state(pid) == "T"
+
+
+def is_alive(pid: int) -> bool:
+    """Say whether the process runs. A zombie does not, nor one whose last threads hang in the kernel."""
+    return process_state(pid) not in ("", "Z", "X")

@@ -11,7 +11,7 @@ import os
 import select
 import threading
 
-from manylora.process_state import is_stopped
+from manylora.process_state import is_alive, is_stopped
 
 BEAT_S = 1.0
 
@@ -85,6 +85,9 @@ class PulseListener:
                 num_silent = 0
                 continue
             num_silent += 1
+            if num_silent >= MAX_STOPPED_TURNS and not is_alive(self._pid):
+                # A thread that hangs in the kernel keeps the pipe open.
+                return None
             if num_silent >= MAX_STOPPED_TURNS and is_stopped(self._pid):
                 raise Silence("a signal has stopped it")
             if num_silent >= max_silent_turns:

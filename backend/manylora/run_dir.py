@@ -11,6 +11,7 @@ from pathlib import Path
 
 from manylora import errors
 from manylora.errors import InvalidArgumentError, ManyloraError, UnavailableError
+from manylora.process_state import is_alive
 
 MAX_SOCKET_PATH_BYTES = 107
 """sun_path of a Unix socket is 108 bytes with its end mark."""
@@ -77,15 +78,23 @@ def lock(path: Path) -> int:
     Raises:
         UnavailableError: another process serves it.
     """
-    fd = os.open(path.with_suffix(".lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        os.close(fd)
-        raise UnavailableError(
-            f"socket {path}: another engine serves it; stop that one or use another run_dir"
-        ) from error
-    return fd
+    lock_path = path.with_suffix(".lock")
+    for _ in range(2):
+        fd = os.open(lock_path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            holder = os.pread(fd, 32, 0)
+            os.close(fd)
+            if not holder.isdigit() or is_alive(int(holder)):
+                break
+            # It has ended, but for threads that hang in the kernel and keep its lock.
+            lock_path.unlink(missing_ok=True)
+        else:
+            os.ftruncate(fd, 0)
+            os.pwrite(fd, str(os.getpid()).encode(), 0)
+            return fd
+    raise UnavailableError(f"socket {path}: another engine serves it; stop that one or use another run_dir")
 
 
 def clear(run_dir: Path, model: str) -> None:

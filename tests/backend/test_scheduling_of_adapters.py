@@ -14,6 +14,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from manylora.adapters.adapter_files import NAMES as NAMES_OF_FILES
 from manylora.adapters.device_pool import DevicePool
 from manylora.adapters.lease import Stage
 from manylora.adapters.registry import Registry
@@ -61,6 +62,7 @@ class World:
     """The clock of deadlines."""
     may_read: threading.Event = field(default_factory=threading.Event)
     num_read: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(0))
+    num_looked: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(0))
 
     def __post_init__(self) -> None:
         config = EngineConfig(
@@ -69,11 +71,11 @@ class World:
             max_loras=self.max_loras,
             max_lora_rank=32,
             max_cpu_loras=self.max_cpu_loras,
+            adapter_settle_s=0.0,
+            adapter_check_s=-1.0,
         )
         pool = DevicePool(SPEC, self.max_loras, 32, torch.float32, torch.device("cpu"))
-        self.registry = Registry(
-            SPEC, config, pool, torch.float32, wake=self.num_read.release, read=self.read
-        )
+        self.registry = Registry(SPEC, config, pool, torch.float32, wake=self.wake, read=self.read)
         limits = Limits(
             max_loras=self.max_loras,
             max_num_seqs=self.max_num_seqs,
@@ -83,6 +85,17 @@ class World:
             max_passes=self.max_num_seqs,
         )
         self.scheduler = Scheduler(limits, BlockPool(self.num_blocks, 4), self.registry, [])
+
+    def wake(self) -> None:
+        is_look = threading.current_thread().name.startswith("manylora-looker")
+        (self.num_looked if is_look else self.num_read).release()
+
+    def poll(self) -> None:
+        """Poll until all adapters that are asked for have been looked for."""
+        self.registry.poll()
+        while self.registry._lookout.is_looking:
+            self.num_looked.acquire()
+            self.registry.poll()
 
     def read(self, directory: Path) -> AdapterWeights:
         """On a loader's thread: rank 16, or 32 for `d`."""
@@ -126,7 +139,7 @@ class World:
             assert 0 < sequence.deadline_s <= self.num_turns
             self.end(sequence)
         self.scheduler.failed.clear()
-        self.registry.poll()
+        self.poll()
         batch = self.scheduler.schedule()
         assert self.scheduler.failed == []
         assert all(not 0 < s.deadline_s <= self.num_turns for s in self.scheduler.running)
@@ -138,8 +151,7 @@ class World:
                     self.end(result.sequence)
         assert self.scheduler.check() + self.registry.check() == []
         self.may_read.set()
-        entries = self.registry._intake.entries.values()
-        for _ in range(sum(entry.stage is Stage.LOADING for entry in entries)):
+        for _ in range(sum(entry.stage is Stage.LOADING for entry in self.registry._versions)):
             self.num_read.acquire()
         return batch is not None or num_missed > 0
 
@@ -156,6 +168,8 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("adapters")
     for name in NAMES:
         (root / name).mkdir()
+        for file in NAMES_OF_FILES:
+            (root / name / file).touch()
     return root
 
 

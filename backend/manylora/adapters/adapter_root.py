@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 from pathlib import Path
 
+from manylora.adapters.adapter_files import Sight, look_at
 from manylora.adapters.reasons import quote
 from manylora.config import ADAPTER_NAME, resolve_directory
-from manylora.errors import InvalidArgumentError, NotFoundError
+from manylora.errors import InvalidArgumentError, NotFoundError, UnavailableError
+
+_ABSENT = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG)
+"""What the system says of a path that leads nowhere. All else says that it cannot tell."""
 
 
 class AdapterRoot:
@@ -19,24 +24,50 @@ class AdapterRoot:
     def __init__(self, path: str) -> None:
         self.path: Path | None = resolve_directory(path, "adapter_root") if path else None
 
+    def check_name(self, name: str) -> None:
+        """Refuse a name that none of its directories can have, without looking at the disk.
+
+        Raises:
+            InvalidArgumentError: `name` is none that an adapter can have.
+            NotFoundError: this server has no adapters.
+        """
+        if not ADAPTER_NAME.fullmatch(name):
+            raise InvalidArgumentError(f"adapter name {quote(name)}: must match {ADAPTER_NAME.pattern}")
+        if self.path is None:
+            raise NotFoundError(f"adapter {name!r} is not found: this server has no adapter_root")
+
     def find(self, name: str) -> Path:
         """The adapter's directory, links followed.
 
         Raises:
             InvalidArgumentError: `name` is none that an adapter can have, or its directory lies elsewhere.
             NotFoundError: there is no such directory.
+            UnavailableError: whether there is one cannot be seen now.
         """
-        if not ADAPTER_NAME.fullmatch(name):
-            raise InvalidArgumentError(f"adapter name {quote(name)}: must match {ADAPTER_NAME.pattern}")
-        if self.path is None:
-            raise NotFoundError(f"adapter {name!r} is not found: this server has no adapter_root")
+        self.check_name(name)
+        assert self.path is not None, "a name that was checked has a root"
         try:
             directory = (self.path / name).resolve(strict=True)
+            if self.path not in directory.parents:
+                raise InvalidArgumentError(f"adapter {name!r} is a link that leaves adapter_root")
+            is_directory = directory.is_dir()
         except (OSError, RuntimeError) as error:
             # RuntimeError: how older Pythons report a loop of links.
+            if isinstance(error, OSError) and error.errno not in _ABSENT:
+                raise UnavailableError(f"adapter {name!r} cannot be looked for: {error.strerror}") from error
+            if not self.path.is_dir():
+                raise UnavailableError(f"adapter {name!r} cannot be looked for: no adapter_root") from error
             raise NotFoundError(f"adapter {name!r} is not found") from error
-        if self.path not in directory.parents:
-            raise InvalidArgumentError(f"adapter {name!r} is a link that leaves adapter_root")
-        if not directory.is_dir():
+        if not is_directory:
             raise NotFoundError(f"adapter {name!r} is not found")
         return directory
+
+    def look(self, name: str) -> Sight:
+        """See which files the adapter's directory holds. Raises what `find` raises, naming the adapter."""
+        directory = self.find(name)
+        try:
+            return look_at(directory)
+        except NotFoundError as error:
+            raise NotFoundError(f"adapter {name!r} is not found") from error
+        except UnavailableError as error:
+            raise UnavailableError(f"adapter {name!r}: {error.message}") from error

@@ -6,6 +6,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+from manylora.adapters.adapter_files import Stamp
 from manylora.errors import ManyloraError, from_code
 
 FIRST_PAUSE_S = 1.0
@@ -16,12 +17,17 @@ MAX_REMEMBERED = 1024
 @dataclass(frozen=True, slots=True)
 class _Failure:
     error: ManyloraError
+    stamp: Stamp | None
     pause_s: float
     retry_at_s: float
 
 
 class Failures:
-    """The last failure of each adapter. The pause before the next try doubles: 1, 2, 4 .. 60 s."""
+    """The last failure of each adapter, which belongs to the files as they were then.
+
+    As long as they stay so, the pause before the next try doubles: 1, 2, 4 .. 60 s. Once they are others it
+    says nothing of them.
+    """
 
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock
@@ -30,20 +36,27 @@ class Failures:
     def __iter__(self) -> Iterator[str]:
         return iter(self._failures)
 
-    def remember(self, name: str, error: ManyloraError) -> None:
+    def remember(self, name: str, error: ManyloraError, stamp: Stamp | None = None) -> None:
+        """Begin a pause.
+
+        Args:
+            stamp: of the files that were read.
+        """
         last = self._failures.pop(name, None)
-        pause_s = min(2 * last.pause_s, MAX_PAUSE_S) if last is not None else FIRST_PAUSE_S
-        self._failures[name] = _Failure(error, pause_s, self._clock() + pause_s)
+        is_repeated = last is not None and last.stamp == stamp
+        pause_s = min(2 * last.pause_s, MAX_PAUSE_S) if last is not None and is_repeated else FIRST_PAUSE_S
+        self._failures[name] = _Failure(error, stamp, pause_s, self._clock() + pause_s)
         while len(self._failures) > MAX_REMEMBERED:
             self._failures.popitem(last=False)
 
-    def recall(self, name: str) -> ManyloraError | None:
-        """The failure as a new error, while its pause lasts."""
+    def recall(self, name: str, stamp: Stamp | None = None) -> ManyloraError | None:
+        """The failure as a new error, while its pause lasts and the files have this stamp."""
         failure = self._failures.get(name)
-        if failure is None or self._clock() >= failure.retry_at_s:
+        if failure is None or failure.stamp != stamp or self._clock() >= failure.retry_at_s:
             return None
         # A new object: one that is raised again and again would gather a traceback from each time.
         return from_code(failure.error.code, failure.error.message)
 
     def forget(self, name: str) -> None:
+        """The adapter could be loaded, or is there no more."""
         self._failures.pop(name, None)

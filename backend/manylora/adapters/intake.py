@@ -3,22 +3,39 @@
 from __future__ import annotations
 
 import bisect
-from pathlib import Path
+import dataclasses
+from collections.abc import Callable, Iterable
+from typing import Protocol
 
+from manylora.adapters.adapter_files import Sight
 from manylora.adapters.failures import Failures
-from manylora.adapters.host_cache import HostCache
-from manylora.adapters.lease import Entry, Order, Stage
-from manylora.adapters.loader import Loaded, Loader
-from manylora.adapters.residents import Residents
+from manylora.adapters.lease import Entry, Lease, Order, Stage
+from manylora.adapters.load import Loaded
+from manylora.adapters.loader import Job, Loader
+from manylora.adapters.versions import Versions, no_room
 from manylora.adapters.weights import AdapterWeights
-from manylora.errors import ManyloraError, UnavailableError
+from manylora.errors import ManyloraError
+
+
+class Reported(Protocol):
+    """Who wants to know how loads end."""
+
+    def on_loaded(self, entry: Entry) -> None:
+        """What new requests get is what the files hold."""
+
+    def on_invalid(self, loaded: Loaded, name: str) -> None:
+        """Changed files cannot be served; what was there before goes on being."""
+
+    def on_torn(self, loaded: Loaded, name: str, leases: list[Lease]) -> None:
+        """The files must be left alone for a while before they are read. These leases wait for that."""
 
 
 class Intake:
-    """Every adapter that is neither absent nor failed, and the queue of those whose load has not begun.
+    """The loads, and the queue of versions that lack a slot.
 
     A load begins when a thread of the loader is free for it, and takes its slot only then: until it begins it
-    can be withdrawn, and whatever comes before it in the order overtakes it.
+    can be withdrawn, and whatever comes before it in the order overtakes it. One that stalls gives its slot
+    back. A new version of an adapter that is there is read beside the cache, one at a time.
 
     A slot goes to the adapter whose first lease comes first (`Lease.order`: by priority, then by age).
     Adapters without leases make room first, least recently used first; then those that have only waiting
@@ -27,104 +44,196 @@ class Intake:
     """
 
     def __init__(
-        self, host: HostCache[AdapterWeights], residents: Residents, failures: Failures, loader: Loader
+        self,
+        versions: Versions,
+        failures: Failures,
+        loader: Loader[Loaded],
+        load: Callable[[str, Sight], Loaded],
     ) -> None:
-        self.entries: dict[str, Entry] = {}
         self.num_loads = 0
-        self._host = host
-        self._residents = residents
+        self.report: Reported
+        """Set by the registry before the first poll."""
+        self._versions = versions
+        self._host = versions.host
         self._failures = failures
         self._loader = loader
-        self._queued: dict[str, Entry] = {}
+        self._load = load
+        self._updates: dict[str, Entry] = {}
+        """New versions that are being read, by name."""
+        self._reading: dict[Job[Loaded], Entry] = {}
+        self._hung: dict[Job[Loaded], str] = {}
+        """Reads that have been given up and keep their thread, with the adapters' names."""
 
-    def enter(self, name: str, directory: Path) -> Entry:
-        """Queue an absent adapter. The caller gives it a lease before the next `poll`."""
-        entry = self.entries[name] = self._queued[name] = Entry(name, directory)
-        return entry
-
-    def withdraw(self, entry: Entry) -> None:
-        """Forget a queued adapter that nobody waits for any more."""
-        del self._queued[entry.name], self.entries[entry.name]
+    def enter(self, name: str, sight: Sight, leases: Iterable[Lease]) -> None:
+        """Queue an absent adapter for those who want it."""
+        entry = self._versions.current[name] = Entry(name, sight)
+        self._versions.queued[entry] = None
+        for lease in leases:
+            entry.add(lease)
 
     def admit(self, entry: Entry, weights: AdapterWeights) -> None:
         """Take in an adapter that was read outside the queue."""
-        self.entries[entry.name] = entry
-        self._host.reserve(entry.name)
-        self._fill(entry, weights)
+        self._versions.current[entry.name] = entry
+        self.num_loads += 1
+        self._host.reserve(entry)
+        self._versions.fill(entry, weights)
 
-    def expel(self, entry: Entry) -> None:
-        """Drop a loaded adapter, not active, that no longer finds room beside the pinned ones."""
-        self._host.release(entry.name, len(entry.leases))
-        self._host.evict(entry.name)
-        self._leave_device(entry.name)
-        del self.entries[entry.name]
-        _fail_leases(entry, _no_room(entry.name))
+    def try_update(self, name: str, sight: Sight) -> bool:
+        """Read a new version of an adapter that is there; False if too much is in the works.
+
+        What is read beside the cache takes memory beyond it. So it is one at a time, and none while as many
+        as there are threads wait for a slot; and one thread is left to those who wait for a first load.
+        """
+        num_waiting = sum(entry.is_update for entry in self._versions.queued)
+        if self._updates or num_waiting >= self._loader.num_threads or not self._num_idle:
+            return False
+        entry = self._updates[name] = Entry(name, sight, is_update=True)
+        self._begin(entry)
+        return True
+
+    def is_updating(self, name: str) -> bool:
+        return name in self._updates
+
+    def is_hung(self, name: str) -> bool:
+        """Whether a read of the adapter has been given up and keeps its thread."""
+        return name in self._hung.values()
 
     def poll(self) -> None:
         """Take finished loads and start the next ones: as many as the loader has idle threads."""
-        for loaded in self._loader.take():
-            self._finish(loaded)
-        if not self._queued:
+        for job in self._loader.take():
+            self._take(job)
+        for job, entry in self._reading.items():
+            if job.is_stalled and entry in self._host:
+                # Its thread may never come back. Others can use the slot.
+                self._host.abandon(entry)
+        if not self._versions.queued:
             return
-        num_idle = self._loader.num_threads - self._num_loading
-        for entry in self._in_order()[:num_idle]:
+        num_idle = self._num_idle
+        for entry in self._in_order():
+            if entry.in_hand is None and not num_idle:
+                continue
             if not self._make_slot(entry.first):
                 break
-            self._host.reserve(entry.name)
-            self._host.acquire(entry.name, len(entry.leases))
-            entry.stage = Stage.LOADING
-            del self._queued[entry.name]
-            self._loader.submit(entry.name, entry.directory)
+            self._host.reserve(entry)
+            if entry.leases:
+                self._host.acquire(entry, len(entry.leases))
+            del self._versions.queued[entry]
+            if entry.in_hand is not None:
+                self._versions.fill(entry, entry.in_hand)
+            else:
+                num_idle -= 1
+                self._begin(entry)
         self._mark_queued()
 
     def check(self) -> list[str]:
         """Broken invariants of the queue."""
-        queued = sorted(name for name, entry in self.entries.items() if entry.stage is Stage.QUEUED)
-        wrong = [f"host cache: {name} is not known" for name in self._host if name not in self.entries]
-        if queued != sorted(self._queued):
-            wrong.append(f"{queued} are queued, but {sorted(self._queued)} are in the queue")
-        if self._num_loading > self._loader.num_threads:
-            wrong.append(f"{self._num_loading} loads have begun, for {self._loader.num_threads} threads")
+        loading = {entry for entry in self._versions if entry.stage is Stage.LOADING}
+        reading = set(self._reading.values())
+        wrong = [f"{e} is not being read" for e in loading - reading]
+        wrong += [f"{e} is read for nobody" for e in reading - loading - set(self._updates.values())]
+        if self._num_reading > self._loader.num_threads:
+            wrong.append(f"{self._num_reading} loads have begun, for {self._loader.num_threads} threads")
+        if len(self._updates) > 1:
+            wrong.append(f"{len(self._updates)} new versions are read at once")
         return wrong
 
-    def _finish(self, loaded: Loaded) -> None:
-        entry = self.entries[loaded.name]
-        assert entry.stage is Stage.LOADING, f"{entry.name} was loaded while {entry.stage}"
+    def _begin(self, entry: Entry) -> None:
+        entry.stage = Stage.LOADING
+        name, sight = entry.name, entry.sight
+        job = Job(name, lambda: self._load(name, sight))
+        self._reading[job] = entry
+        self._loader.submit(job)
+
+    def _take(self, job: Job[Loaded]) -> None:
+        if self._hung.pop(job, None) is not None:
+            # Given up long ago; its thread is back.
+            return
+        entry = self._reading.pop(job)
+        if job.is_hung:
+            self._hung[job] = entry.name
+        loaded = job.value
+        if loaded is None or job.is_hung:
+            loaded = Loaded(sight=entry.sight, error=job.error)
+        if entry.is_update:
+            self._finish_update(entry, loaded)
+        else:
+            self._finish(entry, loaded, was_read=job.value is not None)
+
+    def _finish(self, entry: Entry, loaded: Loaded, *, was_read: bool) -> None:
         weights, error = loaded.weights, loaded.error
-        if weights is not None and not self._residents.fits_beside_pinned(weights):
-            error = _no_room(entry.name)
+        if weights is not None and not self._versions.residents.fits_beside_pinned(weights):
+            error = no_room(entry.name)
+        if weights is None or error is not None or loaded.is_torn:
+            self._give_up(entry, loaded, error, was_read=was_read)
+            return
+        self.num_loads += 1
+        self._failures.forget(entry.name)
+        entry.sight = loaded.sight
+        if entry in self._host:
+            self._versions.fill(entry, weights)
+        elif entry.leases:
+            self._versions.hold(entry, weights)
+        else:
+            del self._versions.current[entry.name]
+        self.report.on_loaded(entry)
+
+    def _give_up(self, entry: Entry, loaded: Loaded, error: ManyloraError | None, *, was_read: bool) -> None:
+        leases = list(entry.leases.values())
+        for lease in leases:
+            entry.drop(lease)
+        if entry in self._host:
+            self._host.abandon(entry)
+        del self._versions.current[entry.name]
+        if loaded.is_torn:
+            self.report.on_torn(loaded, entry.name, leases)
+            return
+        assert error is not None, "a load without a result"
+        if was_read:
+            self._failures.remember(entry.name, error, loaded.sight.stamp)
+        for lease in leases:
+            lease.error = error
+
+    def _finish_update(self, entry: Entry, loaded: Loaded) -> None:
+        del self._updates[entry.name]
+        current = self._versions.current.get(entry.name)
+        if current is None:
+            # It has left the cache meanwhile, or its directory the disk.
+            return
+        if loaded.is_torn:
+            self.report.on_torn(loaded, entry.name, [])
+            return
+        weights, error = loaded.weights, loaded.error
+        if weights is not None and not self._versions.residents.fits_beside_pinned(weights, without=current):
+            error = no_room(entry.name)
         if weights is None or error is not None:
             assert error is not None, "a load without a result"
-            self._failures.remember(entry.name, error)
-            self._host.abandon(entry.name)
-            del self.entries[entry.name]
-            _fail_leases(entry, error)
+            self._failures.remember(entry.name, error, loaded.sight.stamp)
+            self.report.on_invalid(dataclasses.replace(loaded, error=error), entry.name)
             return
         self._failures.forget(entry.name)
-        self._fill(entry, weights)
-        self._fail_outdated(entry, weights)
-
-    def _fill(self, entry: Entry, weights: AdapterWeights) -> None:
-        self._host.fill(entry.name, weights)
-        entry.weights = weights
-        entry.stage = Stage.READY
-        self.num_loads += 1
-
-    def _fail_outdated(self, entry: Entry, weights: AdapterWeights) -> None:
-        """Tokens of one version must not go on under another."""
-        for lease in list(entry.leases.values()):
-            if lease.used_version not in ("", weights.version):
-                lease.error = UnavailableError(f"adapter {entry.name!r} was replaced during the request")
-                lease.entry = None
-                entry.drop(lease)
-                self._host.release(entry.name)
+        if weights.version != current.version:
+            # Files may be put back as they were while sequences still run under that version.
+            found = self._versions.find_outdated(entry.name, weights.version)
+            if found is None:
+                self.num_loads += 1
+                found = entry
+                self._versions.hold(entry, weights)
+            self._versions.supersede(current, found)
+            current = found
+        current.sight = loaded.sight
+        self.report.on_loaded(current)
 
     @property
-    def _num_loading(self) -> int:
-        return sum(entry.stage is Stage.LOADING for entry in self.entries.values())
+    def _num_reading(self) -> int:
+        """Loads that have begun, without those whose thread has a substitute."""
+        return sum(not job.is_stalled for job in self._reading)
+
+    @property
+    def _num_idle(self) -> int:
+        return max(0, self._loader.num_threads - self._num_reading)
 
     def _in_order(self) -> list[Entry]:
-        return sorted(self._queued.values(), key=lambda entry: entry.first)
+        return sorted(self._versions.queued, key=lambda entry: entry.first)
 
     def _mark_queued(self) -> None:
         """Find out which of the queue only wait for a thread: as many as `_make_slot` could serve now."""
@@ -135,46 +244,22 @@ class Intake:
             entry.lacks_slot = num_before >= num_slots
 
     def _replaceable(self) -> list[Entry]:
-        """Loaded adapters with waiting leases only, which may have to give way to those before them."""
+        """Loaded versions with waiting leases only, which may have to give way to those before them."""
         return [
             entry
-            for entry in self.entries.values()
+            for entry in self._versions
             if entry.stage is Stage.READY
             and entry.leases
             and not entry.num_active
-            and not self._host[entry.name].is_pinned
+            and not self._host[entry].is_pinned
         ]
 
     def _make_slot(self, order: Order) -> bool:
         """Free a host slot for an adapter whose first lease has this order."""
-        if not self._host.is_full:
-            return True
-        evicted = self._host.try_evict()
-        if evicted is not None:
-            self._leave_device(evicted)
-            del self.entries[evicted]
+        if not self._host.is_full or self._versions.try_evict():
             return True
         behind = [entry for entry in self._replaceable() if entry.first > order]
         if not behind:
             return False
-        victim = max(behind, key=lambda entry: entry.first)
-        self._host.evict(victim.name)
-        self._leave_device(victim.name)
-        victim.stage = Stage.QUEUED
-        victim.weights = None
-        victim.lacks_slot = True
-        self._queued[victim.name] = victim
+        self._versions.displace(max(behind, key=lambda entry: entry.first))
         return True
-
-    def _leave_device(self, name: str) -> None:
-        if name in self._residents:
-            self._residents.drop(name)
-
-
-def _no_room(name: str) -> UnavailableError:
-    return UnavailableError(f"adapter {name!r} has no room in the device pool beside pinned ones")
-
-
-def _fail_leases(entry: Entry, error: ManyloraError) -> None:
-    for lease in entry.leases.values():
-        lease.error, lease.entry = error, None

@@ -1,37 +1,45 @@
-"""A sequence's hold on an adapter, and the adapter's state that all its leases share."""
+"""A sequence's hold on an adapter, and the state of one version of an adapter that all its leases share."""
 
 from __future__ import annotations
 
 import bisect
 import enum
+import math
 from dataclasses import dataclass, field
-from pathlib import Path
 
+from manylora.adapters.adapter_files import Sight
 from manylora.adapters.device_pool import Placement, needed_pages
 from manylora.adapters.weights import AdapterWeights
 from manylora.errors import ManyloraError
 
-Order = tuple[int, int]
+Order = tuple[float, int]
 """(-priority, number): what comes first sorts first. The scheduler's queue has the same order."""
+
+LAST: Order = (math.inf, 0)
+"""Of what nobody waits for."""
 
 
 class Stage(enum.Enum):
-    """How far an adapter is on its way from disk to host memory."""
+    """How far a version is on its way from disk to host memory."""
 
     QUEUED = "queued"
     """Waits for a slot in the host cache, or for a thread of the loader."""
     LOADING = "loading"
-    """Is being read into its slot."""
+    """Is being read, into its slot or beside the cache."""
     READY = "ready"
     """Is in host memory."""
 
 
 @dataclass(slots=True, eq=False)
 class Entry:
-    """One adapter that is wanted or held. The registry changes it; absent and failed adapters have none."""
+    """One version of an adapter that is wanted or held, or the one that its first load will give.
+
+    The registry changes it; absent and failed adapters have none.
+    """
 
     name: str
-    directory: Path
+    sight: Sight
+    """How its files stood when it was read; before that, when it was asked for."""
     stage: Stage = Stage.QUEUED
     leases: dict[int, Lease] = field(default_factory=dict)
     """By number."""
@@ -42,21 +50,45 @@ class Entry:
     num_active: int = 0
     """Leases in active use."""
     weights: AdapterWeights | None = None
+    """In its slot."""
+    in_hand: AdapterWeights | None = None
+    """While queued: what its slot will hold, since it cannot or need not be read again."""
+    is_update: bool = False
+    """Is read beside the cache, in which its predecessor may still be, and has had no slot yet."""
+    is_stale: bool = False
+    """Its files have changed since it was read: it could not be read again."""
     placement: Placement | None = None
     """Where it lies in the device pool, while a lease is in active use."""
 
+    def __str__(self) -> str:
+        version = self.weights or self.in_hand
+        return f"{self.name} {version.version[:12]}" if version else self.name
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether it has been read."""
+        return self.weights is not None or self.in_hand is not None
+
+    @property
+    def version(self) -> str:
+        """Content hash; empty before it has been read."""
+        found = self.weights or self.in_hand
+        return found.version if found else ""
+
     @property
     def first(self) -> Order:
-        """Order of the lease that comes first. Only for entries with leases."""
-        return self.orders[0]
+        """Order of the lease that comes first."""
+        return self.orders[0] if self.orders else LAST
 
     def add(self, lease: Lease) -> None:
         """Take in a lease."""
+        lease.entry = self
         self.leases[lease.number] = lease
         bisect.insort(self.orders, lease.order)
 
     def drop(self, lease: Lease) -> None:
         """Let a lease go."""
+        lease.entry = None
         del self.leases[lease.number]
         del self.orders[bisect.bisect_left(self.orders, lease.order)]
 
@@ -69,33 +101,39 @@ class Lease:
         "entry",
         "error",
         "is_active",
+        "is_asking",
         "is_released",
         "number",
         "order",
         "used_version",
     )
 
-    def __init__(self, number: int, entry: Entry, priority: int = 0) -> None:
+    def __init__(self, number: int, adapter_id: str, priority: int = 0) -> None:
         self.number = number
         """Counts up: a lower number has waited longer."""
         self.order: Order = (-priority, number)
         """Its place among all leases: higher priority first, then who has waited longer."""
-        self.adapter_id = entry.name
-        self.entry: Entry | None = entry
-        """None once the lease has failed or ended."""
+        self.adapter_id = adapter_id
+        self.entry: Entry | None = None
+        """None while the adapter's files are looked for, and once the lease has failed or ended."""
         self.error: ManyloraError | None = None
         """Why it failed."""
+        self.is_asking = False
+        """It waits for a look at the adapter's files."""
         self.is_active = False
         self.is_released = False
         self.used_version = ""
-        """The version at its first activation; another one must not go on with what that began."""
+        """The version at its first activation, under which it stays."""
 
     @property
     def state(self) -> str:
-        """`queued` (without a host slot), `loading` (being read or next to be), `ready` or `failed`."""
+        """`queued` (without a host slot), `loading` (looked for, being read or next to be), `ready` or
+        `failed`."""
         if self.error is not None:
             return "failed"
-        assert self.entry is not None, "the lease has ended"
+        assert not self.is_released, "the lease has ended"
+        if self.is_asking or self.entry is None:
+            return Stage.LOADING.value
         if self.entry.stage is Stage.QUEUED and not self.entry.lacks_slot:
             # The scheduler lets others pass it as it does during the load: it wants no place of theirs.
             return Stage.LOADING.value
@@ -108,8 +146,8 @@ class Lease:
 
     @property
     def version(self) -> str:
-        """Content hash of the adapter; empty unless ready."""
-        return self.weights.version if self.weights is not None else ""
+        """Content hash of the adapter; empty unless ready or used before."""
+        return self.used_version or (self.weights.version if self.weights is not None else "")
 
     @property
     def scale(self) -> float:

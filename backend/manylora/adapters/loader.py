@@ -1,96 +1,233 @@
-"""Reads adapters on threads of its own, so that the engine's step never waits for a disk."""
+"""Does all that waits for the disk under `adapter_root` on threads of its own, so that no step ever does.
+
+A file system can keep a thread for ever (a server that is gone, a FUSE mount that nobody answers), and
+nothing can end such a thread. It is written off: another one takes its place, and those who wait for what it
+does get an error after a time.
+"""
 
 from __future__ import annotations
 
 import logging
+import math
 import queue
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
+from typing import Generic, TypeVar
 
-from manylora.adapters.weights import AdapterWeights
-from manylora.errors import InternalError, ManyloraError
+from manylora.errors import InternalError, ManyloraError, UnavailableError
 from manylora.threads import use_one_thread
 
 log = logging.getLogger(__name__)
 
-Read = Callable[[Path], AdapterWeights]
-"""Reads the adapter in a directory. Raises ManyloraError."""
+T = TypeVar("T")
+
+STALL_S = 2.0
+"""A thread that has computed nothing for so long gets a substitute."""
+HUNG_S = 30.0
+"""Those who wait for one that has computed nothing for so long get an error."""
+MAX_LOST = 8
+"""Threads of one kind that can hang and still be replaced."""
+CLOSE_S = 5.0
+"""Time for what is being read to end at the close."""
 
 
-@dataclass(frozen=True, slots=True)
-class Loaded:
-    """A finished load: weights or an error."""
+@dataclass(slots=True, eq=False)
+class Job(Generic[T]):
+    """Something to do on a loader's thread, and in the end what came of it: a value or an error."""
 
-    name: str
-    weights: AdapterWeights | None
-    error: ManyloraError | None
+    what: str
+    """The adapter, for the log and for errors."""
+    work: Callable[[], T]
+    value: T | None = None
+    error: ManyloraError | None = None
+    is_stalled: bool = False
+    """It has computed nothing for a while. It may still end."""
+    is_hung: bool = False
+    """Its error is that it has computed nothing for HUNG_S. It may still end, and comes again then."""
+
+    def run(self) -> None:
+        """Do it. An error that nobody expected is logged and becomes INTERNAL."""
+        try:
+            self.value = self.work()
+        except ManyloraError as error:
+            self.error = error
+        except Exception:
+            log.exception("loading adapter %r failed", self.what)
+            self.error = InternalError(f"adapter {self.what!r} could not be loaded; the log has the reason")
 
 
-class Loader:
-    """A few daemon threads that read adapters one after the other.
+@dataclass(slots=True, eq=False)
+class _Worker(Generic[T]):
+    """One thread, and the signs of life that it gives while it does a job."""
+
+    job: Job[T] | None = None
+    cpu_clock: int = 0
+    cpu_s: float = -1.0
+    """Processor time at the last look that found a new one."""
+    alive_s: float = math.inf
+    """When that was."""
+    is_lost: bool = False
+    """Written off: another one has its place, and it ends with its job."""
+    thread: threading.Thread | None = None
+
+
+class Loader(Generic[T]):
+    """A few daemon threads that do jobs one after the other.
 
     Args:
-        read: reads one adapter; runs on the loader's threads.
-        wake: called, on a loader's thread, behind each result that `take` can return.
+        wake: called, on a loader's thread, behind each job that `take` can return.
+        clock: seconds, for what hangs.
+        stall_s: see STALL_S.
+        name: of the threads.
     """
 
-    def __init__(self, read: Read, wake: Callable[[], None], num_threads: int = 2) -> None:
+    def __init__(
+        self,
+        wake: Callable[[], None],
+        clock: Callable[[], float] = time.monotonic,
+        *,
+        num_threads: int = 2,
+        stall_s: float = STALL_S,
+        name: str = "manylora-loader",
+    ) -> None:
         self.num_threads = num_threads
-        self._read = read
         self._wake = wake
-        self._jobs: queue.SimpleQueue[tuple[str, Path] | None] = queue.SimpleQueue()
-        self._results: queue.SimpleQueue[Loaded] = queue.SimpleQueue()
+        self._clock = clock
+        self._stall_s = stall_s
+        self._name = name
+        self._jobs: queue.SimpleQueue[Job[T] | None] = queue.SimpleQueue()
+        self._results: queue.SimpleQueue[Job[T]] = queue.SimpleQueue()
         self._closing = threading.Event()
-        self._threads = [
-            threading.Thread(target=self._run, name=f"manylora-loader-{i}", daemon=True)
-            for i in range(num_threads)
-        ]
-        for thread in self._threads:
-            thread.start()
+        self._num_started = 0
+        # Guards the workers, which the engine's thread looks at while they take and end jobs.
+        self._lock = threading.Lock()
+        self._workers: set[_Worker[T]] = set()
+        self._next_look_s = -math.inf
+        for _ in range(num_threads):
+            self._start_worker()
 
-    def submit(self, name: str, directory: Path) -> None:
-        """Queue a load. Its result comes through `take`."""
-        self._jobs.put((name, directory))
+    @property
+    def num_lost(self) -> int:
+        """Threads that hang, or seem to."""
+        with self._lock:
+            return sum(worker.is_lost for worker in self._workers)
 
-    def take(self) -> list[Loaded]:
-        """The loads that finished since the last call."""
-        results = []
+    @property
+    def next_s(self) -> float:
+        """When `take` should be called, though nothing may have ended; infinity: no need to."""
+        with self._lock:
+            is_busy = any(worker.job is not None for worker in self._workers)
+        return self._next_look_s if is_busy else math.inf
+
+    def submit(self, job: Job[T]) -> None:
+        """Queue a job. It comes back through `take`."""
+        self._jobs.put(job)
+
+    def take(self) -> list[Job[T]]:
+        """The jobs that have ended since the last call, and those that hang."""
+        jobs = self._watch()
         while True:
             try:
-                results.append(self._results.get_nowait())
+                jobs.append(self._results.get_nowait())
             except queue.Empty:
-                return results
+                return jobs
 
     def close(self) -> None:
-        """End the threads: loads that have not begun are dropped, the others are waited for."""
+        """End the threads: jobs that have not begun are dropped, others waited for, unless they hang."""
         self._closing.set()
-        for _ in self._threads:
+        deadline_s = time.monotonic() + CLOSE_S
+        with self._lock:
+            workers = [worker for worker in self._workers if not worker.is_lost]
+        for _ in workers:
             self._jobs.put(None)
-        for thread in self._threads:
-            thread.join()
+        for worker in workers:
+            assert worker.thread is not None, "a worker without its thread"
+            worker.thread.join(max(0.0, deadline_s - time.monotonic()))
 
-    def _run(self) -> None:
-        use_one_thread()
-        while (job := self._jobs.get()) is not None:
-            if not self._closing.is_set():
-                self._results.put(load(self._read, *job))
-                try:
-                    self._wake()
-                except Exception:
-                    # The result is on the queue all the same, and later loads need this thread.
-                    log.exception("the engine could not be woken for adapter %r", job[0])
-
-
-def load(read: Read, name: str, directory: Path) -> Loaded:
-    """Read one adapter; an error names it, and one that nobody expected is logged and becomes INTERNAL."""
-    try:
-        return Loaded(name, read(directory), None)
-    except ManyloraError as error:
-        return Loaded(name, None, type(error)(f"adapter {name!r}: {error.message}"))
-    except Exception:
-        log.exception("loading adapter %r failed", name)
-        return Loaded(
-            name, None, InternalError(f"adapter {name!r} could not be loaded; the log has the reason")
+    def _start_worker(self) -> None:
+        worker: _Worker[T] = _Worker()
+        worker.thread = threading.Thread(
+            target=self._run, args=(worker,), name=f"{self._name}-{self._num_started}", daemon=True
         )
+        self._num_started += 1
+        with self._lock:
+            self._workers.add(worker)
+        worker.thread.start()
+
+    def _run(self, worker: _Worker[T]) -> None:
+        use_one_thread()
+        worker.cpu_clock = time.pthread_getcpuclockid(threading.get_ident())
+        while not worker.is_lost and (job := self._jobs.get()) is not None:
+            if self._closing.is_set():
+                continue
+            with self._lock:
+                worker.alive_s, worker.job = self._clock(), job
+            job.run()
+            with self._lock:
+                # Before the result, so that whoever takes it finds this thread idle.
+                worker.job = None
+                if worker.is_lost:
+                    self._workers.discard(worker)
+            self._finish(job)
+
+    def _finish(self, job: Job[T]) -> None:
+        self._results.put(job)
+        try:
+            self._wake()
+        except Exception:
+            # The result is on the queue all the same, and later jobs need this thread.
+            log.exception("the engine could not be woken for adapter %r", job.what)
+
+    def _watch(self) -> list[Job[T]]:
+        """Write off threads that give no sign of life.
+
+        Returns: the jobs that have just been found to hang, and those that have no thread to wait for.
+        """
+        now_s = self._clock()
+        if now_s < self._next_look_s or self._closing.is_set():
+            return []
+        self._next_look_s = now_s + self._stall_s / 2
+        hung: list[Job[T]] = []
+        with self._lock:
+            for worker in self._workers:
+                job = worker.job
+                if job is None or job.is_hung:
+                    continue
+                cpu_s = time.clock_gettime(worker.cpu_clock)
+                # One that reads, however slowly, or waits for the interpreter's lock computes a little.
+                if cpu_s != worker.cpu_s:
+                    worker.cpu_s, worker.alive_s = cpu_s, max(worker.alive_s, now_s)
+                    continue
+                if now_s - worker.alive_s >= self._stall_s:
+                    worker.is_lost = job.is_stalled = True
+                if now_s - worker.alive_s >= HUNG_S:
+                    job.is_hung = True
+                    hung.append(job)
+            num_working = sum(not worker.is_lost for worker in self._workers)
+            max_new = self.num_threads + MAX_LOST - len(self._workers)
+        num_new = min(self.num_threads - num_working, max_new)
+        for _ in range(num_new):
+            self._start_worker()
+        for job in hung:
+            job.error = UnavailableError(
+                f"adapter {job.what!r}: its files have given no answer for {HUNG_S:g} s"
+            )
+            log.error("%s; a thread is lost to them", job.error.message)
+        return hung + ([] if num_working + num_new else self._refuse_waiting())
+
+    def _refuse_waiting(self) -> list[Job[T]]:
+        """All threads hang, and there have been enough of them."""
+        refused: list[Job[T]] = []
+        while True:
+            try:
+                job = self._jobs.get_nowait()
+            except queue.Empty:
+                return refused
+            assert job is not None, "a closed loader is not watched"
+            job.error = UnavailableError(
+                f"adapter {job.what!r} cannot be read now: {self.num_lost} threads wait for files under "
+                "adapter_root that give no answer"
+            )
+            refused.append(job)

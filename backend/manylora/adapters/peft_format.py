@@ -8,13 +8,13 @@ from __future__ import annotations
 import hashlib
 import io
 import os
-import stat
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
+from manylora.adapters.adapter_files import CONFIG_NAME, WEIGHTS_NAME, OpenFiles, open_files
 from manylora.adapters.binding import Bound, bind
 from manylora.adapters.lora_config import MAX_CONFIG_BYTES, LoraConfig, parse_config
 from manylora.adapters.reasons import Reasons
@@ -27,14 +27,13 @@ from manylora.adapters.safetensors_file import (
 )
 from manylora.adapters.targets import Targets, find_targets
 from manylora.adapters.weights import PAGE_ROWS, AdapterWeights, allocate
-from manylora.errors import InvalidArgumentError, NotFoundError, UnavailableError
+from manylora.errors import InvalidArgumentError, ManyloraError, UnavailableError
 from manylora.model.spec import ModelSpec
 
-CONFIG_NAME = "adapter_config.json"
-WEIGHTS_NAME = "adapter_model.safetensors"
 _MAX_SCALING = torch.finfo(torch.float32).max
 """A step's scalings are float32."""
-PICKLE_NAMES = ("adapter_model.bin", "adapter_model.pt", "adapter_model.pth", "pytorch_model.bin")
+MAX_READS = 3
+"""Of files that change while they are read, before that is an error."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,61 +98,62 @@ def read_adapter(
         NotFoundError: a file is missing.
         UnsupportedError: the adapter is of a kind that is not served.
         InvalidArgumentError: the adapter is broken or does not fit the base model.
-        UnavailableError: the files cannot be read, or changed while they were.
+        UnavailableError: the files cannot be read, or changed each time that they were.
     """
+    for num_left in reversed(range(MAX_READS)):
+        try:
+            read = _read(directory, spec, max_lora_rank, root)
+            break
+        except UnavailableError:
+            if not num_left:
+                raise
+    weights, modules = _lay_out(read.bounds, read.data, spec, read.version, dtype, pin)
+    return weights, _report(read.config, read.targets, weights, modules)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Read:
+    """An adapter's bytes, and what its config and header say of them."""
+
+    config: LoraConfig
+    targets: Targets
+    bounds: Sequence[Bound]
+    data: bytearray
+    version: str
+
+
+def _read(directory: Path, spec: ModelSpec, max_lora_rank: int, root: Path | None) -> _Read:
+    with open_files(directory, root) as files:
+        try:
+            read = _read_files(files, spec, max_lora_rank)
+        except ManyloraError:
+            # What is found wrong with files of which one is old and one new says nothing.
+            files.refuse_changed()
+            raise
+        files.refuse_changed()
+        return read
+
+
+def _read_files(files: OpenFiles, spec: ModelSpec, max_lora_rank: int) -> _Read:
     digest = hashlib.sha256()
     reasons = Reasons()
-    with (
-        _open(directory, CONFIG_NAME, root) as config_file,
-        _open(directory, WEIGHTS_NAME, root) as weights_file,
-    ):
-        config = parse_config(_read_config(config_file, digest), reasons)
-        if config is None:
-            reasons.raise_if_any()
-            raise AssertionError("a config that cannot be used has no reason")
-        try:
-            targets = find_targets(config, spec)
-            tensors, data_bytes = _read_header(weights_file, digest)
-        except InvalidArgumentError as error:
-            reasons.invalid(error.message)
-            raise reasons.error() from error
-        bounds = bind(tensors, targets, spec, max_lora_rank=max_lora_rank, reasons=reasons)
+    config = parse_config(_read_config(files.config, digest), reasons)
+    if config is None:
         reasons.raise_if_any()
-        data = bytearray(data_bytes)
-        _read_into(weights_file, data, WEIGHTS_NAME)
-        digest.update(data)
-        _refuse_changed(directory, config_file, weights_file)
-    version = digest.hexdigest()[:32]
-    weights, modules = _lay_out(bounds, data, spec, version, dtype, pin)
-    return weights, _report(config, targets, weights, modules)
-
-
-def _open(directory: Path, name: str, root: Path | None) -> io.FileIO:
-    path = directory / name
+        raise AssertionError("a config that cannot be used has no reason")
     try:
-        if root is not None and not path.resolve(strict=True).is_relative_to(root):
-            raise InvalidArgumentError(f"{name} is a link that leaves adapter_root")
-        # A pipe in the file's place must not hang the loader: opened without waiting, then refused.
-        file = io.FileIO(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC))
-    except FileNotFoundError as error:
-        raise _missing(directory, name) from error
-    except (OSError, RuntimeError) as error:
-        # RuntimeError: how older Pythons report a loop of links.
-        raise UnavailableError(f"{name} cannot be read: {getattr(error, 'strerror', error)}") from error
-    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-        file.close()
-        raise InvalidArgumentError(f"{name} is no regular file")
-    return file
-
-
-def _missing(directory: Path, name: str) -> NotFoundError | InvalidArgumentError:
-    if name == WEIGHTS_NAME:
-        pickles = [pickle for pickle in PICKLE_NAMES if (directory / pickle).exists()]
-        if pickles:
-            return InvalidArgumentError(
-                f"found {', '.join(pickles)} but no {WEIGHTS_NAME}: only safetensors is read, never pickle"
-            )
-    return NotFoundError(f"{name} is missing")
+        targets = find_targets(config, spec)
+        tensors, data_bytes = _read_header(files.weights, digest)
+    except InvalidArgumentError as error:
+        reasons.invalid(error.message)
+        raise reasons.error() from error
+    bounds = bind(tensors, targets, spec, max_lora_rank=max_lora_rank, reasons=reasons)
+    reasons.raise_if_any()
+    data = bytearray(data_bytes)
+    _read_into(files.weights, data, WEIGHTS_NAME)
+    digest.update(data)
+    version = digest.hexdigest()[:32]
+    return _Read(config=config, targets=targets, bounds=bounds, data=data, version=version)
 
 
 def _read_config(file: io.FileIO, digest: hashlib._Hash) -> bytes:
@@ -191,23 +191,6 @@ def _read_into(file: io.FileIO, buffer: bytearray, name: str) -> None:
         if not count:
             raise UnavailableError(f"{name} became shorter while it was read")
         view = view[count:]
-
-
-def _refuse_changed(directory: Path, *files: io.FileIO) -> None:
-    """Two files that did not stand there together are no adapter."""
-    for name, file in zip((CONFIG_NAME, WEIGHTS_NAME), files, strict=True):
-        opened = os.fstat(file.fileno())
-        try:
-            now = (directory / name).stat()
-        except OSError as error:
-            raise UnavailableError(f"{name} was taken away while the adapter was read") from error
-        if (opened.st_dev, opened.st_ino, opened.st_mtime_ns, opened.st_size) != (
-            now.st_dev,
-            now.st_ino,
-            now.st_mtime_ns,
-            now.st_size,
-        ):
-            raise UnavailableError(f"{name} changed while the adapter was read")
 
 
 def _lay_out(

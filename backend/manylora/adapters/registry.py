@@ -1,6 +1,8 @@
 """The state of every adapter: absent, loading, on host, on device, failed. Owned by the engine thread.
 
-What is on the device is on host too. What an active lease uses is evicted from neither.
+What is on the device is on host too. What an active lease uses is evicted from neither. A name leads to its
+newest whole version; sequences end on the version that they began with. Nothing here touches a disk: looks
+and reads are the loader's.
 """
 
 from __future__ import annotations
@@ -13,20 +15,25 @@ from pathlib import Path
 
 import torch
 
+from manylora.adapters.adapter_files import Sight
 from manylora.adapters.adapter_root import AdapterRoot
-from manylora.adapters.device_pool import DevicePool, num_pages_of
+from manylora.adapters.device_pool import DevicePool
 from manylora.adapters.failures import Failures
 from manylora.adapters.host_cache import HostCache
 from manylora.adapters.intake import Intake
 from manylora.adapters.lease import Entry, Lease, Stage
-from manylora.adapters.loader import Loader, Read, load
+from manylora.adapters.load import Loaded, Read, load
+from manylora.adapters.loader import Loader
+from manylora.adapters.lookout import STALL_S, Lookout
 from manylora.adapters.peft_format import read_adapter
-from manylora.adapters.reasons import quote
+from manylora.adapters.pins import Pins
+from manylora.adapters.preload import read_first
 from manylora.adapters.registry_view import check_entry, state_of
 from manylora.adapters.residents import Residents
+from manylora.adapters.versions import Versions
 from manylora.adapters.weights import AdapterWeights
 from manylora.config import EngineConfig
-from manylora.errors import InvalidArgumentError, ManyloraError, UnavailableError
+from manylora.errors import InvalidArgumentError, ManyloraError
 from manylora.messages import AdapterState
 from manylora.model.spec import ModelSpec
 
@@ -40,11 +47,12 @@ class Registry:
 
     Args:
         spec: the base model's linears.
-        config: adapter_root, max_lora_rank, max_cpu_loras, preload_adapters, pinned_adapters.
+        config: adapter_root, max_lora_rank, max_cpu_loras, preload_adapters, pinned_adapters,
+            adapter_settle_s, adapter_check_s.
         pool: the device level.
         dtype: the pool's.
         wake: called on a loader's thread when `poll` has something to take.
-        clock: seconds, for the pauses behind failed loads.
+        clock: seconds, for pauses behind failed loads, for looks at files and for what hangs.
         read: what reads an adapter, instead of `read_adapter`.
 
     Raises:
@@ -64,17 +72,35 @@ class Registry:
         self.config = config
         self.root = AdapterRoot(config.adapter_root)
         self._read = read or self._reader(spec, dtype, pin=pool.device.type == "cuda")
-        self._host: HostCache[AdapterWeights] = HostCache(config.num_cpu_loras)
-        self._residents = Residents(pool)
+        self._versions = Versions(HostCache(config.num_cpu_loras), Residents(pool), set())
+        self._host = self._versions.host
+        self._residents = self._versions.residents
+        self._pins = Pins(self._versions, config.max_lora_rank)
         self._failures = Failures(clock)
-        self._loader = Loader(self._read, wake)
-        self._intake = Intake(self._host, self._residents, self._failures, self._loader)
+        self._loader: Loader[Loaded] = Loader(wake, clock)
+        self._looker: Loader[Sight] = Loader(
+            wake, clock, num_threads=1, stall_s=STALL_S, name="manylora-looker"
+        )
+        self._intake = Intake(self._versions, self._failures, self._loader, self._load)
+        self._lookout = Lookout(
+            self.root.look,
+            self._looker,
+            self._intake,
+            self._versions,
+            self._failures,
+            self._pins.leave_slot_for,
+            clock=clock,
+            settle_s=config.adapter_settle_s,
+            check_s=config.adapter_check_s,
+        )
+        self._intake.report = self._lookout
         self._numbers = itertools.count()
-        self._pins_due: set[str] = set()
-        """Adapters to be pinned as soon as they are loaded and the device has room."""
 
     def acquire(self, adapter_id: str, priority: int = 0) -> Lease:
-        """Begin a hold on an adapter. The first one for an absent adapter queues its load.
+        """Begin a hold on an adapter, on its newest whole version. An absent one is looked for and loaded.
+
+        Whatever the files have to say comes through the lease: that the adapter is not found, cannot be
+        served, or failed a short time ago and its files are still the same.
 
         Args:
             adapter_id: the adapter.
@@ -82,16 +108,20 @@ class Registry:
                 priority and arrival must be acquired in the order of arrival.
 
         Raises:
-            NotFoundError: `adapter_root` has no such directory.
-            InvalidArgumentError: the name or the link behind it is not allowed.
-            UnavailableError: every host slot is pinned by others.
-            ManyloraError: the error of a load that failed a short time ago.
+            InvalidArgumentError: no adapter can have this name.
+            NotFoundError: this server has no adapters.
         """
-        entry = self._intake.entries.get(adapter_id) or self._enter(adapter_id)
-        lease = Lease(next(self._numbers), entry, priority)
+        self.root.check_name(adapter_id)
+        lease = Lease(next(self._numbers), adapter_id, priority)
+        entry = self._versions.current.get(adapter_id)
+        if entry is None:
+            self._lookout.ask(lease)
+            return lease
         entry.add(lease)
-        if entry.stage is not Stage.QUEUED:
-            self._host.acquire(entry.name)
+        if entry in self._host:
+            self._host.acquire(entry)
+        if entry.is_whole:
+            self._lookout.refresh(lease)
         return lease
 
     def release(self, lease: Lease) -> None:
@@ -100,20 +130,21 @@ class Registry:
         if lease.is_active:
             self.deactivate(lease)
         lease.is_released = True
-        entry, lease.entry = lease.entry, None
-        if entry is None:
-            return
-        entry.drop(lease)
-        if entry.stage is not Stage.QUEUED:
-            self._host.release(entry.name)
-        elif not entry.leases:
-            self._intake.withdraw(entry)
+        if lease.entry is not None:
+            self._versions.leave(lease)
+        self._lookout.forget(lease)
 
     def poll(self) -> None:
-        """Take finished loads and start the next ones. At each turn of the engine's loop."""
+        """Take finished looks and loads and start the next ones. At each turn of the engine's loop."""
+        self._lookout.poll()
         self._intake.poll()
-        for name in sorted(self._pins_due):
-            self._try_due_pin(name)
+        for name in sorted(self._pins.due):
+            self._pins.try_due(name)
+
+    @property
+    def next_s(self) -> float:
+        """When `poll` has something to do though nothing wakes it, on the clock; infinity: never."""
+        return min(self._lookout.next_s, self._loader.next_s, self._looker.next_s)
 
     def try_activate(self, lease: Lease) -> bool:
         """Make the adapter resident in the device pool and count a use; False if pages lack now.
@@ -124,13 +155,14 @@ class Registry:
         assert entry is not None, f"lease {lease.number} has failed or ended"
         assert entry.weights is not None, f"{entry.name} is {lease.state}, not ready"
         assert not lease.is_active, f"lease {lease.number} is active already"
-        if not self._residents.try_place(entry.name, entry.weights):
+        assert lease.used_version in ("", entry.version), f"{lease.number} began with another {entry}"
+        if not self._residents.try_place(entry, entry.weights):
             return False
-        self._residents.use(entry.name)
-        entry.placement = self._residents[entry.name].placement
+        self._residents.use(entry)
+        entry.placement = self._residents[entry].placement
         entry.num_active += 1
         lease.is_active = True
-        lease.used_version = entry.weights.version
+        lease.used_version = entry.version
         return True
 
     def is_copied(self, lease: Lease) -> bool:
@@ -148,7 +180,7 @@ class Registry:
         entry = lease.entry
         assert lease.is_active, f"lease {lease.number} is not active"
         assert entry is not None, "an active lease without its adapter"
-        self._residents.unuse(entry.name)
+        self._residents.unuse(entry)
         lease.is_active = False
         entry.num_active -= 1
         if not entry.num_active:
@@ -171,7 +203,7 @@ class Registry:
             raise InvalidArgumentError(
                 f"{len(names)} adapters are to be preloaded, max_cpu_loras={self._host.max_entries}"
             )
-        self._pins_due.update(pinned)
+        self._pins.due.update(pinned)
         for name in names:
             try:
                 self._preload(name)
@@ -179,42 +211,35 @@ class Registry:
                 if strict:
                     raise
                 log.error("adapter %r cannot be preloaded and has failed: %s", name, error.message)
-                self._failures.remember(name, error)
 
     def _preload(self, name: str) -> None:
-        entry = Entry(name, self.root.find(name))
-        loaded = load(self._read, name, entry.directory)
-        if loaded.weights is None:
-            assert loaded.error is not None, "a load without a result"
-            raise loaded.error
-        if not self._residents.fits_beside_pinned(loaded.weights):
-            raise InvalidArgumentError(f"adapter {name!r} has no room beside the pinned ones before it")
+        try:
+            self.root.check_name(name)
+            loaded = read_first(name, self.root.look, self._load, self.config.adapter_settle_s)
+        except ManyloraError as refusal:
+            self._failures.remember(name, refusal)
+            raise
+        error = loaded.error
+        if loaded.weights is not None and not self._residents.fits_beside_pinned(loaded.weights):
+            error = InvalidArgumentError(f"adapter {name!r} has no room beside the pinned ones before it")
+        if loaded.weights is None or error is not None:
+            assert error is not None, "a load without a result"
+            self._failures.remember(name, error, loaded.sight.stamp)
+            raise error
+        entry = Entry(name, loaded.sight)
         self._intake.admit(entry, loaded.weights)
-        if name in self._pins_due:
-            self._try_due_pin(name)
+        self._lookout.on_loaded(entry)
+        if name in self._pins.due:
+            self._pins.try_due(name)
 
     def pin(self, adapter_id: str) -> None:
-        """Keep a loaded adapter on host and device until `unpin`.
+        """Keep a loaded adapter on host and device until `unpin`, and each version that follows it.
 
         Raises:
             UnavailableError: it is not loaded, has no room on the device now, or would leave too little for
                 others: one host slot, and pages for one adapter of max_lora_rank.
         """
-        entry = self._intake.entries.get(adapter_id)
-        if entry is None or entry.weights is None:
-            raise UnavailableError(f"adapter {quote(adapter_id)} is not loaded: it cannot be pinned")
-        if self._host[adapter_id].is_pinned:
-            return
-        largest = num_pages_of(self.config.max_lora_rank)
-        if (
-            self._num_pins + 1 >= self._host.max_entries
-            or min(self._residents.pages_beside_pinned(entry.weights)) < largest
-        ):
-            raise UnavailableError(
-                f"adapter {adapter_id!r} cannot be pinned: others need a host slot and {largest} device "
-                "pages of each kind beside the pinned ones"
-            )
-        self._pin(adapter_id)
+        self._pins.pin(adapter_id)
 
     def unpin(self, adapter_id: str) -> None:
         """Let a pinned adapter be evicted again.
@@ -222,16 +247,11 @@ class Registry:
         Raises:
             InvalidArgumentError: it is not pinned.
         """
-        if adapter_id in self._pins_due:
-            self._pins_due.remove(adapter_id)
-            return
-        if adapter_id not in self._host or not self._host[adapter_id].is_pinned:
-            raise InvalidArgumentError(f"adapter {quote(adapter_id)} is not pinned")
-        self._host.unpin(adapter_id)
-        self._residents[adapter_id].is_pinned = False
+        self._pins.unpin(adapter_id)
 
     def close(self) -> None:
-        """End the loader's threads. Leases are not served any more."""
+        """End the loader's threads, but for those that hang. Leases are not served any more."""
+        self._looker.close()
         self._loader.close()
 
     @property
@@ -249,7 +269,7 @@ class Registry:
         """Now."""
         pool = self._residents.pool
         return {
-            "host_adapters": sum(entry.stage is Stage.READY for entry in self._intake.entries.values()),
+            "host_adapters": sum(entry.stage is Stage.READY for entry in self._versions),
             "device_adapters": len(self._residents),
             "pool_pages_free": sum(pool.num_free),
             "pool_pages_total": pool.num_pages * len(pool.kinds),
@@ -257,65 +277,29 @@ class Registry:
         }
 
     def states(self) -> list[AdapterState]:
-        """Every adapter that is not absent, by name."""
-        loaded = [state_of(entry, self._host, self._residents) for entry in self._intake.entries.values()]
-        failed = [
-            AdapterState(name=n, state="failed") for n in self._failures if n not in self._intake.entries
+        """Every adapter that is not absent, by name: its newest version, then older ones that are held."""
+        current = self._versions.current
+        states = [state_of(entry, self._versions, self._lookout.fault_of(n)) for n, entry in current.items()]
+        looked_for = self._lookout.names_looked_for()
+        states += [AdapterState(name=name, state="loading") for name in looked_for]
+        states += [
+            AdapterState(name=name, state="failed")
+            for name in self._failures
+            if name not in current and name not in looked_for
         ]
-        return sorted([*loaded, *failed], key=lambda state: state.name)
+        states += [state_of(entry, self._versions, "") for entry in self._versions.outdated]
+        return sorted(states, key=lambda state: (state.name, state.outdated))
 
     def check(self) -> list[str]:
         """Broken invariants of the registry and both its levels."""
-        wrong = self._host.check() + self._residents.check() + self._intake.check()
-        for entry in self._intake.entries.values():
+        wrong = self._host.check() + self._residents.check() + self._versions.check()
+        wrong += self._intake.check() + self._lookout.check()
+        for entry in self._versions:
             wrong += check_entry(entry, self._host, self._residents)
-        wrong += [f"device: {n} is not on host" for n in self._residents.names() if n not in self._host]
         return wrong
 
-    def _enter(self, name: str) -> Entry:
-        try:
-            directory = self.root.find(name)
-        except ManyloraError:
-            self._failures.forget(name)
-            raise
-        failure = self._failures.recall(name)
-        if failure is not None:
-            raise failure
-        # Those that are due come too: whoever else waited for a slot would then wait for ever.
-        if name not in self._pins_due and self._num_pins >= self._host.max_entries:
-            raise UnavailableError(f"adapter {name!r} cannot be loaded: every host slot is pinned")
-        return self._intake.enter(name, directory)
-
-    def _pin(self, name: str) -> None:
-        if not self._residents.try_place(name, self._host_weights(name)):
-            raise UnavailableError(f"adapter {name!r} cannot be pinned now: the device pool is in use")
-        self._host.pin(name)
-        self._residents[name].is_pinned = True
-
-    @property
-    def _num_pins(self) -> int:
-        """In force or due."""
-        return self._host.num_pinned + len(self._pins_due)
-
-    def _try_due_pin(self, name: str) -> None:
-        entry = self._intake.entries.get(name)
-        if entry is None or entry.weights is None or not self._residents.try_place(name, entry.weights):
-            return
-        self._pin(name)
-        self._pins_due.remove(name)
-        # None of those is active, since the pinned one has found its room. They would wait for ever.
-        for other in list(self._intake.entries.values()):
-            if (
-                other.weights is not None
-                and not self._host[other.name].is_pinned
-                and not self._residents.fits_beside_pinned(other.weights)
-            ):
-                self._intake.expel(other)
-
-    def _host_weights(self, name: str) -> AdapterWeights:
-        weights = self._intake.entries[name].weights
-        assert weights is not None, f"{name} is not loaded"
-        return weights
+    def _load(self, name: str, asked: Sight) -> Loaded:
+        return load(name, asked, self.root.look, self._read, self.config.adapter_settle_s)
 
     def _reader(self, spec: ModelSpec, dtype: torch.dtype, *, pin: bool) -> Read:
         def read(directory: Path) -> AdapterWeights:

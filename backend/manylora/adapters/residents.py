@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Hashable, Iterator
 from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 from manylora.adapters.device_pool import DevicePool, Placement, needed_pages
 from manylora.adapters.weights import AdapterWeights
+
+K = TypeVar("K", bound=Hashable)
 
 
 @dataclass(slots=True)
@@ -19,44 +23,44 @@ class Resident:
     is_pinned: bool = False
 
 
-class Residents:
-    """The device pool as a cache by name, ordered from the least to the most recently used."""
+class Residents(Generic[K]):
+    """The device pool as a cache by key (a version of an adapter), from least to most recently used."""
 
     def __init__(self, pool: DevicePool) -> None:
         self.pool = pool
         self.num_copies = 0
         self.num_evictions = 0
-        self._residents: OrderedDict[str, Resident] = OrderedDict()
+        self._residents: OrderedDict[K, Resident] = OrderedDict()
 
-    def __contains__(self, name: str) -> bool:
-        return name in self._residents
+    def __contains__(self, key: object) -> bool:
+        return key in self._residents
 
     def __len__(self) -> int:
         return len(self._residents)
 
-    def __getitem__(self, name: str) -> Resident:
-        return self._residents[name]
+    def __getitem__(self, key: K) -> Resident:
+        return self._residents[key]
 
-    def get(self, name: str) -> Resident | None:
-        return self._residents.get(name)
+    def get(self, key: K) -> Resident | None:
+        return self._residents.get(key)
 
-    def names(self) -> list[str]:
-        """Least recently used first."""
-        return list(self._residents)
+    def __iter__(self) -> Iterator[K]:
+        """Keys, least recently used first."""
+        return iter(self._residents)
 
-    def try_place(self, name: str, weights: AdapterWeights) -> bool:
+    def try_place(self, key: K, weights: AdapterWeights) -> bool:
         """Make the adapter resident. Others are evicted only if that makes enough room.
 
         The least recently used go first, and only those that hold pages of a kind that lacks some.
         """
-        if name in self._residents:
-            self._residents.move_to_end(name)
+        if key in self._residents:
+            self._residents.move_to_end(key)
             return True
         needed = needed_pages(weights)
         if not self._could_fit(needed):
             return False
         placement = self.pool.try_place(weights)
-        for victim in self.names():
+        for victim in list(self):
             if placement is not None:
                 break
             resident = self._residents[victim]
@@ -64,40 +68,44 @@ class Residents:
                 self.drop(victim)
                 placement = self.pool.try_place(weights)
         assert placement is not None, "room was counted that is not there"
-        self._residents[name] = Resident(placement)
+        self._residents[key] = Resident(placement)
         self.num_copies += 1
         return True
 
-    def use(self, name: str) -> None:
+    def use(self, key: K) -> None:
         """Count a use: the adapter stays until as many `unuse`."""
-        resident = self._residents[name]
+        resident = self._residents[key]
         resident.num_uses += 1
-        self._residents.move_to_end(name)
+        self._residents.move_to_end(key)
 
-    def unuse(self, name: str) -> None:
-        resident = self._residents[name]
-        assert resident.num_uses > 0, f"{name} is not in use"
+    def unuse(self, key: K) -> None:
+        resident = self._residents[key]
+        assert resident.num_uses > 0, f"{key} is not in use"
         resident.num_uses -= 1
-        self._residents.move_to_end(name)
+        self._residents.move_to_end(key)
 
-    def drop(self, name: str) -> None:
+    def drop(self, key: K) -> None:
         """Evict the adapter and give its pages back."""
-        resident = self._residents.pop(name)
-        assert _is_idle(resident), f"{name} is in use or pinned"
+        resident = self._residents.pop(key)
+        assert _is_idle(resident), f"{key} is in use or pinned"
         self.pool.free(resident.placement)
         self.num_evictions += 1
 
-    def pages_beside_pinned(self, weights: AdapterWeights) -> list[int]:
-        """Pages by kind that are left once only this adapter and the pinned ones are on the device."""
+    def pages_beside_pinned(self, weights: AdapterWeights, without: K | None = None) -> list[int]:
+        """Pages by kind that are left once only this adapter and the pinned ones are on the device.
+
+        Args:
+            without: a pinned one that does not count: this one takes its place.
+        """
         left = [self.pool.num_pages - count for count in needed_pages(weights)]
-        for resident in self._residents.values():
-            if resident.is_pinned:
+        for key, resident in self._residents.items():
+            if resident.is_pinned and key != without:
                 left = [n - len(p) for n, p in zip(left, resident.placement.pages, strict=True)]
         return left
 
-    def fits_beside_pinned(self, weights: AdapterWeights) -> bool:
+    def fits_beside_pinned(self, weights: AdapterWeights, without: K | None = None) -> bool:
         """Whether the adapter ever finds room, however much is evicted."""
-        return min(self.pages_beside_pinned(weights)) >= 0
+        return min(self.pages_beside_pinned(weights, without)) >= 0
 
     def check(self) -> list[str]:
         """Broken invariants."""

@@ -200,7 +200,8 @@ class Engine:
             idle = False
             while not self._closing.is_set():
                 self.num_turns += 1
-                for note in self._inbox.take(wait=idle, until_s=self.scheduler.deadlines.next_s):
+                until_s = min(self.scheduler.deadlines.next_s, self.registry.next_s)
+                for note in self._inbox.take(wait=idle, until_s=until_s):
                     self._take(note)
                 # Before the registry: it need load nothing for those who have run out of time.
                 self.scheduler.expire(time.monotonic())

@@ -77,8 +77,8 @@ class Scheduler:
         self.deadlines = Deadlines()
         self.num_preemptions = 0
         self.num_prefix_hit_tokens = 0
-        self._active: Counter[str] = Counter()
-        """Running sequences by adapter."""
+        self._active: Counter[tuple[str, str]] = Counter()
+        """Running sequences by adapter and version: two versions of one are two in a step."""
         self._num_added = 0
         # Of the step that is being chosen: its items, running sequences whose adapter is still copied, and
         # tokens that are left.
@@ -197,7 +197,7 @@ class Scheduler:
                 for s in sequences
                 if 0 < s.deadline_s < self.deadlines.next_s
             ]
-        counted = Counter(s.adapter_id for s in self.running if s.lease is not None)
+        counted = Counter(_used(s) for s in self.running if s.lease is not None)
         if counted != self._active:
             wrong.append(f"active adapters {dict(self._active)}, found {dict(counted)}")
         if len(counted) > self.limits.max_loras:
@@ -246,23 +246,23 @@ class Scheduler:
         )
 
     def _try_activate(self, sequence: Sequence) -> bool:
-        name = sequence.adapter_id
         if sequence.lease is None or sequence.lease.state != "ready":
             return False
-        if name not in self._active and len(self._active) >= self.limits.max_loras:
+        used = _used(sequence)
+        if used not in self._active and len(self._active) >= self.limits.max_loras:
             return False
         if not self.registry.try_activate(sequence.lease):
             return False
-        self._active[name] += 1
+        self._active[used] += 1
         return True
 
     def _deactivate(self, sequence: Sequence) -> None:
         if sequence.lease is None:
             return
-        name = sequence.adapter_id
-        self._active[name] -= 1
-        if not self._active[name]:
-            del self._active[name]
+        used = _used(sequence)
+        self._active[used] -= 1
+        if not self._active[used]:
+            del self._active[used]
         self.registry.deactivate(sequence.lease)
 
     def _try_start(self, sequence: Sequence) -> bool:
@@ -326,3 +326,7 @@ class Scheduler:
 
 def _order(sequence: Sequence) -> tuple[int, int]:
     return sequence.order
+
+
+def _used(sequence: Sequence) -> tuple[str, str]:
+    return sequence.adapter_id, sequence.version

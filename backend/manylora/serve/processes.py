@@ -9,7 +9,9 @@ import signal
 import time
 from pathlib import Path
 
-from manylora.process_state import process_state
+from manylora.process_state import is_alive
+
+__all__ = ["adopt_orphans", "children", "command", "end_children", "end_with_parent", "is_alive"]
 
 _PR_SET_PDEATHSIG = 1
 _PR_SET_CHILD_SUBREAPER = 36
@@ -47,11 +49,6 @@ def command(pid: int) -> list[str]:
         return Path(f"/proc/{pid}/cmdline").read_text().rstrip("\0").split("\0")
     except OSError:
         return []
-
-
-def is_alive(pid: int) -> bool:
-    """Say whether the process runs, which a zombie does not."""
-    return process_state(pid) not in ("", "Z", "X")
 
 
 def end_children(grace_s: float) -> None:

@@ -57,7 +57,8 @@ def describe(status: Status) -> str:
         lines.append(f"{'adapter':<32} {'state':<8} {'rank':>4} {'MB':>7} {'running':>7}  version")
         lines += [
             f"{a.name:<32} {a.state:<8} {a.rank:>4} {a.num_bytes / 1e6:>7.1f} {a.num_running:>7}  "
-            f"{a.version[:12]}{' pinned' if a.pinned else ''}"
+            f"{a.version[:12]}{' pinned' if a.pinned else ''}{' outdated' if a.outdated else ''}"
+            f"{f' CHANGED FILES NOT SERVED: {a.files_error}' if a.files_error else ''}"
             for a in status.adapters
         ]
     return "\n".join([*lines, *(f"BROKEN: {error}" for error in status.check_errors)])

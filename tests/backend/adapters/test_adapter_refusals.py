@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from manylora.adapters import patterns
+from manylora.adapters import patterns, peft_format
 from manylora.adapters.peft_format import read_adapter
 from manylora.errors import (
     InvalidArgumentError,
@@ -652,27 +652,33 @@ def test_too_many_patterns_are_refused(write: Write, llama_spec: ModelSpec) -> N
     assert message == "the config holds 4097 patterns; at most 4096 are read"
 
 
-def test_a_file_that_changes_while_it_is_read_is_refused(
-    write: Write, llama_spec: ModelSpec, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors"])
+@pytest.mark.parametrize("num_changes", [1, 2, 100])
+def test_files_that_change_while_they_are_read_are_read_again_a_few_times(
+    write: Write, llama_spec: ModelSpec, monkeypatch: pytest.MonkeyPatch, name: str, num_changes: int
 ) -> None:
     directory = write()
-    real = os.fstat
-    replaced = False
+    version = read_adapter(directory, llama_spec, max_lora_rank=4, dtype=torch.float32, pin=False)[1].version
+    real = peft_format._read_files
+    num_done = 0
 
-    def fstat_and_replace(descriptor: int) -> os.stat_result:
-        nonlocal replaced
-        result = real(descriptor)
-        if not replaced:
-            # A writer that replaces the config right after it was opened.
-            replaced = True
-            text = (directory / "adapter_config.json").read_text()
-            (directory / "new").write_text(text)
-            (directory / "new").replace(directory / "adapter_config.json")
-        return result
+    def read_and_replace(*args: Any) -> Any:
+        nonlocal num_done
+        read = real(*args)
+        if num_done < num_changes:
+            # A writer that replaces a file right behind the reader, by the same content.
+            num_done += 1
+            (directory / "new").write_bytes((directory / name).read_bytes())
+            (directory / "new").replace(directory / name)
+        return read
 
-    monkeypatch.setattr(os, "fstat", fstat_and_replace)
+    monkeypatch.setattr(peft_format, "_read_files", read_and_replace)
+    if num_changes < peft_format.MAX_READS:
+        _, report = read_adapter(directory, llama_spec, max_lora_rank=4, dtype=torch.float32, pin=False)
+        assert report.version == version
+        return
     refused = refuse(directory, llama_spec)
-    assert refused.message == "adapter_config.json changed while the adapter was read"
+    assert refused.message == f"{name} changed while the adapter was read"
     assert type(refused) is UnavailableError
 
 

@@ -9,8 +9,8 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 from manylora.adapters.host_cache import HostCache
 
 
-def filled(*names: str, max_entries: int = 3) -> HostCache[str]:
-    cache: HostCache[str] = HostCache(max_entries)
+def filled(*names: str, max_entries: int = 3) -> HostCache[str, str]:
+    cache: HostCache[str, str] = HostCache(max_entries)
     for name in names:
         cache.reserve(name)
         cache.fill(name, name.upper())
@@ -68,7 +68,7 @@ class Machine(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.cache: HostCache[str] = HostCache(3)
+        self.cache: HostCache[str, str] = HostCache(3)
         self.order: list[str] = []
         self.refs: dict[str, int] = {}
         self.pinned: set[str] = set()

@@ -41,6 +41,7 @@ class Bench:
         self.root = root
         self.now_s = 0.0
         self.wakes = threading.Semaphore(0)
+        self.looks = threading.Semaphore(0)
         self.registries: list[Registry] = []
 
     def write(self, *names: str, rank: int = 4, seed: int | None = None, **changes: Any) -> None:
@@ -49,27 +50,54 @@ class Bench:
             write_adapter(self.root / name, tensors, {**CONFIG, "r": rank, **changes})
 
     def registry(self, read: Any = None, **settings: Any) -> Registry:
-        values = {"max_loras": 2, "max_lora_rank": 16, "max_cpu_loras": 4, **settings}
+        values = {"max_loras": 2, "max_lora_rank": 16, "max_cpu_loras": 4, "adapter_settle_s": 0.0}
+        values |= settings
         config = EngineConfig(base_model="base", adapter_root=str(self.root), **values)
         pool = DevicePool(
             self.spec, config.max_loras, config.max_lora_rank, torch.float32, torch.device("cpu")
         )
         registry = Registry(
-            self.spec, config, pool, torch.float32, self.wakes.release, clock=lambda: self.now_s, read=read
+            self.spec, config, pool, torch.float32, self.wake, clock=lambda: self.now_s, read=read
         )
         self.registries.append(registry)
         return registry
 
-    def settle(self, registry: Registry, *leases: Lease) -> None:
-        """Poll until none of the leases is being loaded."""
+    def wake(self) -> None:
+        is_look = threading.current_thread().name.startswith("manylora-looker")
+        (self.looks if is_look else self.wakes).release()
+
+    def poll(self, registry: Registry) -> None:
+        """Poll until all looks at files that are due have ended, and what they bring about has begun."""
         registry.poll()
-        while any(lease.state == "loading" for lease in leases):
-            assert self.wakes.acquire(timeout=PATIENCE_S), "no load finished"
+        while registry._lookout.is_looking:
+            assert self.looks.acquire(timeout=PATIENCE_S), "no look finished"
             registry.poll()
 
-    def ready(self, registry: Registry, name: str) -> Lease:
+    def settle(self, registry: Registry, *leases: Lease) -> None:
+        """Poll until none of the leases is being loaded."""
+        self.poll(registry)
+        while any(lease.state == "loading" for lease in leases):
+            assert self.wakes.acquire(timeout=PATIENCE_S), "no load finished"
+            self.poll(registry)
+
+    def rest(self, registry: Registry) -> None:
+        """Poll until nothing is looked at or read any more."""
+        self.poll(registry)
+        while registry._intake._reading:
+            assert self.wakes.acquire(timeout=PATIENCE_S), "no load finished"
+            self.poll(registry)
+
+    def ask(self, registry: Registry, name: str) -> Lease:
+        """A lease that is ready or queued; raises the error of one that has failed."""
         lease = registry.acquire(name)
         self.settle(registry, lease)
+        if lease.error is not None:
+            registry.release(lease)
+            raise lease.error
+        return lease
+
+    def ready(self, registry: Registry, name: str) -> Lease:
+        lease = self.ask(registry, name)
         assert lease.state == "ready"
         return lease
 
@@ -108,7 +136,7 @@ def test_an_adapter_goes_from_disk_to_the_device(bench: Bench, llama_spec: Model
     bench.write("a")
     registry = bench.registry()
     lease = registry.acquire("a")
-    assert (lease.state, lease.version, lease.placement) == ("queued", "", None)
+    assert (lease.state, lease.version, lease.placement) == ("loading", "", None)
     bench.settle(registry, lease)
     assert lease.state == "ready"
     assert states(registry) == {"a": "host"}
@@ -136,7 +164,7 @@ def test_many_requests_for_an_absent_adapter_cause_one_load(bench: Bench) -> Non
     bench.write("a")
     registry = bench.registry()
     first = [registry.acquire("a") for _ in range(3)]
-    registry.poll()
+    bench.poll(registry)
     leases = [*first, *(registry.acquire("a") for _ in range(3))]
     bench.settle(registry, *leases)
     assert [lease.state for lease in leases] == ["ready"] * 6
@@ -155,7 +183,7 @@ def test_an_unknown_name_is_not_found_and_nothing_else_is_named(bench: Bench) ->
     bench.write("tenant-1", "tenant-2")
     registry = bench.registry()
     with pytest.raises(NotFoundError) as refused:
-        registry.acquire("absent")
+        bench.ask(registry, "absent")
     assert refused.value.message == "adapter 'absent' is not found"
     assert registry.states() == []
 
@@ -163,7 +191,7 @@ def test_an_unknown_name_is_not_found_and_nothing_else_is_named(bench: Bench) ->
 def test_a_file_in_place_of_a_directory_is_not_found(bench: Bench) -> None:
     (bench.root / "a").write_text("no directory")
     with pytest.raises(NotFoundError):
-        bench.registry().acquire("a")
+        bench.ask(bench.registry(), "a")
 
 
 def test_links_must_stay_inside_the_root(bench: Bench, tmp_path: Path) -> None:
@@ -180,9 +208,9 @@ def test_links_must_stay_inside_the_root(bench: Bench, tmp_path: Path) -> None:
         with pytest.raises(
             InvalidArgumentError, match=rf"^adapter '{name}' is a link that leaves adapter_root$"
         ):
-            registry.acquire(name)
+            bench.ask(registry, name)
     with pytest.raises(NotFoundError):
-        registry.acquire("loop")
+        bench.ask(registry, "loop")
 
 
 def test_without_a_root_there_are_no_adapters(llama_spec: ModelSpec) -> None:
@@ -225,14 +253,25 @@ def test_a_broken_adapter_is_tried_again_after_a_pause_only(bench: Bench) -> Non
     lease = registry.acquire("a")
     bench.settle(registry, lease)
     registry.release(lease)
-    bench.write("a")
-    for _ in range(3):
+    for num_reads, pause_s in ((1, 1.0), (2, 2.0), (3, 4.0)):
+        for _ in range(3):
+            with pytest.raises(UnsupportedError, match=r"^adapter 'a': use_dora"):
+                bench.ask(registry, "a")
+        assert reads == ["a"] * num_reads
+        bench.now_s += pause_s
         with pytest.raises(UnsupportedError, match=r"^adapter 'a': use_dora"):
-            registry.acquire("a")
-    assert reads == ["a"]
-    bench.now_s += 1.0
+            bench.ask(registry, "a")
+
+
+def test_a_broken_adapter_that_has_been_repaired_is_read_at_once(bench: Bench) -> None:
+    bench.write("a", use_dora=True)
+    registry = bench.registry()
+    for _ in range(7):
+        with pytest.raises(UnsupportedError, match=r"^adapter 'a': use_dora"):
+            bench.ask(registry, "a")
+        bench.now_s += 60.0
+    bench.write("a")
     registry.release(bench.ready(registry, "a"))
-    assert reads == ["a", "a"]
     assert states(registry) == {"a": "host"}
 
 
@@ -246,7 +285,7 @@ def test_a_removed_adapter_is_not_found_even_if_it_had_failed(bench: Bench) -> N
         path.unlink()
     (bench.root / "a").rmdir()
     with pytest.raises(NotFoundError):
-        registry.acquire("a")
+        bench.ask(registry, "a")
     assert registry.states() == []
 
 
@@ -442,14 +481,14 @@ def test_leases_end_at_any_stage(bench: Bench) -> None:
 
     registry = bench.registry(read, max_loras=1, max_cpu_loras=1)
     loading, queued = registry.acquire("a"), registry.acquire("b")
-    registry.poll()
+    bench.poll(registry)
     assert (loading.state, queued.state) == ("loading", "queued")
     registry.release(loading)
     registry.release(queued)
     assert states(registry) == {"a": "loading"}
     gate.set()
     assert bench.wakes.acquire(timeout=PATIENCE_S)
-    registry.poll()
+    bench.poll(registry)
     assert states(registry) == {"a": "host"}
     with pytest.raises(AssertionError, match="released twice"):
         registry.release(loading)
@@ -474,7 +513,7 @@ class Gate:
     def end_one(self, bench: Bench, registry: Registry) -> None:
         self.may_end.release()
         assert bench.wakes.acquire(timeout=PATIENCE_S)
-        registry.poll()
+        bench.poll(registry)
 
 
 def test_a_load_of_higher_priority_waits_for_those_that_have_begun_only(bench: Bench) -> None:
@@ -483,10 +522,10 @@ def test_a_load_of_higher_priority_waits_for_those_that_have_begun_only(bench: B
     gate = Gate(bench.spec)
     registry = bench.registry(gate.read, max_cpu_loras=8)
     leases = [registry.acquire(name) for name in names]
-    registry.poll()
+    bench.poll(registry)
     assert {gate.next(), gate.next()} == {"cold-0", "cold-1"}
     urgent = registry.acquire("urgent", 1000)
-    registry.poll()
+    bench.poll(registry)
     # None lacks a slot: all wait for threads.
     assert [lease.state for lease in (*leases, urgent)] == ["loading"] * 7
     for expected in ("urgent", "cold-2", "cold-3", "cold-4", "cold-5"):
@@ -506,12 +545,12 @@ def test_a_load_that_nobody_waits_for_any_more_is_not_begun_and_costs_no_slot(be
     gate = Gate(bench.spec)
     registry = bench.registry(gate.read, max_cpu_loras=4)
     warm = registry.acquire("warm")
-    registry.poll()
+    bench.poll(registry)
     assert gate.next() == "warm"
     gate.end_one(bench, registry)
     registry.release(warm)
     leases = [registry.acquire(name) for name in names]
-    registry.poll()
+    bench.poll(registry)
     assert {gate.next(), gate.next()} == {"cold-0", "cold-1"}
     assert [lease.state for lease in leases] == ["loading"] * 4 + ["queued"] * 2
     assert states(registry)["warm"] == "host"
@@ -528,26 +567,34 @@ def test_a_load_that_nobody_waits_for_any_more_is_not_begun_and_costs_no_slot(be
     registry.release(other)
 
 
-def test_a_request_does_not_go_on_under_another_version(bench: Bench) -> None:
+def test_a_request_goes_on_under_the_version_that_it_began_with(bench: Bench, llama_spec: ModelSpec) -> None:
+    """Though that gave way to another adapter meanwhile, in the only slot, and its files are others now."""
     bench.write("a", "b", seed=1)
-    registry = bench.registry(max_loras=1, max_cpu_loras=1)
+    registry = bench.registry(max_loras=1, max_cpu_loras=1, adapter_check_s=0.0)
     first = bench.ready(registry, "b")
     assert registry.try_activate(first)
     a = registry.acquire("a")
     leftover = registry.acquire("b")
+    bench.settle(registry, a, leftover)
     assert registry.try_activate(leftover)
+    begun = leftover.version
     registry.deactivate(leftover)
-    fresh = registry.acquire("b")
     registry.release(first)
-    bench.settle(registry, a, leftover, fresh)
+    bench.settle(registry, a, leftover)
     assert (a.state, leftover.state) == ("ready", "queued")
     bench.write("b", seed=2)
+    fresh = registry.acquire("b")
+    bench.rest(registry)
     registry.release(a)
-    bench.settle(registry, leftover, fresh)
-    assert type(leftover.error) is UnavailableError
-    assert leftover.error.message == "adapter 'b' was replaced during the request"
-    assert fresh.state == "ready"
+    bench.rest(registry)
+    assert (leftover.state, leftover.version, fresh.state) == ("ready", begun, "queued")
+    assert registry.try_activate(leftover)
     registry.release(leftover)
+    bench.settle(registry, fresh)
+    assert fresh.state == "ready"
+    assert fresh.version != begun
+    assert registry.try_activate(fresh)
+    assert holds(registry, fresh, llama_spec)
     registry.release(fresh)
 
 
@@ -619,9 +666,9 @@ def test_an_engine_that_is_started_again_does_without_what_cannot_be_preloaded(
     assert states(registry) == {"a": "host", "absent": "failed", "b": "device", "dora": "failed"}
     assert "adapter 'dora' cannot be preloaded and has failed: adapter 'dora': use_dora=True" in caplog.text
     with pytest.raises(UnsupportedError, match=r"^adapter 'dora': use_dora=True: DoRA is not served$"):
-        registry.acquire("dora")
+        bench.ask(registry, "dora")
     with pytest.raises(NotFoundError, match=r"^adapter 'absent' is not found$"):
-        registry.acquire("absent")
+        bench.ask(registry, "absent")
     registry.release(bench.ready(registry, "a"))
 
 
@@ -668,7 +715,7 @@ def test_a_pin_that_is_due_waits_for_pages_and_fails_those_it_leaves_none(bench:
     a = bench.ready(registry, "a")
     assert states(registry) == {"a": "host", "b": "device"}
     registry.release(running)
-    registry.poll()
+    bench.poll(registry)
     assert states(registry) == {"a": "device"}
     assert type(waiting.error) is UnavailableError
     assert waiting.error.message == "adapter 'b' has no room in the device pool beside pinned ones"
@@ -682,7 +729,7 @@ def test_a_slot_that_is_kept_for_a_pin_goes_to_nobody_else(bench: Bench) -> None
     registry = bench.registry(max_loras=1, max_cpu_loras=1, pinned_adapters=("a",))
     registry.preload(strict=False)
     with pytest.raises(UnavailableError, match=r"^adapter 'b' cannot be loaded: every host slot is pinned$"):
-        registry.acquire("b")
+        bench.ask(registry, "b")
 
 
 def test_an_adapter_that_no_longer_fits_beside_the_pinned_ones_fails_alone(bench: Bench) -> None:
@@ -691,7 +738,7 @@ def test_an_adapter_that_no_longer_fits_beside_the_pinned_ones_fails_alone(bench
     registry.preload(strict=False)
     assert states(registry) == {"a": "device", "b": "failed"}
     with pytest.raises(InvalidArgumentError, match="'b' has no room beside the pinned ones before it"):
-        registry.acquire("b")
+        bench.ask(registry, "b")
 
 
 def test_what_finds_no_room_beside_pinned_adapters_fails(bench: Bench) -> None:
@@ -710,7 +757,7 @@ def test_when_every_slot_is_pinned_others_are_refused(bench: Bench) -> None:
     registry = bench.registry(max_loras=1, max_cpu_loras=1, pinned_adapters=("a",))
     registry.preload(strict=True)
     with pytest.raises(UnavailableError, match=r"^adapter 'b' cannot be loaded: every host slot is pinned$"):
-        registry.acquire("b")
+        bench.ask(registry, "b")
     registry.release(bench.ready(registry, "a"))
 
 
@@ -766,7 +813,7 @@ def test_closing_waits_for_loads_and_drops_the_rest(bench: Bench) -> None:
 
     registry = bench.registry(read)
     leases = [registry.acquire(name) for name in ("a", "b", "c")]
-    registry.poll()
+    bench.poll(registry)
     assert begun.acquire(timeout=PATIENCE_S)
     assert begun.acquire(timeout=PATIENCE_S)
     closer = threading.Thread(target=registry.close)

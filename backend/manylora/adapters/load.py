@@ -1,0 +1,70 @@
+"""One load: the files are looked at, read, and looked at again."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from manylora.adapters.adapter_files import Sight
+from manylora.adapters.weights import AdapterWeights
+from manylora.errors import InternalError, ManyloraError
+
+log = logging.getLogger(__name__)
+
+Look = Callable[[str], Sight]
+"""Looks at the files of the adapter with a name. Raises ManyloraError."""
+Read = Callable[[Path], AdapterWeights]
+"""Reads the adapter in a directory. Raises ManyloraError."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Loaded:
+    """What a load found: weights or an error."""
+
+    sight: Sight
+    """How the files stood before they were read."""
+    weights: AdapterWeights | None = None
+    error: ManyloraError | None = None
+    is_torn: bool = False
+    """Somebody may have been writing the files, so that the one may be new and the other old."""
+
+
+def load(name: str, asked: Sight, look: Look, read: Read, settle_s: float) -> Loaded:
+    """Read one adapter; an error names it, and one that nobody expected is logged and becomes INTERNAL.
+
+    Stat cannot tell a pair of files from a new config beside old weights, whose writer is about to write
+    them. So what is read counts only if the files had been left alone for `settle_s`.
+
+    Args:
+        asked: the look upon which it is read: its files have been left alone for so long.
+        look: looks at the files.
+        read: reads the directory.
+        settle_s: 0: any files that do not change under the reader's hands will do.
+
+    Raises:
+        ManyloraError: the files cannot be looked at, or are gone.
+    """
+    before = look(name)
+    weights, error = None, before.error
+    if error is None:
+        try:
+            weights = read(before.directory)
+        except ManyloraError as raised:
+            error = raised
+        except Exception:
+            log.exception("loading adapter %r failed", name)
+            error = InternalError("could not be loaded; the log has the reason")
+    is_settled = settle_s == 0 or before.stamp == asked.stamp or before.age_s >= settle_s
+    has_changed = before.stamp != look(name).stamp
+    is_torn = not is_settled or (has_changed and (settle_s > 0 or error is not None))
+    return Loaded(sight=before, weights=weights, error=named(name, error), is_torn=is_torn)
+
+
+def named(name: str, error: ManyloraError | None) -> ManyloraError | None:
+    """The error with the adapter's name before it."""
+    if error is None:
+        return None
+    separator = " " if isinstance(error, InternalError) else ": "
+    return type(error)(f"adapter {name!r}{separator}{error.message}")

@@ -1,0 +1,88 @@
+"""Which adapters are pinned on both levels, and which are to be as soon as they can."""
+
+from __future__ import annotations
+
+from manylora.adapters.device_pool import num_pages_of
+from manylora.adapters.lease import Entry
+from manylora.adapters.reasons import quote
+from manylora.adapters.versions import Versions
+from manylora.errors import InvalidArgumentError, UnavailableError
+
+
+class Pins:
+    """A pin belongs to a name: it goes from one version to the next.
+
+    Args:
+        max_lora_rank: of others, for which pins leave room.
+    """
+
+    def __init__(self, versions: Versions, max_lora_rank: int) -> None:
+        self._versions = versions
+        self._host = versions.host
+        self._residents = versions.residents
+        self._num_pages = num_pages_of(max_lora_rank)
+        self.due = versions.pins_due
+        """Adapters to be pinned as soon as they are loaded and the device has room."""
+
+    @property
+    def count(self) -> int:
+        """In force or due."""
+        return self._host.num_pinned + len(self.due)
+
+    def leave_slot_for(self, name: str) -> bool:
+        """Whether an absent adapter can ever have a host slot."""
+        # Those that are due count too: whoever else waited for a slot would then wait for ever.
+        return name in self.due or self.count < self._host.max_entries
+
+    def pin(self, name: str) -> None:
+        """See `Registry.pin`."""
+        entry = self._versions.current.get(name)
+        if entry is None or entry.weights is None:
+            raise UnavailableError(f"adapter {quote(name)} is not loaded: it cannot be pinned")
+        if self._host[entry].is_pinned:
+            return
+        if (
+            self.count + 1 >= self._host.max_entries
+            or min(self._residents.pages_beside_pinned(entry.weights)) < self._num_pages
+        ):
+            raise UnavailableError(
+                f"adapter {name!r} cannot be pinned: others need a host slot and {self._num_pages} device "
+                "pages of each kind beside the pinned ones"
+            )
+        if not self._try_pin(entry):
+            raise UnavailableError(f"adapter {name!r} cannot be pinned now: the device pool is in use")
+
+    def unpin(self, name: str) -> None:
+        """See `Registry.unpin`."""
+        if name in self.due:
+            self.due.remove(name)
+            return
+        entry = self._versions.current.get(name)
+        if entry is None or entry not in self._host or not self._host[entry].is_pinned:
+            raise InvalidArgumentError(f"adapter {quote(name)} is not pinned")
+        self._host.unpin(entry)
+        self._residents[entry].is_pinned = False
+
+    def try_due(self, name: str) -> None:
+        """Bring a pin into force, if its adapter is loaded and the device has room."""
+        entry = self._versions.current.get(name)
+        if entry is None or entry.weights is None or not self._try_pin(entry):
+            return
+        self.due.remove(name)
+        # None of those is active, since the pinned one has found its room. They would wait for ever.
+        for other in list(self._versions):
+            weights = other.weights or other.in_hand
+            if (
+                weights is not None
+                and not (other in self._host and self._host[other].is_pinned)
+                and not self._residents.fits_beside_pinned(weights)
+            ):
+                self._versions.expel(other)
+
+    def _try_pin(self, entry: Entry) -> bool:
+        assert entry.weights is not None, f"{entry} is not loaded"
+        if not self._residents.try_place(entry, entry.weights):
+            return False
+        self._host.pin(entry)
+        self._residents[entry].is_pinned = True
+        return True
