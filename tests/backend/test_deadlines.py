@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from manylora import Engine, EngineConfig
-from manylora.adapters import registry as registry_module
+from manylora.adapters import reader as reader_module
 from manylora.engine import engine as engine_module
 from manylora.engine import notes as notes_module
 from manylora.engine.batch import Batch
@@ -108,13 +108,13 @@ def test_an_idle_engine_wakes_for_a_deadline(
 ) -> None:
     """Nothing runs: the only sequence waits for an adapter whose files do not come."""
     gate = threading.Event()
-    read_adapter = registry_module.read_adapter
+    read_adapter = reader_module.read_adapter
 
     def read(*args: Any, **options: Any) -> object:
         assert gate.wait(PATIENCE_S)
         return read_adapter(*args, **options)
 
-    monkeypatch.setattr(registry_module, "read_adapter", read)
+    monkeypatch.setattr(reader_module, "read_adapter", read)
     try:
         with Engine(make_config(base, adapter_root)) as engine:
             inbox = Inbox(engine)

@@ -10,9 +10,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from faults import scenarios
+from faults import files, scenarios
 from faults.anatomy import Remains, engine_of, tritonserver_of
 from faults.load import HUNG, NUM_STREAMS, NUM_WHOLE, RIGHT, WRONG, Bed, Report
+from faults.silent_mount import may_mount
 from harness import SYNTHETIC, status_of, wait_idle
 from manylora.serve.background import running_server
 
@@ -66,6 +67,17 @@ def test_files_that_change_while_they_are_read_harm_nobody_else(bed: Bed, own_ro
     assert report.outcomes == {RIGHT: ALL}
 
 
+@pytest.mark.parametrize("num_reads", [0, 2])
+def test_a_disk_that_gives_no_answer_stops_only_those_who_ask_for_what_lies_on_it(
+    bed: Bed, own_root: Path, num_reads: int
+) -> None:
+    if not may_mount():
+        pytest.skip("only root may mount a file system that gives no answer")
+    report = files.hung_directory(bed, own_root, EXTRA, num_reads=num_reads, deadline_ms=3000)
+    check(bed, report)
+    assert report.outcomes == {RIGHT: ALL}
+
+
 def test_clients_that_leave_are_forgotten(bed: Bed) -> None:
     before = status_of(bed.server).counters["cancelled"]
     report = scenarios.clients_leave(bed)
@@ -94,6 +106,12 @@ def test_a_stopped_engine_ends_its_requests_and_comes_back(bed: Bed) -> None:
 
 def test_an_engine_killed_while_it_loads_adapters_comes_back(bed: Bed, own_root: Path) -> None:
     check_all_unavailable(bed, scenarios.engine_killed_while_it_loads(bed, own_root, EXTRA))
+
+
+def test_a_killed_engine_whose_threads_hang_in_the_kernel_is_replaced(bed: Bed, own_root: Path) -> None:
+    if not may_mount():
+        pytest.skip("only root may mount a file system that gives no answer")
+    check_all_unavailable(bed, files.engine_killed_while_a_read_hangs(bed, own_root))
 
 
 def test_an_engine_killed_and_stopped_while_it_starts_comes_back(bed: Bed) -> None:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 from manylora.adapters.adapter_files import Sight
+from manylora.adapters.reader import Read
 from manylora.adapters.weights import AdapterWeights
 from manylora.errors import InternalError, ManyloraError
 
@@ -15,8 +15,6 @@ log = logging.getLogger(__name__)
 
 Look = Callable[[str], Sight]
 """Looks at the files of the adapter with a name. Raises ManyloraError."""
-Read = Callable[[Path], AdapterWeights]
-"""Reads the adapter in a directory. Raises ManyloraError."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -11,73 +11,22 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
 
-from manylora.adapters.adapter_files import Sight, Stamp
+from manylora.adapters.adapter_files import Sight
 from manylora.adapters.failures import Failures
 from manylora.adapters.intake import Intake
 from manylora.adapters.lease import Entry, Lease
-from manylora.adapters.load import Loaded, Look, named
+from manylora.adapters.load import Loaded, Look
 from manylora.adapters.loader import Job, Loader
+from manylora.adapters.verdicts import MAX_SETTLE_S, Verdicts
 from manylora.adapters.versions import Versions
-from manylora.errors import ManyloraError, NotFoundError, UnavailableError, from_code
+from manylora.adapters.watch import Watch
+from manylora.errors import NotFoundError
 
 log = logging.getLogger(__name__)
 
 STALL_S = 0.5
 """Looks are begun in their order, by one thread. One that takes so long holds up no other."""
-MAX_SETTLE_S = 10.0
-"""Longest that a request waits for an absent adapter's files to be left alone, beyond `settle_s`."""
-RETRY_S = 0.25
-"""Until changed files are looked at again that could not be read yet, since others are."""
-
-
-@dataclass(slots=True, eq=False)
-class Watch:
-    """What is known of the files behind one name."""
-
-    name: str
-    asking: dict[int, Lease] = field(default_factory=dict)
-    """Leases that wait for the next look."""
-    asked: dict[int, Lease] = field(default_factory=dict)
-    """Those that wait for the look that goes on."""
-    settling: dict[int, Lease] = field(default_factory=dict)
-    """Those of an absent adapter that wait until its files have been left alone."""
-    job: Job[Sight] | None = None
-    """The look that goes on."""
-    is_wanted: bool = False
-    """A look is to begin, for nobody in particular."""
-    looked_s: float = -math.inf
-    """When the last look ended."""
-    seen: Stamp | None = None
-    """How changed files stood at the last look."""
-    seen_s: float = 0.0
-    """Since when they have stood so."""
-    relook_s: float = math.inf
-    """When to look again, whoever asks."""
-    give_up_s: float = math.inf
-    """Until when `settling` waits."""
-    is_hung: bool = False
-    """The look that goes on has been given up."""
-    fault: str = ""
-    """Why the files as they are cannot be served, while an older version is."""
-    told: tuple[Stamp | None, str] = (None, "")
-    """Of what the log has been told so."""
-
-    @property
-    def leases(self) -> list[Lease]:
-        """All that wait."""
-        return [*self.asking.values(), *self.asked.values(), *self.settling.values()]
-
-    @property
-    def is_asked_for(self) -> bool:
-        """Whether a look is to begin at once."""
-        return bool(self.asking) or self.is_wanted
-
-    def forget(self, lease: Lease) -> None:
-        """A lease waits no more."""
-        for leases in (self.asking, self.asked, self.settling):
-            leases.pop(lease.number, None)
 
 
 class Lookout:
@@ -103,10 +52,10 @@ class Lookout:
     ) -> None:
         self._look = look
         self._looker = looker
-        self._intake = intake
         self._versions = versions
-        self._failures = failures
-        self._has_slots = has_slots
+        self._verdicts = Verdicts(
+            intake, versions, failures, has_slots, self._note, clock=clock, settle_s=settle_s
+        )
         self._clock = clock
         self._settle_s = settle_s
         self._check_s = check_s
@@ -202,12 +151,12 @@ class Lookout:
         watch = self._watch(entry.name)
         watch.looked_s = self._clock()
         watch.give_up_s = math.inf
-        self._set_clear(watch, entry)
+        self._verdicts.set_clear(watch, entry)
 
     def on_invalid(self, loaded: Loaded, name: str) -> None:
         """See `Reported`."""
         assert loaded.error is not None, "files are invalid for no reason"
-        self._mark(self._watch(name), loaded.error)
+        self._verdicts.mark(self._watch(name), loaded.error)
 
     def on_torn(self, loaded: Loaded, name: str, leases: list[Lease]) -> None:
         """See `Reported`."""
@@ -215,7 +164,7 @@ class Lookout:
         watch.seen = None
         watch.settling |= {lease.number: lease for lease in leases}
         watch.give_up_s = min(watch.give_up_s, self._clock() + self._settle_s + MAX_SETTLE_S)
-        self._look_again(watch, self._clock())
+        self._verdicts.look_again(watch, self._clock())
         self._drop_if_idle(watch)
 
     # From here on: a look, from its beginning to its consequences.
@@ -234,10 +183,6 @@ class Lookout:
         if watch.job is None and not watch.leases and watch.name not in self._versions.current:
             del self._watches[watch.name]
             self._todo.pop(watch, None)
-
-    def _look_again(self, watch: Watch, at_s: float) -> None:
-        watch.relook_s = at_s
-        self._note(watch)
 
     def _note(self, watch: Watch) -> None:
         """Keep in mind whether a look at it is to begin."""
@@ -264,10 +209,10 @@ class Lookout:
         watch.is_wanted = False
         self._note(watch)
         if watch.name in self._versions.current:
-            self._end_asking(watch)
+            self._verdicts.end_asking(watch)
         elif watch.job.is_hung:
             assert watch.job.error is not None, "a look that hangs has no error"
-            self._fail_all(watch, watch.job.error)
+            self._verdicts.fail_all(watch, watch.job.error)
 
     def _take(self, job: Job[Sight]) -> None:
         watch = self._looking[job]
@@ -275,7 +220,7 @@ class Lookout:
             # It keeps its thread, and `poll` lets those go who wait for it.
             watch.is_hung = True
             if job.error is not None:
-                self._mark(watch, job.error)
+                self._verdicts.mark(watch, job.error)
             return
         del self._looking[job]
         watch.job = None
@@ -283,140 +228,13 @@ class Lookout:
         if watch.is_hung:
             watch.is_hung = False
         elif isinstance(job.error, NotFoundError):
-            self._set_gone(watch, job.error)
+            self._verdicts.set_gone(watch, job.error)
         elif job.error is not None:
-            self._set_unreadable(watch, job.error)
+            self._verdicts.set_unreadable(watch, job.error)
         else:
             assert job.value is not None, "a look without a result"
             if watch.name in self._versions.current:
-                self._judge_present(watch, job.value)
+                self._verdicts.judge_present(watch, job.value)
             else:
-                self._judge_absent(watch, job.value)
+                self._verdicts.judge_absent(watch, job.value)
         self._drop_if_idle(watch)
-
-    def _set_gone(self, watch: Watch, error: ManyloraError) -> None:
-        current = self._versions.current.get(watch.name)
-        self._failures.forget(watch.name)
-        asked = [*watch.asked.values(), *watch.settling.values()]
-        for lease in asked:
-            watch.forget(lease)
-            self._versions.fail(lease, from_code(error.code, error.message))
-        # What is being read now will find out by itself.
-        if current is not None and self._versions.current.get(watch.name) is current and current.is_whole:
-            log.info("adapter %r: its directory is gone", watch.name)
-            self._versions.retire(current)
-            for lease in watch.asking.values():
-                # It looks for whatever comes in the directory's place.
-                self._versions.leave(lease)
-        self._set_clear(watch, None)
-
-    def _set_unreadable(self, watch: Watch, error: ManyloraError) -> None:
-        """Neither there nor gone."""
-        if watch.name in self._versions.current:
-            self._mark(watch, error)
-            self._end_asking(watch)
-        else:
-            self._fail_all(watch, error)
-
-    def _judge_absent(self, watch: Watch, sight: Sight) -> None:
-        name, leases = watch.name, [*watch.asked.values(), *watch.settling.values()]
-        error = self._failures.recall(name, sight.stamp)
-        if error is None and sight.error is not None:
-            error = named(name, sight.error)
-            assert error is not None, "an error that names its adapter is none"
-            self._failures.remember(name, error, sight.stamp)
-        if error is None and self._intake.is_hung(name):
-            error = UnavailableError(f"adapter {name!r}: its files give no answer")
-        if error is None and not self._has_slots(name):
-            error = UnavailableError(f"adapter {name!r} cannot be loaded: every host slot is pinned")
-        if error is not None:
-            self._fail_all(watch, error)
-        elif self._is_settled(watch, sight, age_s=min(max(sight.age_s, 0.0), self._settle_s)):
-            watch.seen = None
-            watch.relook_s = math.inf
-            for lease in leases:
-                watch.forget(lease)
-            if leases:
-                waiting = list(watch.asking.values())
-                watch.asking.clear()
-                self._intake.enter(name, sight, [*leases, *waiting])
-            self._note(watch)
-        elif self._clock() >= watch.give_up_s:
-            self._fail_all(
-                watch,
-                UnavailableError(
-                    f"adapter {name!r}: its files keep changing; they are read once they have been left "
-                    f"alone for {self._settle_s:g} s"
-                ),
-            )
-        else:
-            watch.settling = {lease.number: lease for lease in leases}
-            watch.asked = {}
-            watch.give_up_s = min(watch.give_up_s, self._clock() + self._settle_s + MAX_SETTLE_S)
-
-    def _judge_present(self, watch: Watch, sight: Sight) -> None:
-        name, current = watch.name, self._versions.current[watch.name]
-        self._end_asking(watch)
-        if not current.is_whole:
-            return
-        if sight.stamp == current.sight.stamp:
-            self._failures.forget(name)
-            self._set_clear(watch, current)
-            return
-        current.is_stale = True
-        if not self._is_settled(watch, sight, age_s=0.0) or self._intake.is_updating(name):
-            return
-        if sight.error is not None:
-            error = named(name, sight.error)
-            assert error is not None, "an error that names its adapter is none"
-            self._mark(watch, error)
-        elif self._failures.recall(name, sight.stamp) is not None or self._intake.is_hung(name):
-            # The log and the status have said so.
-            return
-        elif not self._intake.try_update(name, sight):
-            self._look_again(watch, self._clock() + RETRY_S)
-
-    def _is_settled(self, watch: Watch, sight: Sight, *, age_s: float) -> bool:
-        """Whether files have been left alone for long enough; if not, they are looked at again.
-
-        Args:
-            age_s: time for which they count as left alone at the first look.
-        """
-        now_s = self._clock()
-        if watch.seen != sight.stamp:
-            watch.seen, watch.seen_s = sight.stamp, now_s - age_s
-        if now_s - watch.seen_s >= self._settle_s:
-            return True
-        self._look_again(watch, watch.seen_s + self._settle_s)
-        return False
-
-    def _set_clear(self, watch: Watch, current: Entry | None) -> None:
-        """What new requests get is what the files hold."""
-        watch.seen = None
-        watch.fault = ""
-        watch.relook_s = math.inf
-        self._note(watch)
-        if current is not None:
-            current.is_stale = False
-
-    def _mark(self, watch: Watch, error: ManyloraError) -> None:
-        """Say, once for each reason, that an older version serves on."""
-        current = self._versions.current.get(watch.name)
-        watch.fault = error.message
-        if current is not None and watch.told != (watch.seen, error.message):
-            watch.told = (watch.seen, error.message)
-            log.warning("%s; version %s is served on", error.message, current.version or "in memory")
-
-    def _end_asking(self, watch: Watch) -> None:
-        """Let those go on who wait for the look, under the version that is there."""
-        for lease in watch.asked.values():
-            lease.is_asking = False
-        watch.asked = {}
-
-    def _fail_all(self, watch: Watch, error: ManyloraError) -> None:
-        """Fail those who wait for the look, or for the files to be left alone."""
-        watch.give_up_s = math.inf
-        for lease in [*watch.asked.values(), *watch.settling.values()]:
-            watch.forget(lease)
-            # An object for each: it is raised in several places.
-            self._versions.fail(lease, from_code(error.code, error.message))

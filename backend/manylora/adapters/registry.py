@@ -11,7 +11,6 @@ import itertools
 import logging
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 
@@ -22,16 +21,15 @@ from manylora.adapters.failures import Failures
 from manylora.adapters.host_cache import HostCache
 from manylora.adapters.intake import Intake
 from manylora.adapters.lease import Entry, Lease, Stage
-from manylora.adapters.load import Loaded, Read, load
+from manylora.adapters.load import Loaded, load
 from manylora.adapters.loader import Loader
 from manylora.adapters.lookout import STALL_S, Lookout
-from manylora.adapters.peft_format import read_adapter
 from manylora.adapters.pins import Pins
 from manylora.adapters.preload import read_first
+from manylora.adapters.reader import Read, reader
 from manylora.adapters.registry_view import check_entry, state_of
 from manylora.adapters.residents import Residents
 from manylora.adapters.versions import Versions
-from manylora.adapters.weights import AdapterWeights
 from manylora.config import EngineConfig
 from manylora.errors import InvalidArgumentError, ManyloraError
 from manylora.messages import AdapterState
@@ -71,7 +69,7 @@ class Registry:
     ) -> None:
         self.config = config
         self.root = AdapterRoot(config.adapter_root)
-        self._read = read or self._reader(spec, dtype, pin=pool.device.type == "cuda")
+        self._read = read or reader(config, self.root, spec, dtype, pin=pool.device.type == "cuda")
         self._versions = Versions(HostCache(config.num_cpu_loras), Residents(pool), set())
         self._host = self._versions.host
         self._residents = self._versions.residents
@@ -300,19 +298,3 @@ class Registry:
 
     def _load(self, name: str, asked: Sight) -> Loaded:
         return load(name, asked, self.root.look, self._read, self.config.adapter_settle_s)
-
-    def _reader(self, spec: ModelSpec, dtype: torch.dtype, *, pin: bool) -> Read:
-        def read(directory: Path) -> AdapterWeights:
-            weights, report = read_adapter(
-                directory,
-                spec,
-                max_lora_rank=self.config.max_lora_rank,
-                dtype=dtype,
-                pin=pin,
-                root=self.root.path,
-            )
-            for line in report.notes():
-                log.warning("adapter %s: %s", directory.name, line)
-            return weights
-
-        return read

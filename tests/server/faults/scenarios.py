@@ -6,13 +6,14 @@ import os
 import resource
 import shutil
 import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from manylora_client import Client, ManyloraClientError, Unavailable
+from manylora_client import Client, ManyloraClientError, NotFound, Unavailable
 
-from faults.anatomy import Remains, engine_of, stub_of, tritonserver_of, wait_until_gone
+from faults.anatomy import DONE_S, Remains, engine_of, stub_of, tritonserver_of, wait_until_gone
 from faults.load import PROMPT, Bed, Report
 
 LONG = 400
@@ -172,23 +173,47 @@ def clients_leave(bed: Bed, num_requests: int = 1000) -> Report:
 
 
 def adapter_files_change_while_serving(bed: Bed, adapter_root: Path) -> Report:
-    """Those of adapters in use: one is replaced, one truncated in place, one deleted."""
+    """Those of adapters in use: one is replaced, one truncated in place, one deleted.
+
+    Whoever asks while they are so gets the old version of the truncated one, and in the end NOT_FOUND for the
+    deleted one; what the load runs ends as it began.
+    """
     replaced, truncated, deleted = (adapter_root / name for name in bed.names[1:4])
     kept = adapter_root.with_name("kept")
     shutil.copytree(adapter_root, kept)
 
-    def inject() -> None:
+    def harm() -> None:
         fresh = replaced / "fresh"
         shutil.copyfile(truncated / "adapter_model.safetensors", fresh)
         fresh.replace(replaced / "adapter_model.safetensors")
         os.truncate(truncated / "adapter_model.safetensors", 100)
         shutil.rmtree(deleted)
 
+    def inject() -> None:
+        harm()
+        try:
+            with bed.connect() as client:
+                _await_not_found(client, deleted.name, truncated.name, bed.right[truncated.name])
+        finally:
+            shutil.copytree(kept, adapter_root, dirs_exist_ok=True)
+
     try:
         return bed.suffer("files of adapters in use replaced, truncated, deleted", inject)
     finally:
-        shutil.copytree(kept, adapter_root, dirs_exist_ok=True)
         shutil.rmtree(kept)
+
+
+def _await_not_found(client: Client, gone: str, harmed: str, right: list[int]) -> None:
+    """Ask for both until the one is not found; all the time the other's old version answers."""
+    deadline = time.monotonic() + DONE_S
+    while time.monotonic() < deadline:
+        asked = {"max_tokens": len(right), "ignore_eos": True}
+        assert client.generate(PROMPT, adapter_id=harmed, **asked).token_ids == right
+        try:
+            client.generate(PROMPT, adapter_id=gone, max_tokens=1)
+        except NotFound:
+            return
+    raise AssertionError(f"{gone} is served for ever")
 
 
 def adapter_files_change_while_loading(bed: Bed, adapter_root: Path, source: str) -> Report:

@@ -1,0 +1,186 @@
+"""What a look at an adapter's files brings about: a load, a new version, an error, or a wait."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable
+
+from manylora.adapters.adapter_files import Sight
+from manylora.adapters.failures import Failures
+from manylora.adapters.intake import Intake
+from manylora.adapters.lease import Entry
+from manylora.adapters.load import named
+from manylora.adapters.versions import Versions
+from manylora.adapters.watch import Watch
+from manylora.errors import ManyloraError, UnavailableError, from_code
+
+log = logging.getLogger(__name__)
+
+MAX_SETTLE_S = 10.0
+"""Longest that a request waits for an absent adapter's files to be left alone, beyond `settle_s`."""
+RETRY_S = 0.25
+"""Until changed files are looked at again that could not be read yet, since others are."""
+
+
+class Verdicts:
+    """Judges one look after the other.
+
+    Args:
+        has_slots: whether an adapter could be loaded; otherwise every host slot is pinned by others.
+        note: called when a watch's next look is to begin at another time.
+    """
+
+    def __init__(
+        self,
+        intake: Intake,
+        versions: Versions,
+        failures: Failures,
+        has_slots: Callable[[str], bool],
+        note: Callable[[Watch], None],
+        *,
+        clock: Callable[[], float],
+        settle_s: float,
+    ) -> None:
+        self._intake = intake
+        self._versions = versions
+        self._failures = failures
+        self._has_slots = has_slots
+        self._note = note
+        self._clock = clock
+        self._settle_s = settle_s
+
+    def look_again(self, watch: Watch, at_s: float) -> None:
+        """Have the files looked at at a time, whoever asks."""
+        watch.relook_s = at_s
+        self._note(watch)
+
+    def set_gone(self, watch: Watch, error: ManyloraError) -> None:
+        """The directory is not there: whoever asked hears so; what is loaded ends with its leases."""
+        current = self._versions.current.get(watch.name)
+        self._failures.forget(watch.name)
+        asked = [*watch.asked.values(), *watch.settling.values()]
+        for lease in asked:
+            watch.forget(lease)
+            self._versions.fail(lease, from_code(error.code, error.message))
+        # What is being read now will find out by itself.
+        if current is not None and self._versions.current.get(watch.name) is current and current.is_whole:
+            log.info("adapter %r: its directory is gone", watch.name)
+            self._versions.retire(current)
+            for lease in watch.asking.values():
+                # It looks for whatever comes in the directory's place.
+                self._versions.leave(lease)
+        self.set_clear(watch, None)
+
+    def set_unreadable(self, watch: Watch, error: ManyloraError) -> None:
+        """Whether the files are there cannot be seen: neither there nor gone."""
+        if watch.name in self._versions.current:
+            self.mark(watch, error)
+            self.end_asking(watch)
+        else:
+            self.fail_all(watch, error)
+
+    def judge_absent(self, watch: Watch, sight: Sight) -> None:
+        """Load an adapter, wait for its files to be left alone, or say why it cannot be loaded."""
+        name, leases = watch.name, [*watch.asked.values(), *watch.settling.values()]
+        error = self._failures.recall(name, sight.stamp)
+        if error is None and sight.error is not None:
+            error = named(name, sight.error)
+            assert error is not None, "an error that names its adapter is none"
+            self._failures.remember(name, error, sight.stamp)
+        if error is None and self._intake.is_hung(name):
+            error = UnavailableError(f"adapter {name!r}: its files give no answer")
+        if error is None and not self._has_slots(name):
+            error = UnavailableError(f"adapter {name!r} cannot be loaded: every host slot is pinned")
+        if error is not None:
+            self.fail_all(watch, error)
+        elif self._is_settled(watch, sight, age_s=min(max(sight.age_s, 0.0), self._settle_s)):
+            watch.seen = None
+            watch.relook_s = math.inf
+            for lease in leases:
+                watch.forget(lease)
+            if leases:
+                waiting = list(watch.asking.values())
+                watch.asking.clear()
+                self._intake.enter(name, sight, [*leases, *waiting])
+            self._note(watch)
+        elif self._clock() >= watch.give_up_s:
+            self.fail_all(
+                watch,
+                UnavailableError(
+                    f"adapter {name!r}: its files keep changing; they are read once they have been left "
+                    f"alone for {self._settle_s:g} s"
+                ),
+            )
+        else:
+            watch.settling = {lease.number: lease for lease in leases}
+            watch.asked = {}
+            watch.give_up_s = min(watch.give_up_s, self._clock() + self._settle_s + MAX_SETTLE_S)
+
+    def judge_present(self, watch: Watch, sight: Sight) -> None:
+        """Have changed files read as a new version once they have been left alone."""
+        name, current = watch.name, self._versions.current[watch.name]
+        self.end_asking(watch)
+        if not current.is_whole:
+            return
+        if sight.stamp == current.sight.stamp:
+            self._failures.forget(name)
+            self.set_clear(watch, current)
+            return
+        current.is_stale = True
+        if not self._is_settled(watch, sight, age_s=0.0) or self._intake.is_updating(name):
+            return
+        if sight.error is not None:
+            error = named(name, sight.error)
+            assert error is not None, "an error that names its adapter is none"
+            self.mark(watch, error)
+        elif self._failures.recall(name, sight.stamp) is not None or self._intake.is_hung(name):
+            # The log and the status have said so.
+            return
+        elif not self._intake.try_update(name, sight):
+            self.look_again(watch, self._clock() + RETRY_S)
+
+    def _is_settled(self, watch: Watch, sight: Sight, *, age_s: float) -> bool:
+        """Whether files have been left alone for long enough; if not, they are looked at again.
+
+        Args:
+            age_s: time for which they count as left alone at the first look.
+        """
+        now_s = self._clock()
+        if watch.seen != sight.stamp:
+            watch.seen, watch.seen_s = sight.stamp, now_s - age_s
+        if now_s - watch.seen_s >= self._settle_s:
+            return True
+        self.look_again(watch, watch.seen_s + self._settle_s)
+        return False
+
+    def set_clear(self, watch: Watch, current: Entry | None) -> None:
+        """What new requests get is what the files hold."""
+        watch.seen = None
+        watch.fault = ""
+        watch.relook_s = math.inf
+        self._note(watch)
+        if current is not None:
+            current.is_stale = False
+
+    def mark(self, watch: Watch, error: ManyloraError) -> None:
+        """Say, once for each reason, that an older version serves on."""
+        current = self._versions.current.get(watch.name)
+        watch.fault = error.message
+        if current is not None and watch.told != (watch.seen, error.message):
+            watch.told = (watch.seen, error.message)
+            log.warning("%s; version %s is served on", error.message, current.version or "in memory")
+
+    def end_asking(self, watch: Watch) -> None:
+        """Let those go on who wait for the look, under the version that is there."""
+        for lease in watch.asked.values():
+            lease.is_asking = False
+        watch.asked = {}
+
+    def fail_all(self, watch: Watch, error: ManyloraError) -> None:
+        """Fail those who wait for the look, or for the files to be left alone."""
+        watch.give_up_s = math.inf
+        for lease in [*watch.asked.values(), *watch.settling.values()]:
+            watch.forget(lease)
+            # An object for each: it is raised in several places.
+            self._versions.fail(lease, from_code(error.code, error.message))

@@ -1,0 +1,113 @@
+"""A server with one host slot whose adapters' files are replaced, rewritten, half there, and gone."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from faults import files
+from faults.load import RIGHT
+from harness import PROMPTS, SYNTHETIC, connect, status_of, wait_idle
+from manylora.serve.background import RunningServer, running_server
+from manylora_client import ManyloraClientError, NotFound
+
+PUBLISHED = [f"published-{number}" for number in range(4)]
+
+
+def publish(adapter_root: Path, root: Path) -> None:
+    """Adapters of which any two files would bind together: of one rank, each with an alpha of its own."""
+    for number, name in enumerate(PUBLISHED):
+        # Both of rank 8.
+        shutil.copytree(adapter_root / SYNTHETIC[4 * (number % 2)], root / name)
+        path = root / name / "adapter_config.json"
+        config = json.loads(path.read_text())
+        path.write_text(json.dumps({**config, "lora_alpha": 8 * (number + 1)}))
+
+
+@pytest.fixture(scope="module")
+def root(adapter_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("changing") / "adapters"
+    root.mkdir()
+    publish(adapter_root, root)
+    return root
+
+
+@pytest.fixture(scope="module")
+def server(base_model: Path, root: Path) -> Iterator[RunningServer]:
+    with running_server(base_model=base_model, adapter_root=root, arguments=files.SETTINGS) as running:
+        yield running
+
+
+def test_an_adapter_rewritten_in_place_gives_published_versions_only(server: RunningServer, root: Path):
+    done = files.rewritten_in_place(server, root, PUBLISHED, duration_s=8)
+    print(f"{len(done.report.seen)} answers, {done.num_written} written, {done.num_taken_up} taken up")
+    assert done.report.outcomes.keys() == {RIGHT}, done.report.messages
+    assert done.strays == set()
+    assert done.num_taken_up >= 1
+    assert wait_idle(server).check_errors == []
+
+
+def test_a_replaced_adapter_is_taken_up_while_running_sequences_end_on_theirs(
+    server: RunningServer, root: Path
+):
+    target = root / "replaced"
+    shutil.copytree(root / PUBLISHED[0], target)
+    asked = {"adapter_id": target.name, "ignore_eos": True}
+    with connect(server, "grpc") as client:
+        wanted = client.generate(PROMPTS[0], **{**asked, "adapter_id": PUBLISHED[0]}, max_tokens=400)
+        stream = client.stream(PROMPTS[0], **asked, max_tokens=400)
+        first = next(stream)
+        shutil.copytree(root / PUBLISHED[1], root / "new")
+        target.rename(root / "old")
+        (root / "new").rename(target)
+        # Each asks for a look; the first that finds the files settled has them read.
+        version = first.adapter_version
+        while version == first.adapter_version:
+            version = client.generate(PROMPTS[1], **asked, max_tokens=1).adapter_version
+        ids = first.token_ids + [i for chunk in stream for i in chunk.token_ids]
+    assert ids == wanted.token_ids
+    shutil.rmtree(root / "old")
+
+
+def test_files_that_have_become_invalid_leave_the_old_version_serving(server: RunningServer, root: Path):
+    target = root / "harmed"
+    shutil.copytree(root / PUBLISHED[2], target)
+    with connect(server) as client:
+        before = client.generate(PROMPTS[0], adapter_id=target.name, max_tokens=4)
+        (target / "adapter_config.json").write_text("{")
+        while not any(a.files_error for a in status_of(server).adapters):
+            answer = client.generate(PROMPTS[0], adapter_id=target.name, max_tokens=4)
+            assert (answer.adapter_version, answer.token_ids) == (before.adapter_version, before.token_ids)
+    assert f"adapter '{target.name}': adapter_config.json is not JSON" in server.log.read_text()
+
+
+def test_an_adapter_whose_directory_is_deleted_is_not_found(server: RunningServer, root: Path):
+    target = root / "deleted"
+    shutil.copytree(root / PUBLISHED[3], target)
+    with connect(server) as client:
+        client.generate(PROMPTS[0], adapter_id=target.name, max_tokens=1)
+        shutil.rmtree(target)
+        with pytest.raises(NotFound, match="adapter 'deleted' is not found"):
+            client.generate(PROMPTS[0], adapter_id=target.name, max_tokens=1)
+    assert target.name not in [adapter.name for adapter in wait_idle(server).adapters]
+
+
+def test_a_half_uploaded_adapter_is_served_by_the_first_request_after_its_upload(
+    server: RunningServer, root: Path
+):
+    source, target = root / PUBLISHED[0], root / "uploaded"
+    target.mkdir()
+    whole = (source / "adapter_model.safetensors").read_bytes()
+    with connect(server) as client:
+        for data in (None, whole[:1000], whole[: len(whole) // 2]):
+            if data is not None:
+                shutil.copy(source / "adapter_config.json", target)
+                (target / "adapter_model.safetensors").write_bytes(data)
+            for _ in range(10):
+                with pytest.raises(ManyloraClientError):
+                    client.generate(PROMPTS[0], adapter_id=target.name, max_tokens=1)
+        (target / "adapter_model.safetensors").write_bytes(whole)
+        assert client.generate(PROMPTS[0], adapter_id=target.name, max_tokens=1).adapter_version
