@@ -17,18 +17,22 @@ from pathlib import Path
 
 from loadtest.csv_file import append_csv
 from loadtest.origin import RESULTS, Origin
-from manylora.serve.background import running_server
+from manylora.serve.background import RunningServer, running_server
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / "examples"), str(ROOT / "tests" / "server")]
-from faults import scenarios  # noqa: E402  # lies in tests/server/, which is no package
+from faults import files, scenarios  # noqa: E402  # lies in tests/server/, which is no package
 from faults.load import HUNG, WRONG, Bed, Report  # noqa: E402
+from faults.silent_mount import may_mount  # noqa: E402
 from make_adapters import make_adapter  # noqa: E402
 
 PROMISED_S = 2.0
 """Within which clients of a killed engine have their error."""
 ADAPTERS = ("one", "two", "three")
 EXTRA = "four"
+PUBLISHED = ("red", "green", "blue")
+REWRITTEN_S = 60.0
+MIN_TAKEN_UP = 20
 SMALL = ("--set=max_waiting=4", "--set=max_num_seqs=4")
 """Of a server whose queue the load fills."""
 
@@ -61,6 +65,29 @@ def faults(bed: Bed, root: Path) -> list[Callable[[], Report]]:
         lambda: scenarios.front_end_stopped(bed, "llm_stream"),
         lambda: scenarios.tritonserver_killed(bed),
     ]
+
+
+def faults_of_hung_disks(bed: Bed, root: Path) -> list[Callable[[], Report]]:
+    """Only for those who may mount a file system that gives no answer."""
+    if not may_mount():
+        return []
+    return [
+        lambda: files.hung_directory(bed, root, EXTRA, num_reads=0),
+        lambda: files.hung_directory(bed, root, EXTRA, num_reads=2),
+        lambda: files.engine_killed_while_a_read_hangs(bed, root),
+    ]
+
+
+def rewritten(server: RunningServer, root: Path) -> Report:
+    """One minute of an adapter that is rewritten in place.
+
+    Raises:
+        AssertionError: an answer is of a version that nobody has published, or hardly any was taken up.
+    """
+    done = files.rewritten_in_place(server, root, PUBLISHED, duration_s=REWRITTEN_S)
+    assert not done.strays, f"versions that nobody has published: {done.strays}"
+    assert done.num_taken_up >= MIN_TAKEN_UP, f"{done.num_taken_up} of {done.num_written} were taken up"
+    return done.report
 
 
 def faults_of_a_small_server(bed: Bed) -> list[Callable[[], Report]]:
@@ -112,14 +139,18 @@ def main() -> int:
     reports: list[Report] = []
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder) / "adapters"
-        for seed, name in enumerate((*ADAPTERS, EXTRA)):
+        for seed, name in enumerate((*ADAPTERS, EXTRA, *PUBLISHED)):
             make_adapter(root / name, options.base_model, rank=16, seed=seed)
+        for number, name in enumerate(PUBLISHED):
+            files.set_alpha(root / name, 16 * (number + 1))
         served = {"base_model": options.base_model, "adapter_root": root}
         with running_server(**served) as server:
             bed = Bed(server, ADAPTERS)
-            run(faults(bed, root), reports)
+            run([*faults(bed, root), *faults_of_hung_disks(bed, root)], reports)
         with running_server(**served, arguments=SMALL) as server:
             run(faults_of_a_small_server(Bed(server, ADAPTERS)), reports)
+        with running_server(**served, arguments=files.SETTINGS) as server:
+            run([lambda: rewritten(server, root)], reports)
     print(table(reports))
     if options.save:
         save(reports, origin)
