@@ -54,8 +54,8 @@ def test_a_replaced_adapter_is_taken_up_while_running_sequences_end_on_theirs(
     shutil.copytree(root / PUBLISHED[0], target)
     asked = {"adapter_id": target.name, "ignore_eos": True}
     with connect(server, "grpc") as client:
-        wanted = client.generate(PROMPTS[0], **{**asked, "adapter_id": PUBLISHED[0]}, max_tokens=400)
-        stream = client.stream(PROMPTS[0], **asked, max_tokens=400)
+        wanted = client.generate(PROMPTS[0], **{**asked, "adapter_id": PUBLISHED[0]}, max_tokens=120)
+        stream = client.stream(PROMPTS[0], **asked, max_tokens=120)
         first = next(stream)
         shutil.copytree(root / PUBLISHED[1], root / "new")
         target.rename(root / "old")
