@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 from manylora_kernels import SitePool
+from manylora_kernels.streams import side_stream
 
 from gpu import forms, part_model, part_proofs
 from gpu.attempt import attempt
@@ -117,7 +118,8 @@ def _launch(job: Job, device: torch.device) -> None:
 def _beside(scene: Scene) -> Term:
     from manylora_kernels import gpu  # imports triton, after the interpreter was chosen
 
-    return lambda y, x, pool: lambda: gpu.linear_lora(x, lambda _: y, pool, scene.mix, 0)
+    side = side_stream(scene.device)
+    return lambda y, x, pool: lambda: gpu.linear_lora(x, lambda _: y, pool, scene.mix, 0, side)
 
 
 def _fused(scene: Scene) -> Term:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from manylora_kernels import Mix, SitePool, capture, gpu
+from manylora_kernels import Mix, SitePool, capture, gpu, streams
 from manylora_kernels.one_adapter import OneAdapter
 from manylora_kernels.routed import RoutedMix
 from manylora_kernels.streams import run_beside, side_stream
@@ -134,6 +134,18 @@ def test_long_steps_and_the_vendors_products_take_turns(triton_device: str) -> N
         np.zeros(8, np.int32), np.ones(8, np.float32), [[(0,)]], 8, torch.device(triton_device)
     )
     assert not gpu.runs_beside(replace(few, one_adapter=one), device, side)
+
+
+def test_a_step_that_warms_a_recording_up_takes_the_form_that_is_recorded(
+    triton_device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    mix, cuda = routed_rows(8, triton_device), torch.device("cuda")
+    assert not gpu.runs_beside(mix, cuda)
+    with streams.as_recorded():
+        assert gpu.runs_beside(mix, cuda)
+        assert not gpu.runs_beside(routed_rows(gpu.MAX_ROWS_BESIDE + 1, triton_device), cuda)
+    assert not gpu.runs_beside(mix, cuda)
 
 
 def test_a_long_step_gives_the_same_as_the_parts(triton_device: str) -> None:
