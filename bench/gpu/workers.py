@@ -1,4 +1,4 @@
-"""Processes that do jobs side by side and are killed when time is up, since compilers and drivers can hang."""
+"""Processes that do jobs side by side and are killed when time is up: compilers and drivers can hang."""
 
 from __future__ import annotations
 
