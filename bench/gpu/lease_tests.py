@@ -1,4 +1,4 @@
-"""A plugin of pytest: tests that need a GPU first, each as a row, then those that run where there is one.
+"""A plugin of pytest: tests that need a GPU first, each as a row, then others that run on one where it is.
 
 Of the others a file is a row, and each that fails. Nothing is begun when the time is up.
 """
@@ -9,6 +9,7 @@ import json
 import os
 import time
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,14 +27,15 @@ ENVIRONMENT = "MANYLORA_LEASE"
 PART = "tests"
 
 
-def settings(context: Context, out: Path, until: float) -> str:
+def settings(context: Context, out: Path, until: float, unmarked: Sequence[str]) -> str:
     """What the plugin is told, in a variable.
 
     Args:
         until: seconds since the epoch, then no test is begun.
+        unmarked: names of files whose tests without a mark run too, in this order.
     """
     origin = asdict(context.origin) | {"triton": context.triton}
-    return json.dumps({"origin": origin, "out": str(out), "until": until})
+    return json.dumps({"origin": origin, "out": str(out), "until": until, "unmarked": list(unmarked)})
 
 
 @dataclass(slots=True)
@@ -43,6 +45,7 @@ class _Run:
     origin: dict[str, Any]
     out: Path
     until: float
+    unmarked: list[str]
     marked: set[str]
     """Tests that need a GPU."""
     file: str = ""
@@ -69,14 +72,18 @@ def pytest_configure() -> None:
     global _run  # pytest calls functions of modules
     if ENVIRONMENT in os.environ:
         found = json.loads(os.environ[ENVIRONMENT])
-        _run = _Run(found["origin"], Path(found["out"]), found["until"], set())
+        _run = _Run(found["origin"], Path(found["out"]), found["until"], found["unmarked"], set())
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Those first that need a GPU."""
-    if _run is not None:
-        _run.marked = {item.nodeid for item in items if item.get_closest_marker("gpu")}
-        items.sort(key=lambda item: item.nodeid not in _run.marked)
+    if _run is None:
+        return
+    marked = [item for item in items if item.get_closest_marker("gpu")]
+    _run.marked = {item.nodeid for item in marked}
+    others = [item for item in items if item.path.name in _run.unmarked and item.nodeid not in _run.marked]
+    others.sort(key=lambda item: _run.unmarked.index(item.path.name))
+    items[:] = marked + others
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:

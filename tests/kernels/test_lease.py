@@ -100,9 +100,11 @@ def test_of_another_form_that_is_wrong():
 @pytest.mark.parametrize("has_time", [True, False])
 def test_tests_that_need_a_gpu_come_first_and_each_is_a_row(has_time: bool, tmp_path: Path) -> None:
     (tmp_path / "test_some.py").write_text(TESTS)
+    (tmp_path / "test_not_asked_for.py").write_text("def test_nothing(): raise ValueError")
     (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers = gpu: needs one\n")
     origin = dict.fromkeys(Origin.__dataclass_fields__, "") | {"threads": 1, "triton": ""}
     told = {"origin": origin, "out": str(tmp_path), "until": 4e9 if has_time else 0}
+    told |= {"unmarked": ["test_some.py"]}
     subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "gpu.lease_tests", "-p", "no:cacheprovider", "."],
         env={
