@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import re
 import types
 import typing
@@ -129,9 +130,21 @@ def _parse(key: str, text: str, kind: Any) -> Any:
             return int(text)
         except ValueError:
             raise InvalidArgumentError(f"{key}={text!r}: expected an integer") from None
+    if kind is float:
+        return _parse_float(key, text)
     if isinstance(kind, types.GenericAlias):
         return tuple(part.strip() for part in text.split(",") if part.strip())
     return text
+
+
+def _parse_float(key: str, text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise InvalidArgumentError(f"{key}={text!r}: expected a finite number")
+    return value
 
 
 def _check(config: EngineConfig) -> None:
