@@ -61,7 +61,7 @@ class EngineConfig:
     """Whether torch compiles the model's own code at start: auto (on CUDA), true or false. Costs a minute or
     two of the first start."""
     num_threads: int = 0
-    """CPU threads of the step. 0: all cores."""
+    """CPU threads of the step. 0: as many as the affinity mask and the control group's quota allow."""
 
     max_num_seqs: int = 64
     """Sequences that run at once."""

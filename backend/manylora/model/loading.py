@@ -27,6 +27,7 @@ from manylora.model.compiling import compile_forward
 from manylora.model.gated import find_gated_units, put_gates_first
 from manylora.model.lora_layers import MixHolder, Site, find_sites, replace_linears
 from manylora.model.spec import ModelSpec
+from manylora.threads import num_step_threads
 
 log = logging.getLogger(__name__)
 
@@ -75,8 +76,8 @@ def load_model(config: EngineConfig) -> LoadedModel:
     """
     directory = resolve_directory(config.base_model, "base_model")
     device = resolve_device(config.device)
-    if device.type == "cpu" and config.num_threads:
-        torch.set_num_threads(config.num_threads)
+    if device.type == "cpu":
+        torch.set_num_threads(num_step_threads(config.num_threads))
     hf_config = read_config(directory)
     module = _read_model(directory, config, device)
     max_model_len = resolve_max_model_len(config, hf_config)
