@@ -26,6 +26,7 @@ from manylora.model.attention import IMPLEMENTATION, CacheProbe, attention_forwa
 from manylora.model.compiling import compile_forward
 from manylora.model.gated import find_gated_units, put_gates_first
 from manylora.model.lora_layers import MixHolder, Site, find_sites, replace_linears
+from manylora.model.own_weights import take_weights
 from manylora.model.spec import ModelSpec
 from manylora.threads import num_step_threads
 
@@ -183,7 +184,12 @@ def _read_model(directory: Path, config: EngineConfig, device: torch.device) -> 
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise InvalidArgumentError(f"base_model={str(directory)!r}: cannot be loaded: {error}") from error
     require_attention_seam(module)
-    return module.to(device).eval().requires_grad_(False)
+    module = module.eval().requires_grad_(False)
+    if device.type == "cpu":
+        take_weights(module)
+        return module
+    # Tensor by tensor from the mapped files to the device: no copy of them all is made in host memory.
+    return module.to(device)
 
 
 def require_attention_seam(module: torch.nn.Module) -> None:
