@@ -29,8 +29,8 @@ def logprobs_json(token_ids: Sequence[int], logprobs: Sequence[TokenLogprobs], t
 def entries_json(
     token_ids: Sequence[int], logprobs: Sequence[TokenLogprobs], tokenizer: Tokenizer
 ) -> list[str]:
-    """The objects alone, each as JSON: they can be written while an answer grows. Those of a long answer all at
-    once would stop every other thread for seconds."""
+    """The objects alone, each as JSON: they can be written while an answer grows. Those of a long answer, all
+    at once, would stop every other thread for seconds."""
     return [
         json.dumps(
             {

@@ -16,8 +16,8 @@ MAX_STOP_STRINGS = 16
 MAX_STOP_CHARS = 256
 MAX_STOP_TOKEN_IDS = 64
 MAX_CHARS = 1 << 16
-"""Of all parameters of a sequence together, as JSON. The most and longest stop strings take less, though each of
-their characters be written as two escapes in a JSON list that is itself text in JSON."""
+"""Of all parameters of a sequence together, as JSON. The most and longest stop strings take less, though each
+of their characters be written as two escapes in a JSON list that is itself text in JSON."""
 MAX_LOGPROBS = 20
 MAX_TEMPERATURE = 100
 """Long before, all tokens are as likely. The engine computes in float32, so the largest numbers are none."""

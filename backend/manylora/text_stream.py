@@ -153,7 +153,7 @@ class TextStream:
         num_written = self._num_chars + self._names.num_chars
         hold = [self._num_chars - m.num_matched for m in self._matchers]
         hold += [self._names.num_shown(num_written - m.num_matched) for m in self._special_matchers]
-        num_free = min(hold) - held_from
+        num_free = min(hold, default=self._num_chars) - held_from
         text, self._held = self._held[:num_free], self._held[num_free:]
         return text
 
