@@ -30,22 +30,24 @@ def read_messages(text: str, max_messages: int) -> Sequence[Message]:
     message of the user.
 
     Raises:
-        InvalidArgumentError: not JSON (the message says where), no messages or more than `max_messages`, or
-            one that is no object of `role` and `content`.
+        InvalidArgumentError: not JSON (the message says where), no messages, more messages or parts of contents
+            than `max_messages`, or one that is no object of `role` and `content`.
         UnsupportedError: a part of a content that is no text.
     """
-    reader = _Reader(text)
+    reader = _Reader(text, max_messages)
     if reader.next_char not in ("[", "{"):
         return ({"role": "user", "content": text},)
-    return reader.conversation(max_messages)
+    return reader.conversation()
 
 
 class _Reader:
     """A place in the text, which only moves on."""
 
-    def __init__(self, text: str) -> None:
+    def __init__(self, text: str, max_messages: int) -> None:
         self._text = text
+        self._max_messages = max_messages
         self._at = 0
+        self._num_parts = 0
         self._decode = json.JSONDecoder().raw_decode
 
     @property
@@ -54,18 +56,14 @@ class _Reader:
         self._at = _SPACE.match(self._text, self._at).end()  # type: ignore[union-attr]  # matches anywhere
         return self._text[self._at : self._at + 1]
 
-    def conversation(self, max_messages: int) -> Sequence[Message]:
+    def conversation(self) -> Sequence[Message]:
         if self.next_char == "{":
             raise InvalidArgumentError(
                 f"chat: got one JSON object; allowed is a list of messages in [ ]; {AS_MESSAGES}"
             )
         messages: list[Message] = []
         for number in self._items("[", "]"):
-            if number == max_messages:
-                raise InvalidArgumentError(
-                    f"chat: more than {max_messages} messages, which cannot be below "
-                    f"max_model_len={max_messages} tokens"
-                )
+            self._require_few(number, "messages")
             messages.append(self._message(f"message {number}"))
         if self.next_char:
             raise self._malformed("the end of the text after the list of messages")
@@ -89,6 +87,9 @@ class _Reader:
         return self._read_text(place, or_else=" and a list of parts")
 
     def _part(self, place: str) -> str:
+        self._require_few(self._num_parts, "parts of contents")
+        self._num_parts += 1
+
         def read_type() -> str:
             kind = self._read_text(f"{place}: type")
             if kind != "text":
@@ -117,6 +118,13 @@ class _Reader:
             if key not in found:
                 raise InvalidArgumentError(f"chat: {place} lacks the key {key}; needed are {allowed}")
         return {key: found[key] for key in readers}
+
+    def _require_few(self, num_before: int, what: str) -> None:
+        if num_before == self._max_messages:
+            raise InvalidArgumentError(
+                f"chat: more than {self._max_messages} {what}, which cannot be below "
+                f"max_model_len={self._max_messages} tokens"
+            )
 
     def _read_text(self, place: str, or_else: str = "") -> str:
         self._require('"', f"{place} is {{found}}; allowed is text{or_else}")

@@ -74,6 +74,10 @@ def test_text_is_a_message_of_the_user_and_a_list_a_conversation(
         ('[{"role": "u", "content": [{"type": "text"}]}]', "part 0 lacks the key text"),
         ('[{"role": "u", "content": [{"image_url": 1}]}]', 'part 0 has the unknown key "image_url"'),
         ('[{"role": "u", "content": "\\ud800"}]', "message 0: content has half of a surrogate pair"),
+        (
+            '[{"role": "u", "content": [' + ", ".join(['{"type": "text", "text": ""}'] * (MAX + 1)) + "]}]",
+            "more than 5 parts of contents, which cannot be below max_model_len=5",
+        ),
         ("[" + ", ".join([USER] * (MAX + 1)) + "]", "more than 5 messages, which cannot be below max_model"),
     ],
 )  # fmt: skip
