@@ -30,7 +30,8 @@ SUITE = ROOT / "bench" / "gpu_suite.py"
 TESTS = "tests"
 _MARGIN_S = 3.0
 """From when a process begins nothing more to when it is killed."""
-_COMPILERS = 6
+_PROCESSORS = max(0, (os.cpu_count() or 1) - 2)
+_COMPILERS = min(6, _PROCESSORS)
 """Beside the tests: more would take the memory that tests and the model need."""
 
 
@@ -54,7 +55,7 @@ STAGES = (
     Stage("exposed", 50, ("exposed", "pool-rank")),
     Stage("proofs", 60, ("proofs",)),
     Stage("copy", 20, ("copy",)),
-    Stage("peers", 0, ("peers", "exposed-peers", "table"), compilers=12),
+    Stage("peers", 0, ("peers", "exposed-peers", "table"), compilers=min(12, _PROCESSORS)),
 )
 """In the order of what is to be known first."""
 _COMPILED = ("exposed", "pool-rank", "proofs", "model")
