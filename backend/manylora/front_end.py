@@ -18,6 +18,7 @@ import numpy.typing as npt
 from manylora import protocol
 from manylora.call import Call, Responder, Row
 from manylora.errors import InvalidArgumentError, ManyloraError, UnavailableError
+from manylora.health import Stage
 from manylora.ipc import EngineConnection
 from manylora.long_prompts import LongPrompts
 from manylora.messages import Cancel, EngineInfo, Failed, Generate
@@ -76,6 +77,11 @@ class FrontEnd:
     def is_ready(self) -> bool:
         """Whether there is an engine now."""
         return self._tokenizer is not None and self._connection.info is not None
+
+    @property
+    def stages(self) -> dict[str, Stage]:
+        """The loops that serve, for `HealthSocket`."""
+        return {"replies": self._replies.stage}
 
     def submit(
         self,

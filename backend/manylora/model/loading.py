@@ -26,7 +26,9 @@ from manylora.model.compiling import compile_forward
 from manylora.model.end_tokens import resolve_end_tokens
 from manylora.model.gated import find_gated_units, put_gates_first
 from manylora.model.lora_layers import MixHolder, Site, find_sites, replace_linears
+from manylora.model.own_weights import take_weights
 from manylora.model.spec import ModelSpec
+from manylora.threads import num_step_threads
 
 log = logging.getLogger(__name__)
 
@@ -76,8 +78,8 @@ def load_model(config: EngineConfig) -> LoadedModel:
     """
     directory = resolve_directory(config.base_model, "base_model")
     device = resolve_device(config.device)
-    if device.type == "cpu" and config.num_threads:
-        torch.set_num_threads(config.num_threads)
+    if device.type == "cpu":
+        torch.set_num_threads(num_step_threads(config.num_threads))
     hf_config = read_config(directory)
     module = _read_model(directory, config, device)
     max_model_len = resolve_max_model_len(config, hf_config)
@@ -184,7 +186,12 @@ def _read_model(directory: Path, config: EngineConfig, device: torch.device) -> 
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise InvalidArgumentError(f"base_model={str(directory)!r}: cannot be loaded: {error}") from error
     require_attention_seam(module)
-    return module.to(device).eval().requires_grad_(False)
+    module = module.eval().requires_grad_(False)
+    if device.type == "cpu":
+        take_weights(module)
+        return module
+    # Tensor by tensor from the mapped files to the device: no copy of them all is made in host memory.
+    return module.to(device)
 
 
 def require_attention_seam(module: torch.nn.Module) -> None:

@@ -93,6 +93,8 @@ def main(arguments: argparse.Namespace) -> int:
                 exit_timeout_s=arguments.exit_timeout,
             ),
             address=ports.address(ports.http),
+            metrics_address=ports.address(ports.metrics),
+            run_dir=space.path,
             ready_timeout_s=arguments.ready_timeout,
             on_ready=lambda: _announce(ports, space),
             say=_say,
@@ -128,16 +130,6 @@ def read_settings(arguments: argparse.Namespace) -> dict[str, str]:
     if config.adapter_root:
         settings["adapter_root"] = str(resolve_directory(config.adapter_root, "adapter_root"))
     return settings
-
-
-def settings_help() -> str:
-    """The keys of `--set` with their defaults, for `--help`."""
-    lines = [
-        f"  {field.name}={','.join(field.default) if isinstance(field.default, tuple) else field.default}"
-        for field in fields(EngineConfig)
-        if field.name not in ("base_model", "adapter_root")
-    ]
-    return "settings and their defaults:\n" + "\n".join(lines)
 
 
 def _announce(ports: Ports, space: Workspace) -> None:
