@@ -63,7 +63,8 @@ class EngineConfig:
     max_model_len: int = 0
     """Most tokens of a sequence, prompt and generated. 0: the base model's, at most 8192."""
     eos_token_ids: tuple[int, ...] = ()
-    """Ids of the tokens that end a sequence, in place of those that the base model's files name."""
+    """Ids with commas: the tokens that end a sequence. Empty: all that generation_config.json, config.json
+    and the tokenizer name."""
     compile_model: str = "auto"
     """Whether torch compiles the model's small operators at start: auto (on CUDA), true or false. Costs a
     minute or two of the first start."""
