@@ -61,7 +61,8 @@ class EngineConfig:
     tensor_parallel_size: int = 1
     """Devices the model is split over. Above 1 is not served yet."""
     max_model_len: int = 0
-    """Most tokens of a sequence, prompt and generated. 0: the base model's, at most 8192."""
+    """Most tokens of a sequence, prompt and generated. 0: the base model's, at most 8192, and as much as
+    its rope scaling can be served for."""
     compile_model: str = "auto"
     """Whether torch compiles the model's small operators at start: auto (on CUDA), true or false. Costs a
     minute or two of the first start."""

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 from manylora.config import EngineConfig, resolve_directory
 from manylora.errors import InvalidArgumentError
 from manylora.model import loading
+from manylora.model.model_len import resolve_max_model_len
 from manylora.model.spec import ModelSpec
 
 log = logging.getLogger(__name__)
@@ -44,7 +45,7 @@ def outline_model(config: EngineConfig) -> ModelOutline:
     """
     directory = resolve_directory(config.base_model, "base_model")
     hf_config = loading.read_config(directory)
-    max_model_len = loading.resolve_max_model_len(config, hf_config)
+    max_model_len = resolve_max_model_len(config, hf_config)
     dtype = _dtype(config, hf_config)
     fake = FakeTensorMode()
     try:
