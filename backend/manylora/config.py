@@ -74,8 +74,11 @@ class EngineConfig:
     max_batched_tokens: int = 2048
     """Tokens of one step: prefill chunks and decodes together."""
     kv_cache_bytes: int = 0
-    """Memory of the KV cache, in bytes or with K, M, G, T. 0: what max_num_seqs sequences of 1024 tokens
-    take, and at least one of max_model_len."""
+    """Memory of the KV cache, in bytes or with K, M, G, T. 0: on a CPU what max_num_seqs sequences of 1024
+    tokens take, on CUDA what gpu_memory_utilization leaves, and at least one of max_model_len."""
+    gpu_memory_utilization: float = 0.9
+    """Share of a CUDA device's memory that this engine may take for all it holds, up to 1. What weights,
+    device pool, steps and graphs leave of it is the KV cache, unless kv_cache_bytes gives its size."""
     kv_block_size: int = 16
     """Tokens of one KV block."""
     max_waiting: int = 1024
@@ -130,9 +133,8 @@ def _parse(key: str, text: str, kind: Any) -> Any:
             return text.lower() == "true"
         raise InvalidArgumentError(f"{key}={text!r}: expected true or false")
     if kind is int:
-        size = _SIZE.fullmatch(text) if key.endswith("_bytes") else None
-        if size:
-            return int(size[1]) * _SIZE_UNITS[(size[2] or "").upper()[:1]]
+        if key.endswith("_bytes"):
+            return parse_size(key, text)
         try:
             return int(text)
         except ValueError:
@@ -142,6 +144,18 @@ def _parse(key: str, text: str, kind: Any) -> Any:
     if isinstance(kind, types.GenericAlias):
         return tuple(part.strip() for part in text.split(",") if part.strip())
     return text
+
+
+def parse_size(key: str, text: str) -> int:
+    """Bytes, of a number with or without K, M, G, T.
+
+    Raises:
+        InvalidArgumentError: it is none.
+    """
+    size = _SIZE.fullmatch(text)
+    if not size:
+        raise InvalidArgumentError(f"{key}={text!r}: expected bytes, as a number with or without K, M, G, T")
+    return int(size[1]) * _SIZE_UNITS[(size[2] or "").upper()[:1]]
 
 
 def _parse_float(key: str, text: str) -> float:
@@ -169,6 +183,10 @@ def _check(config: EngineConfig) -> None:
     ):
         if getattr(config, name) < 1:
             raise InvalidArgumentError(f"{name}={getattr(config, name)}: must be at least 1")
+    if not 0 < config.gpu_memory_utilization <= 1:
+        raise InvalidArgumentError(
+            f"gpu_memory_utilization={config.gpu_memory_utilization:g}: must be above 0 and at most 1"
+        )
     if not config.base_model:
         raise InvalidArgumentError("base_model is empty: give the directory of the base model")
     if config.max_cpu_loras and config.max_cpu_loras < config.max_loras:

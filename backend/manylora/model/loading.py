@@ -52,6 +52,7 @@ class LoadedModel:
     attention: frozenset[AttentionShape]
     """What decides which attention kernels the layers use."""
     dtype: torch.dtype
+    weight_bytes: int
     device: torch.device
     vocab_size: int
     max_model_len: int
@@ -103,6 +104,7 @@ def convert_model(
         UnsupportedError: the model does not call its attention, or has no linears in layers.
     """
     probe_ids = _probe_ids(_text_config(hf_config).vocab_size)
+    weight_bytes = sum(p.numel() * p.element_size() for p in module.parameters())
     with torch.inference_mode():
         probe_logits = [_whole_logits(module, ids) for ids in probe_ids]
         use_our_attention(module)
@@ -120,6 +122,7 @@ def convert_model(
         layers=probe.layers,
         attention=frozenset(probe.shapes),
         dtype=next(module.parameters()).dtype,
+        weight_bytes=weight_bytes,
         device=device,
         vocab_size=_text_config(hf_config).vocab_size,
         max_model_len=max_model_len,

@@ -29,6 +29,7 @@ class ModelOutline:
     spec: ModelSpec
     dtype: torch.dtype
     max_model_len: int
+    vocab_size: int
     weight_bytes: int
     cache_bytes_per_token: int
     """Keys and values of one token over all layers."""
@@ -74,6 +75,7 @@ def outline_model(config: EngineConfig) -> ModelOutline:
         spec=spec,
         dtype=dtype,
         max_model_len=max_model_len,
+        vocab_size=hf_config.get_text_config(decoder=True).vocab_size,
         weight_bytes=weight_bytes,
         cache_bytes_per_token=dtype.itemsize * sum(v * (dk + dv) for v, dk, dv in layers.values()),
     )
