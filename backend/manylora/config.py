@@ -74,8 +74,8 @@ class EngineConfig:
     max_batched_tokens: int = 2048
     """Tokens of one step: prefill chunks and decodes together."""
     kv_cache_bytes: int = 0
-    """Memory of the KV cache, in bytes or with K, M, G, T. 0: on a CPU what max_num_seqs sequences of 1024
-    tokens take, on CUDA what gpu_memory_utilization leaves, and at least one of max_model_len."""
+    """Memory of the KV cache, in bytes or with K, M, G, T; holds at least one whole sequence. 0: on a CPU
+    max_num_seqs x 1024 tokens, on CUDA what gpu_memory_utilization leaves."""
     gpu_memory_utilization: float = 0.9
     """Share of a CUDA device's memory that this engine may take for all it holds, up to 1. What weights,
     device pool, steps and graphs leave of it is the KV cache, unless kv_cache_bytes gives its size."""
