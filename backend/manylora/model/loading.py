@@ -17,13 +17,13 @@ from transformers import (
     AttentionInterface,
     AutoConfig,
     AutoModelForCausalLM,
-    GenerationConfig,
 )
 
 from manylora.config import EngineConfig, resolve_directory
 from manylora.errors import InvalidArgumentError, UnsupportedError
 from manylora.model.attention import IMPLEMENTATION, CacheProbe, attention_forward
 from manylora.model.compiling import compile_forward
+from manylora.model.end_tokens import resolve_end_tokens
 from manylora.model.gated import find_gated_units, put_gates_first
 from manylora.model.lora_layers import MixHolder, Site, find_sites, replace_linears
 from manylora.model.model_len import resolve_max_model_len
@@ -57,6 +57,7 @@ class LoadedModel:
     vocab_size: int
     max_model_len: int
     eos_token_ids: list[int]
+    """Filled by `load_model`."""
     probe_ids: list[list[int]]
     """Token ids of the start-up comparison."""
     probe_logits: list[torch.Tensor]
@@ -83,6 +84,7 @@ def load_model(config: EngineConfig) -> LoadedModel:
     max_model_len = resolve_max_model_len(config, hf_config)
     module = _read_model(directory, config, device)
     model = convert_model(module, directory, hf_config, max_model_len, device)
+    model.eos_token_ids = resolve_end_tokens(config.eos_token_ids, directory, hf_config, model.vocab_size)
     if device.type == "cuda":
         # Linears that became one left holes that nothing later fits into.
         torch.cuda.empty_cache()
@@ -98,7 +100,7 @@ def convert_model(
 
     Args:
         module: on `device`; it is changed in place.
-        directory: of its generation configuration; where there is none, that of `hf_config` counts.
+        directory: its own, for messages. Nothing is read from it.
 
     Raises:
         UnsupportedError: the model does not call its attention, or has no linears in layers.
@@ -126,7 +128,7 @@ def convert_model(
         device=device,
         vocab_size=_text_config(hf_config).vocab_size,
         max_model_len=max_model_len,
-        eos_token_ids=_eos_token_ids(directory, hf_config),
+        eos_token_ids=[],
         probe_ids=probe_ids,
         probe_logits=probe_logits,
     )
@@ -249,16 +251,3 @@ def observe(module: torch.nn.Module) -> tuple[CacheProbe, ModelSpec]:
             f"{type(module).__name__} never called the attention function that it was given"
         )
     return probe, spec
-
-
-def _eos_token_ids(directory: Path, hf_config: Any) -> list[int]:
-    try:
-        generation = GenerationConfig.from_pretrained(directory, local_files_only=True)
-    except OSError:
-        generation = GenerationConfig.from_model_config(hf_config)
-    eos = generation.eos_token_id
-    if eos is None:
-        eos = _text_config(hf_config).eos_token_id
-    if eos is None:
-        return []
-    return [eos] if isinstance(eos, int) else list(eos)

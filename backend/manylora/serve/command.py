@@ -93,6 +93,8 @@ def main(arguments: argparse.Namespace) -> int:
                 exit_timeout_s=arguments.exit_timeout,
             ),
             address=ports.address(ports.http),
+            metrics_address=ports.address(ports.metrics),
+            run_dir=space.path,
             ready_timeout_s=arguments.ready_timeout,
             on_ready=lambda: _announce(ports, space),
             say=_say,
