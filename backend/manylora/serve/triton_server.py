@@ -44,6 +44,7 @@ class TritonServer:
         installation: Installation,
         *,
         env: Mapping[str, str],
+        backends: Path,
         repository: Path,
         ports: Ports,
         log_path: Path,
@@ -56,7 +57,7 @@ class TritonServer:
         command = [
             str(installation.binary),
             f"--model-repository={repository}",
-            f"--backend-directory={installation.backends}",
+            f"--backend-directory={backends}",
             "--model-control-mode=none",
             # Both configurations are complete; completing them would start each front end twice.
             "--disable-auto-complete-config",

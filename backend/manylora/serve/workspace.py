@@ -6,13 +6,14 @@ import contextlib
 import fcntl
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from manylora import run_dir
-from manylora.errors import UnavailableError
+from manylora import paths, run_dir
+from manylora.errors import InvalidArgumentError, UnavailableError
 from manylora.serve import processes
 from manylora.serve.repository import MODELS
 
@@ -20,13 +21,23 @@ RECORD = "serve.json"
 """What the server is, for `manylora status` and other programs."""
 
 
-class Workspace:
-    """Paths below one run directory."""
+PLAIN = re.compile(r"[A-Za-z0-9_./+@%=,-]+")
+"""Paths that Triton's Python backend can be given: it writes them into a command of a shell, and its
+interpreter takes the encoding of file names for ASCII."""
 
-    def __init__(self, path: Path) -> None:
+
+class Workspace:
+    """Paths below one run directory, and what must lie on a plain path."""
+
+    def __init__(self, path: Path, plain: Path) -> None:
+        """
+        Args:
+            plain: a directory of this server's alone whose path is PLAIN; it may be the run directory.
+        """
         self.path = path
-        self.models = path / "models"
-        self.libraries = path / "lib"
+        self.models = plain / "models"
+        self.libraries = plain / "lib"
+        self._backends = plain / "backends"
         self.log = path / "server.log"
         self.record = path / RECORD
 
@@ -35,10 +46,18 @@ class Workspace:
         fresh.write_text(json.dumps(facts))
         fresh.replace(self.record)
 
+    def plain_backends(self, folder: Path) -> Path:
+        """A plain path of Triton's folder of backends."""
+        if PLAIN.fullmatch(str(folder)):
+            return folder
+        self._backends.symlink_to(folder)
+        return self._backends
+
     def clear(self) -> None:
         """Remove what a server has made, but not its log."""
         shutil.rmtree(self.models, ignore_errors=True)
         shutil.rmtree(self.libraries, ignore_errors=True)
+        self._backends.unlink(missing_ok=True)
         self.record.unlink(missing_ok=True)
         for model in MODELS:
             run_dir.clear(self.path, model)
@@ -54,7 +73,8 @@ def workspace(asked: str | None) -> Iterator[Workspace]:
         InvalidArgumentError: others can open it, or its path is too long for a socket.
         UnavailableError: another server runs in it.
     """
-    path = Path(asked).expanduser().absolute() if asked else Path(tempfile.mkdtemp(prefix=_prefix()))
+    path = _asked_path(asked) if asked else Path(tempfile.mkdtemp(prefix=_prefix()))
+    paths.checked_text(path, "--run-dir")
     run_dir.prepare(path)
     for model in MODELS:
         run_dir.socket_path(path, model)
@@ -66,16 +86,47 @@ def workspace(asked: str | None) -> Iterator[Workspace]:
             raise UnavailableError(
                 f"--run-dir {path}: another server runs in it; choose another one"
             ) from error
-        space = Workspace(path)
-        space.clear()
-        space.log.unlink(missing_ok=True)
-        try:
-            yield space
-        finally:
+        with _plain_directory(path) as plain:
+            space = Workspace(path, plain)
             space.clear()
-            lock_path.unlink(missing_ok=True)
+            space.log.unlink(missing_ok=True)
+            try:
+                yield space
+            finally:
+                space.clear()
+                lock_path.unlink(missing_ok=True)
         if not asked:
             shutil.rmtree(path)
+
+
+def _asked_path(asked: str) -> Path:
+    try:
+        return Path(asked).expanduser().absolute()
+    except RuntimeError as error:
+        raise InvalidArgumentError(f"--run-dir {asked!r}: {error}") from error
+
+
+@contextlib.contextmanager
+def _plain_directory(path: Path) -> Iterator[Path]:
+    """The run directory itself, or one of its own in a place with a plain path, removed afterwards."""
+    if PLAIN.fullmatch(str(path)):
+        yield path
+        return
+    with tempfile.TemporaryDirectory(
+        prefix=f"manylora-plain-{os.getuid()}-", dir=_plain_place(), ignore_cleanup_errors=True
+    ) as own:
+        yield Path(own)
+
+
+def _plain_place() -> str:
+    places = (tempfile.gettempdir(), "/tmp", "/var/tmp", "/dev/shm")
+    for place in places:
+        if PLAIN.fullmatch(place) and os.access(place, os.W_OK | os.X_OK):
+            return place
+    raise UnavailableError(
+        f"no place for the models with a plain path: tried {', '.join(places)}; "
+        "give --run-dir with a path of ASCII letters, digits and _ . / + @ % = , - only"
+    )
 
 
 def find_running() -> list[Path]:
