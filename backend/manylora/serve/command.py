@@ -12,7 +12,7 @@ from dataclasses import fields
 from manylora import paths
 from manylora.config import EngineConfig, resolve_directory
 from manylora.errors import InvalidArgumentError
-from manylora.serve import processes, repository
+from manylora.serve import preflight, processes, repository
 from manylora.serve.installation import environment, find_installation
 from manylora.serve.ports import Ports, resolve
 from manylora.serve.stop_signals import StopSignals
@@ -84,6 +84,7 @@ def main(arguments: argparse.Namespace) -> int:
     )
     installation = find_installation()
     with workspace(arguments.run_dir) as space:
+        preflight.check(settings, space.path)
         env = environment(installation, space.libraries)
         backends = space.plain_backends(installation.backends)
         repository.render(space.models, settings, space.path)

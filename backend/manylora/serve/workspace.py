@@ -11,6 +11,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import IO
 
 from manylora import paths, run_dir
 from manylora.errors import InvalidArgumentError, UnavailableError
@@ -67,19 +68,15 @@ class Workspace:
 def workspace(asked: str | None) -> Iterator[Workspace]:
     """Make the run directory, or take over the one that is named, for as long as the block runs.
 
-    One that was made here is removed when the block ends well; after an error it is left, with the log in it.
+    One that was made here is removed when the block ends well; after an error it is left if a log is in it.
 
     Raises:
         InvalidArgumentError: others can open it, or its path is too long for a socket.
-        UnavailableError: another server runs in it.
+        UnavailableError: another server runs in it, or it takes no file.
     """
-    path = _asked_path(asked) if asked else Path(tempfile.mkdtemp(prefix=_prefix()))
-    paths.checked_text(path, "--run-dir")
-    run_dir.prepare(path)
-    for model in MODELS:
-        run_dir.socket_path(path, model)
+    path = _prepared(asked)
     lock_path = path / "serve.lock"
-    with lock_path.open("w") as lock:
+    with _opened(lock_path) as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
@@ -90,20 +87,37 @@ def workspace(asked: str | None) -> Iterator[Workspace]:
             space = Workspace(path, plain)
             space.clear()
             space.log.unlink(missing_ok=True)
+            has_ended_well = False
             try:
                 yield space
+                has_ended_well = True
             finally:
                 space.clear()
                 lock_path.unlink(missing_ok=True)
-        if not asked:
-            shutil.rmtree(path)
+                if not asked and (has_ended_well or not space.log.exists()):
+                    shutil.rmtree(path)
 
 
-def _asked_path(asked: str) -> Path:
+def _prepared(asked: str | None) -> Path:
+    """The run directory, made where it is missing."""
     try:
-        return Path(asked).expanduser().absolute()
+        path = Path(asked).expanduser().absolute() if asked else Path(tempfile.mkdtemp(prefix=_prefix()))
     except RuntimeError as error:
         raise InvalidArgumentError(f"--run-dir {asked!r}: {error}") from error
+    except OSError as error:
+        raise UnavailableError(f"no temporary run directory: {error.strerror}; give --run-dir") from error
+    paths.checked_text(path, "--run-dir")
+    run_dir.prepare(path)
+    for model in MODELS:
+        run_dir.socket_path(path, model)
+    return path
+
+
+def _opened(path: Path) -> IO[str]:
+    try:
+        return path.open("w")
+    except OSError as error:
+        raise UnavailableError(f"--run-dir {path.parent}: {error.strerror}") from error
 
 
 @contextlib.contextmanager
