@@ -31,7 +31,7 @@ CHECK_S = 0.1
 """How often a call is asked whether its client is still there, which takes Triton 30 us, and its deadline is
 looked at."""
 DEADLINE_GRACE_S = 0.25
-"""How long after a deadline the engine may still say itself that it has passed. One in a long step does not."""
+"""How long after a deadline the engine may say itself that it has passed. In a long step it does not."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import sysconfig
 import urllib.request
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from google.protobuf import text_format
 from manylora.errors import UnavailableError
 from manylora.serve import processes, repository
 from manylora.serve.background import RunningServer, running_server
+from manylora.serve.installation import Installation, find_installation
 from manylora.serve.ports import Ports, resolve
 from tritonclient.grpc import model_config_pb2
 
@@ -248,6 +250,53 @@ def test_a_model_that_does_not_load_says_why_and_leaves_nothing(tmp_path):
     assert "[INVALID_ARG]" in done.stderr
     assert str(tmp_path) in done.stderr
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["server.log"]
+
+
+def test_a_front_end_that_dies_at_once_ends_the_start_with_its_last_words(tmp_path):
+    """It has ended before anybody can look at it, and tritonserver would wait for it for ever."""
+    found = find_installation()
+    broken = tmp_path / "tritonserver"
+    (broken / "backends" / "python").mkdir(parents=True)
+    for name in ("bin", "lib", "python"):
+        if (found.root / name).exists():
+            (broken / name).symlink_to(found.root / name)
+    for path in (found.backends / "python").iterdir():
+        (broken / "backends" / "python" / path.name).symlink_to(path)
+    stub = Installation(root=broken).stub
+    stub.unlink()
+    library = f"-lpython{sys.version_info.major}.{sys.version_info.minor}"
+    program = '#include <stdio.h>\nint main() { fputs("my last words\\n", stderr); return 3; }'
+    subprocess.run(
+        ["gcc", "-x", "c", "-", "-x", "none", "-o", stub, "-Wl,--no-as-needed",
+         f"-L{sysconfig.get_config_var('LIBDIR')}", library],
+        input=program, text=True, check=True,
+    )  # fmt: skip
+    base = looks_like_a_model(tmp_path / "base")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PATH", f"{broken / 'bin'}:{os.environ['PATH']}")
+        done = manylora("serve", "--base-model", base, *FREE_PORTS, "--ready-timeout=100")
+    assert done.returncode == 1
+    assert "a model's process has died" in done.stderr
+    assert "\nmy last words\n" in done.stderr
+    assert "not ready in" not in done.stderr
+
+
+def test_a_tritonserver_on_the_path_may_be_a_link_with_its_backends_beside_it(tmp_path, monkeypatch):
+    """As set-up leaves it, and as a package may link it into /usr/local/bin."""
+    beside_link, beside_binary, real, linked = (tmp_path / name for name in "abcd")
+    for root in (beside_link, beside_binary, real, linked):
+        (root / "bin").mkdir(parents=True)
+    for root in (real, beside_binary):
+        (root / "bin" / "tritonserver").touch(mode=0o755)
+    (beside_link / "bin" / "tritonserver").symlink_to(real / "bin" / "tritonserver")
+    (linked / "bin" / "tritonserver").symlink_to(beside_binary / "bin" / "tritonserver")
+    for root in (beside_link, beside_binary):
+        stub = Installation(root=root).stub
+        stub.parent.mkdir(parents=True)
+        stub.touch()
+    for root, found in ((beside_link, beside_link), (beside_binary, beside_binary), (linked, beside_binary)):
+        monkeypatch.setenv("PATH", str(root / "bin"))
+        assert find_installation().root == found
 
 
 def test_a_front_end_that_dies_while_it_starts_ends_the_start(base_model, tmp_path):

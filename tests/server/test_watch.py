@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import re
 import shutil
 import subprocess
@@ -13,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from faults.anatomy import stub_of
+from faults.anatomy import engine_of, stub_of
 from faults.freezing import frozen_thread
 from harness import connect, status_of
 from manylora import run_dir
@@ -21,6 +23,7 @@ from manylora.serve import model_watch
 from manylora.serve.background import RunningServer, running_server
 from manylora.serve.model_watch import ModelWatch
 from manylora.serve.repository import MODELS
+from manylora_client import Unavailable
 
 WAIT_S = 120
 PACE_S = 0.01
@@ -90,6 +93,16 @@ def look_many_times(server: RunningServer) -> None:
             assert watch.look() == ""
             pace.wait(PACE_S)
         watch.close()
+
+
+def test_a_deadline_that_passes_blames_nobody(server):
+    """The engine is held up, as on a busy machine, and does not say in time that it has passed."""
+    with connect(server) as client, contextlib.ExitStack() as held:
+        for tid in map(int, os.listdir(f"/proc/{engine_of(server)}/task")):
+            held.enter_context(frozen_thread(tid))
+        with pytest.raises(Unavailable) as caught:
+            client.generate("The capital of France is", deadline_ms=1)
+    assert caught.value.message == "deadline_ms=1 passed after 0 tokens; the engine has not come to it yet"
 
 
 def test_a_front_end_that_takes_no_request_is_found(server, watches, monkeypatch):
