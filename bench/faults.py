@@ -65,6 +65,7 @@ def faults(bed: Bed, root: Path, base_model: Path) -> list[Callable[[], Report]]
         lambda: scenarios.front_end_killed(bed, "llm"),
         lambda: scenarios.front_end_killed(bed, "llm_stream"),
         lambda: scenarios.front_end_stopped(bed, "llm_stream"),
+        lambda: freezing.front_end_frozen(bed, "llm"),
         lambda: scenarios.tritonserver_killed(bed),
     ]
 
