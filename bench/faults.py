@@ -22,7 +22,7 @@ from manylora.serve.background import running_server
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / "examples"), str(ROOT / "tests" / "server")]
-from faults import base_weights, scenarios  # noqa: E402  # lies in tests/server/, which is no package
+from faults import base_weights, freezing, scenarios  # noqa: E402  # lies in tests/server/, which is no package
 from faults.load import HUNG, WRONG, Bed, Report  # noqa: E402
 from make_adapters import make_adapter  # noqa: E402
 
