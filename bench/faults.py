@@ -22,7 +22,7 @@ from manylora.serve.background import running_server
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / "examples"), str(ROOT / "tests" / "server")]
-from faults import base_weights, scenarios  # noqa: E402  # lies in tests/server/, which is no package
+from faults import base_weights, freezing, scenarios  # noqa: E402  # lies in tests/server/, which is no package
 from faults.load import HUNG, WRONG, Bed, Report  # noqa: E402
 from make_adapters import make_adapter  # noqa: E402
 
@@ -65,6 +65,7 @@ def faults(bed: Bed, root: Path, base_model: Path) -> list[Callable[[], Report]]
         lambda: scenarios.front_end_killed(bed, "llm"),
         lambda: scenarios.front_end_killed(bed, "llm_stream"),
         lambda: scenarios.front_end_stopped(bed, "llm_stream"),
+        lambda: freezing.front_end_frozen(bed, "llm"),
         lambda: scenarios.tritonserver_killed(bed),
     ]
 

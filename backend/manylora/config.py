@@ -13,6 +13,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from manylora import paths
 from manylora.errors import InvalidArgumentError, UnsupportedError
 
 ADAPTER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
@@ -242,9 +243,16 @@ def resolve_directory(path: str, what: str) -> Path:
     """An existing directory, or an error that names the setting.
 
     Raises:
-        InvalidArgumentError: `path` is no directory.
+        InvalidArgumentError: `path` is no directory, or one that cannot be looked at.
     """
-    found = Path(path).expanduser()
-    if not found.is_dir():
+    try:
+        found = paths.from_text(path).expanduser()
+        is_directory, resolved = found.is_dir(), found.resolve()
+    except OSError as error:
+        raise InvalidArgumentError(f"{what}={path!r}: {error.strerror or error}") from error
+    except (RuntimeError, ValueError) as error:
+        # A home directory that cannot be told, a loop of links, a null character.
+        raise InvalidArgumentError(f"{what}={path!r}: {error}") from error
+    if not is_directory:
         raise InvalidArgumentError(f"{what}={path!r}: no such directory")
-    return found.resolve()
+    return resolved

@@ -11,7 +11,6 @@ import logging
 import os
 import sys
 import time
-from pathlib import Path
 from typing import Any
 
 import triton_python_backend_utils as pb_utils
@@ -21,7 +20,7 @@ import triton_python_backend_utils as pb_utils
 sys.modules.setdefault("torch", None)  # type: ignore[arg-type]
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 
-from manylora import protocol, run_dir  # noqa: E402
+from manylora import paths, protocol, run_dir  # noqa: E402
 from manylora.config import EngineConfig  # noqa: E402
 from manylora.errors import InternalError, InvalidArgumentError, ManyloraError, UnavailableError  # noqa: E402
 from manylora.front_end import FrontEnd  # noqa: E402
@@ -81,7 +80,7 @@ class _Model:
         self._owns_run_dir = not configured
         try:
             self._run_dir = run_dir.prepare(
-                Path(configured) if configured else run_dir.default_path(os.getppid())
+                paths.from_text(configured) if configured else run_dir.default_path(os.getppid())
             )
             self._start(settings)
             stages = {"execute": self._executing, **self._front_end.stages}
@@ -141,7 +140,7 @@ class LlmModel(_Model):
             self._front_end = FrontEnd(socket_path, is_streaming=False)
             if not self._front_end.wait_ready(READY_TIMEOUT_S):
                 raise UnavailableError(
-                    f"the engine does not answer on {socket_path} within {READY_TIMEOUT_S:g} s"
+                    f"the engine does not answer on {paths.to_text(socket_path)} within {READY_TIMEOUT_S:g} s"
                 )
         except Exception as error:
             # llm_stream must not wait for what will not come.
@@ -181,7 +180,8 @@ class LlmStreamModel(_Model):
                 raise UnavailableError(f"{engine_model} has died before its engine was ready; see the log")
             if time.monotonic() > deadline:
                 raise UnavailableError(
-                    f"no engine of {engine_model} on {socket_path} within {ATTACH_TIMEOUT_S:g} s"
+                    f"no engine of {engine_model} on {paths.to_text(socket_path)} "
+                    f"within {ATTACH_TIMEOUT_S:g} s"
                 )
 
 

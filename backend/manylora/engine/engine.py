@@ -14,6 +14,7 @@ import time
 from collections.abc import Sequence as Seq
 from concurrent.futures import Future
 
+from manylora import paths
 from manylora.adapters.device_pool import DevicePool, pool_dtype
 from manylora.adapters.registry import Registry
 from manylora.config import EngineConfig
@@ -192,7 +193,7 @@ class Engine:
         for line in report.capacity(self.pool, self.blocks, config, self.model):
             log.info(line)
         self.info = EngineInfo(
-            base_model=str(self.model.directory),
+            base_model=paths.to_text(self.model.directory),
             max_model_len=self.model.max_model_len,
             vocab_size=self.model.vocab_size,
             eos_token_ids=self.model.eos_token_ids,

@@ -31,9 +31,15 @@ ENGINE = "manylora.engine.process"
 MAX_LINE = 400
 """Characters of a log line that are shown."""
 
-_CHATTER = re.compile(r"[|+]|I\d{4} |\s*<frozen ")
-"""Tables, lines of the level INFO, frames of the import system."""
-_OWN_ERROR = re.compile(r"\[(?:INVALID_ARG|NOT_FOUND|UNSUPPORTED|UNAVAILABLE|INTERNAL)\] .+")
+_CHATTER = re.compile(
+    r"[|+]|I\d{4} |\s*<frozen |Loading weights:|Error: Failed to initialize NVML"
+    r"|W\d{4} .*(?:pinned|DCGM)|E\d{4} .*CudaDriverHelper"
+)
+"""Tables, lines of the level INFO, frames of the import system, progress, and that there is no GPU."""
+_OWN_ERROR = re.compile(
+    r"\[(?:INVALID_ARG|NOT_FOUND|UNSUPPORTED|UNAVAILABLE|INTERNAL)\] .+?(?=\\n\\nAt:|\s*\||$)", re.MULTILINE
+)
+"""Up to where Triton goes on."""
 
 
 class TritonServer:
@@ -44,6 +50,7 @@ class TritonServer:
         installation: Installation,
         *,
         env: Mapping[str, str],
+        backends: Path,
         repository: Path,
         ports: Ports,
         log_path: Path,
@@ -56,7 +63,7 @@ class TritonServer:
         command = [
             str(installation.binary),
             f"--model-repository={repository}",
-            f"--backend-directory={installation.backends}",
+            f"--backend-directory={backends}",
             "--model-control-mode=none",
             # Both configurations are complete; completing them would start each front end twice.
             "--disable-auto-complete-config",
@@ -102,7 +109,9 @@ class TritonServer:
         code = self._process.poll()
         if code is not None:
             return f"tritonserver has ended with {_describe(code)}"
-        dead = [pid for pid in self._stubs if not processes.is_alive(pid)]
+        dead = {pid for pid in self._stubs if not processes.is_alive(pid)}
+        # Also one that ended before it was first looked at.
+        dead.update(processes.dead_children(self._process.pid))
         if dead:
             return f"a model's process has died (pid {', '.join(map(str, sorted(dead)))})"
         stopped = [pid for pid in (self._process.pid, *sorted(self._stubs)) if is_stopped(pid)]
@@ -162,6 +171,8 @@ class TritonServer:
             text = log.read().decode(errors="replace")
         own = list(dict.fromkeys(_OWN_ERROR.findall(text)))
         lines = [line[:MAX_LINE] for line in text.splitlines() if line.strip() and not _CHATTER.match(line)]
+        # Triton says each of them several times.
+        lines = [line for line in lines if not any(error[:MAX_LINE] in line for error in own)]
         return "\n".join([*own[:3], *lines[-max_lines:]])
 
 
