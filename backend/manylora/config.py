@@ -115,6 +115,22 @@ class EngineConfig:
         return json.dumps(dataclasses.asdict(self))
 
 
+def parse_bytes(key: str, text: str) -> int:
+    """A number of bytes; takes K, M, G, T suffixes.
+
+    Args:
+        key: its name, for the error.
+
+    Raises:
+        InvalidArgumentError: it is none.
+    """
+    size = _SIZE.fullmatch(text)
+    try:
+        return int(size[1]) * _SIZE_UNITS[(size[2] or "").upper()[:1]] if size else int(text)
+    except ValueError:
+        raise InvalidArgumentError(f"{key}={text!r}: expected an integer") from None
+
+
 def _parse(key: str, text: str, kind: Any) -> Any:
     text = text.strip()
     if kind is bool:
@@ -122,9 +138,8 @@ def _parse(key: str, text: str, kind: Any) -> Any:
             return text.lower() == "true"
         raise InvalidArgumentError(f"{key}={text!r}: expected true or false")
     if kind is int:
-        size = _SIZE.fullmatch(text) if key.endswith("_bytes") else None
-        if size:
-            return int(size[1]) * _SIZE_UNITS[(size[2] or "").upper()[:1]]
+        if key.endswith("_bytes"):
+            return parse_bytes(key, text)
         try:
             return int(text)
         except ValueError:

@@ -74,7 +74,7 @@ def said() -> list[str]:
 
 @pytest.fixture
 def watch(front_end: FrontEnd, said: list[str]) -> Iterator[ModelWatch]:
-    watch = ModelWatch(front_end.address, "llm", said.append)
+    watch = ModelWatch(front_end.address, "llm", said.append, lambda: False)
     yield watch
     watch.close()
 

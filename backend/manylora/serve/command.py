@@ -8,11 +8,12 @@ import os
 import sys
 from dataclasses import fields
 
-from manylora.config import EngineConfig, resolve_directory
+from manylora.config import EngineConfig, parse_bytes, resolve_directory
 from manylora.errors import InvalidArgumentError
-from manylora.serve import processes, repository
+from manylora.serve import limits, processes, repository
 from manylora.serve.installation import environment, find_installation
-from manylora.serve.ports import Ports, resolve
+from manylora.serve.ports import Ports, hold
+from manylora.serve.restrictions import RESTRICTABLE, read_allowed, restriction_arguments
 from manylora.serve.stop_signals import StopSignals
 from manylora.serve.supervisor import Supervisor
 from manylora.serve.triton_server import TritonServer
@@ -39,6 +40,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             metavar="N",
             help="0: a free one (default: %(default)s)",
         )
+    add(
+        "--allow",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="open to all clients what is closed to them: "
+        f"{', '.join(RESTRICTABLE)}; may be given several times",
+    )
+    add(
+        "--shared-memory-bytes",
+        default="0",
+        metavar="N",
+        help="most that requests to one model may take of /dev/shm; takes K, M, G (default: "
+        "what 64 prompts of max_model_len take, at least 64M)",
+    )
     add("--stop-with-parent", action="store_true", help="stop when the program that started this one ends")
     add("--run-dir", metavar="DIR", help="for sockets and the log (default: a temporary one)")
     add(
@@ -69,16 +85,20 @@ def main(arguments: argparse.Namespace) -> int:
     if arguments.stop_with_parent:
         processes.end_with_parent()
     settings = read_settings(arguments)
-    ports = resolve(
-        Ports(
-            host=arguments.host,
-            http=arguments.http_port,
-            grpc=arguments.grpc_port,
-            metrics=arguments.metrics_port,
-        )
+    restrictions = restriction_arguments(read_allowed(arguments.allow))
+    shared_memory_bytes = limits.region_bytes(
+        parse_bytes("--shared-memory-bytes", arguments.shared_memory_bytes),
+        max_model_len=int(settings.get("max_model_len", 0)),
     )
     installation = find_installation()
-    with workspace(arguments.run_dir) as space:
+    limits.raise_descriptors()
+    asked = Ports(
+        host=arguments.host,
+        http=arguments.http_port,
+        grpc=arguments.grpc_port,
+        metrics=arguments.metrics_port,
+    )
+    with hold(asked) as ports, workspace(arguments.run_dir) as space:
         env = environment(installation, space.libraries)
         repository.render(space.models, settings, space.path)
         # From here on no descendant of this process can outlive it.
@@ -91,6 +111,8 @@ def main(arguments: argparse.Namespace) -> int:
                 ports=ports,
                 log_path=space.log,
                 exit_timeout_s=arguments.exit_timeout,
+                restrictions=restrictions,
+                shared_memory_bytes=shared_memory_bytes,
             ),
             address=ports.address(ports.http),
             ready_timeout_s=arguments.ready_timeout,

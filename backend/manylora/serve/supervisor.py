@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from manylora.errors import UnavailableError
 from manylora.serve.model_watch import ModelWatch
-from manylora.serve.probe import Answer, Probe, is_ready
+from manylora.serve.probe import Answer, Line, Probe, is_ready, server_id
 from manylora.serve.repository import MODELS
 from manylora.serve.stop_signals import StopSignals
 from manylora.serve.triton_server import TritonServer
@@ -84,7 +84,10 @@ class Supervisor:
             raise _StopAsked
 
     def _await_answers(self, server: TritonServer) -> None:
-        """Wait until Triton calls both models ready and both have answered a real request."""
+        """Wait until Triton calls both models ready and both have answered a real request.
+
+        Whoever else answers on its port is not believed.
+        """
         deadline = time.monotonic() + self._ready_timeout_s
         waiting = list(MODELS)
         num_bad_looks = 0
@@ -101,18 +104,23 @@ class Supervisor:
                     f"{' and '.join(waiting)} not ready in {self._ready_timeout_s:.0f} s\n{server.log_tail()}"
                 )
             self._pause(LOOK_INTERVAL_S)
-            waiting = [model for model in waiting if not is_ready(self._address, model)]
+            found = server_id(self._address)
+            if found and found != server.id:
+                raise UnavailableError(f"another server, {found!r}, answers on {self._address}")
+            if found:
+                waiting = [model for model in waiting if not is_ready(self._address, model)]
         for model in MODELS:
             self._await_answer(server, model, deadline)
         server.remember_stubs()
 
     def _await_answer(self, server: TritonServer, model: str, deadline: float) -> None:
-        probe = Probe(self._address, model)
+        line = Line(self._address)
+        probe = Probe(line, model)
         try:
             while (answer := probe.poll(LOOK_INTERVAL_S)) is None and time.monotonic() < deadline:
                 self._pause(0)
         finally:
-            probe.close()
+            line.close()
         if answer is not Answer.RIGHT:
             raise UnavailableError(
                 f"{model} is ready but gives no answer: {probe.text or 'none in time'}\n{server.log_tail()}"
@@ -124,7 +132,9 @@ class Supervisor:
         Returns: what is wrong.
         """
         self._close_watches()
-        self._watches = [ModelWatch(self._address, model, self._say) for model in MODELS]
+        self._watches = [
+            ModelWatch(self._address, model, self._say, lambda: server.is_full) for model in MODELS
+        ]
         while True:
             problem = server.problem()
             for watch in self._watches:
