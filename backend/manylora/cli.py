@@ -74,6 +74,7 @@ def _code_of(error: Any) -> str:
 
 
 def _parser() -> argparse.ArgumentParser:
+    from manylora import settings_table
     from manylora.serve import command as serve
 
     parser = argparse.ArgumentParser(
@@ -105,7 +106,7 @@ def _parser() -> argparse.ArgumentParser:
         "serve",
         "run tritonserver on the two front ends until a signal comes",
         serve.main,
-        epilog=f"{SERVE_EXAMPLES}\n{serve.settings_help()}\n",
+        epilog=f"{SERVE_EXAMPLES}\n{settings_table.help_text()}\n",
     )
     serve.add_arguments(serving)
     status = add("status", "print the state of a running engine", _status, epilog=STATUS_EXAMPLES)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import re
 import types
 import typing
@@ -22,12 +23,17 @@ _SIZE_UNITS = {"": 1, "B": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 <
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EngineConfig:
-    """What one engine serves, and within which limits."""
+    """What one engine serves, and within which limits.
+
+    The strings under the fields are what users read, in `--help` and in README.md (`settings_table.py`). The
+    sentence `0: ...` (or whatever the default is) says what the default comes to.
+    """
 
     base_model: str
-    """Directory of the base model in Hugging Face format."""
+    """Directory of the base model in Hugging Face format; also --base-model."""
     adapter_root: str = ""
-    """Directory that holds one directory per adapter. Empty: no adapters."""
+    """Directory that holds one directory per adapter, as PEFT saves them; also --adapter-root. Empty: no
+    adapters."""
 
     max_loras: int = 8
     """Distinct adapters in one step; times max_lora_rank, the device pool. Costs device memory."""
@@ -42,11 +48,11 @@ class EngineConfig:
     fully_sharded_loras: bool = False
     """With tensor parallelism, shard both A and B."""
     preload_adapters: tuple[str, ...] = ()
-    """Adapters loaded to the host cache at start. One that fails stops the first start; when a server starts
-    its engine again, it fails alone."""
+    """Names with commas: adapters loaded to the host cache at start. One that fails stops the first start;
+    when a server starts its engine again, it fails alone. Empty: none."""
     pinned_adapters: tuple[str, ...] = ()
-    """Adapters loaded at start and never evicted from the host cache or the device pool. What fails
-    when the engine is started again is pinned as soon as it loads."""
+    """Names with commas: adapters loaded at start and never evicted from the host cache or the device pool.
+    What fails when the engine is started again is pinned as soon as it loads. Empty: none."""
 
     dtype: str = "auto"
     """auto (the checkpoint's), float32, float16 or bfloat16."""
@@ -57,8 +63,8 @@ class EngineConfig:
     max_model_len: int = 0
     """Most tokens of a sequence, prompt and generated. 0: the base model's, at most 8192."""
     compile_model: str = "auto"
-    """Whether torch compiles the model's own code at start: auto (on CUDA), true or false. Costs a minute or
-    two of the first start."""
+    """Whether torch compiles the model's small operators at start: auto (on CUDA), true or false. Costs a
+    minute or two of the first start."""
     num_threads: int = 0
     """CPU threads of the step. 0: all cores."""
 
@@ -67,17 +73,18 @@ class EngineConfig:
     max_batched_tokens: int = 2048
     """Tokens of one step: prefill chunks and decodes together."""
     kv_cache_bytes: int = 0
-    """Memory of the KV cache. 0: what max_num_seqs sequences of 1024 tokens take, and at least
-    one of max_model_len. Takes K, M, G, T suffixes."""
+    """Memory of the KV cache, in bytes or with K, M, G, T. 0: what max_num_seqs sequences of 1024 tokens
+    take, and at least one of max_model_len."""
     kv_block_size: int = 16
     """Tokens of one KV block."""
     max_waiting: int = 1024
-    """Sequences that may wait while max_num_seqs run; one more is refused with UNAVAILABLE."""
+    """Sequences that may wait while max_num_seqs run; one more is refused with UNAVAILABLE, whatever its
+    priority."""
     enable_prefix_caching: bool = True
     """Reuse KV blocks of a shared prefix under the same adapter version."""
     enforce_eager: bool = False
     """On CUDA, record no decode steps as graphs at start: that saves seconds and device memory, and costs
-    speed."""
+    speed. Without effect on a CPU."""
 
     def __post_init__(self) -> None:
         _check(self)
@@ -144,9 +151,21 @@ def _parse(key: str, text: str, kind: Any) -> Any:
             return int(text)
         except ValueError:
             raise InvalidArgumentError(f"{key}={text!r}: expected an integer") from None
+    if kind is float:
+        return _parse_float(key, text)
     if isinstance(kind, types.GenericAlias):
         return tuple(part.strip() for part in text.split(",") if part.strip())
     return text
+
+
+def _parse_float(key: str, text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise InvalidArgumentError(f"{key}={text!r}: expected a finite number")
+    return value
 
 
 def _check(config: EngineConfig) -> None:

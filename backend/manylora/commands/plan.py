@@ -7,9 +7,10 @@ import json
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
+from manylora import settings_table
 from manylora.commands.table import render, size
 from manylora.config import EngineConfig
-from manylora.serve.command import read_settings, settings_help
+from manylora.serve.command import read_settings
 
 if TYPE_CHECKING:
     from manylora.model.outline import ModelOutline
@@ -75,7 +76,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def epilog() -> str:
     """Examples, and the settings that there are."""
-    return f"{EXAMPLES}\n{settings_help()}"
+    return f"{EXAMPLES}\n{settings_table.help_text()}"
 
 
 def main(arguments: argparse.Namespace) -> int:

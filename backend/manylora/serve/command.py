@@ -152,16 +152,6 @@ def read_settings(arguments: argparse.Namespace) -> dict[str, str]:
     return settings
 
 
-def settings_help() -> str:
-    """The keys of `--set` with their defaults, for `--help`."""
-    lines = [
-        f"  {field.name}={','.join(field.default) if isinstance(field.default, tuple) else field.default}"
-        for field in fields(EngineConfig)
-        if field.name not in ("base_model", "adapter_root")
-    ]
-    return "settings and their defaults:\n" + "\n".join(lines)
-
-
 def _announce(ports: Ports, space: Workspace) -> None:
     facts: dict[str, str | int] = {
         "http": ports.address(ports.http),
