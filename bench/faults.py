@@ -9,6 +9,7 @@ asserted, without times, by tests/server/test_faults_*.py.
 from __future__ import annotations
 
 import argparse
+import shutil
 import sys
 import tempfile
 from collections.abc import Callable
@@ -21,7 +22,7 @@ from manylora.serve.background import running_server
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / "examples"), str(ROOT / "tests" / "server")]
-from faults import scenarios  # noqa: E402  # lies in tests/server/, which is no package
+from faults import base_weights, scenarios  # noqa: E402  # lies in tests/server/, which is no package
 from faults.load import HUNG, WRONG, Bed, Report  # noqa: E402
 from make_adapters import make_adapter  # noqa: E402
 
@@ -43,11 +44,16 @@ class Row(Origin):
     recovery_s: float
 
 
-def faults(bed: Bed, root: Path) -> list[Callable[[], Report]]:
-    """In an order in which none disturbs the next."""
+def faults(bed: Bed, root: Path, base_model: Path) -> list[Callable[[], Report]]:
+    """In an order in which none disturbs the next.
+
+    Args:
+        root: the adapters that are served; like `base_model` they are harmed.
+    """
     return [
         lambda: scenarios.adapter_files_change_while_serving(bed, root),
         lambda: scenarios.adapter_files_change_while_loading(bed, root, EXTRA),
+        lambda: base_weights.rewritten_and_truncated(bed, base_model),
         lambda: scenarios.clients_leave(bed),
         lambda: scenarios.slow_reader(bed),
         lambda: scenarios.deadlines_pass(bed),
@@ -114,10 +120,11 @@ def main() -> int:
         root = Path(folder) / "adapters"
         for seed, name in enumerate((*ADAPTERS, EXTRA)):
             make_adapter(root / name, options.base_model, rank=16, seed=seed)
-        served = {"base_model": options.base_model, "adapter_root": root}
+        base_model = Path(shutil.copytree(options.base_model, Path(folder) / "base_model"))
+        served = {"base_model": base_model, "adapter_root": root}
         with running_server(**served) as server:
             bed = Bed(server, ADAPTERS)
-            run(faults(bed, root), reports)
+            run(faults(bed, root, base_model), reports)
         with running_server(**served, arguments=SMALL) as server:
             run(faults_of_a_small_server(Bed(server, ADAPTERS)), reports)
     print(table(reports))

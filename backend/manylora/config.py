@@ -62,11 +62,13 @@ class EngineConfig:
     """Devices the model is split over. Above 1 is not served yet."""
     max_model_len: int = 0
     """Most tokens of a sequence, prompt and generated. 0: the base model's, at most 8192."""
+    eos_token_ids: tuple[int, ...] = ()
+    """Ids of the tokens that end a sequence, in place of those that the base model's files name."""
     compile_model: str = "auto"
     """Whether torch compiles the model's small operators at start: auto (on CUDA), true or false. Costs a
     minute or two of the first start."""
     num_threads: int = 0
-    """CPU threads of the step. 0: all cores."""
+    """CPU threads of the step. 0: as many as the affinity mask and the control group's quota allow."""
 
     max_num_seqs: int = 64
     """Sequences that run at once."""
@@ -154,7 +156,12 @@ def _parse(key: str, text: str, kind: Any) -> Any:
     if kind is float:
         return _parse_float(key, text)
     if isinstance(kind, types.GenericAlias):
-        return tuple(part.strip() for part in text.split(",") if part.strip())
+        parts = tuple(part.strip() for part in text.split(",") if part.strip())
+        if typing.get_args(kind)[0] is not int:
+            return parts
+        if not all(part.isdecimal() and part.isascii() for part in parts):
+            raise InvalidArgumentError(f"{key}={text!r}: expected integers, separated by commas")
+        return tuple(map(int, parts))
     return text
 
 
@@ -212,6 +219,8 @@ def _check(config: EngineConfig) -> None:
         raise UnsupportedError(
             f"tensor_parallel_size={config.tensor_parallel_size}: tensor parallelism is not served yet; use 1"
         )
+    if any(token_id < 0 for token_id in config.eos_token_ids):
+        raise InvalidArgumentError(f"eos_token_ids={config.eos_token_ids}: ids are not negative")
     for name in (*config.preload_adapters, *config.pinned_adapters):
         if not ADAPTER_NAME.fullmatch(name):
             raise InvalidArgumentError(f"adapter name {name!r}: must match {ADAPTER_NAME.pattern}")

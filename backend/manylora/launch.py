@@ -26,6 +26,11 @@ STOP_S = 25.0
 """Time for the engine to close, a little more than it gives itself."""
 FIRST_PAUSE_S = 1.0
 MAX_PAUSE_S = 30.0
+SPIN_COUNT = 20_000
+"""Turns that an OpenMP thread of the engine waits actively for the others, about a millisecond, before it
+sleeps. That bridges the pauses between a step's operators, and wakes are dear. GNU's own 300,000 turns last
+longer than a turn of the kernel's scheduler: where other processes want the processors, too, a thread then
+spins while the one that it waits for is not let run, at each of a step's hundreds of operators."""
 STEADY_S = 60.0
 """An engine that served so long starts a new series of pauses when it dies."""
 
@@ -249,12 +254,15 @@ def environment() -> dict[str, str]:
     """The environment of the engine process.
 
     It finds the packages that this process finds. Triton's own libraries are left out of its search path:
-    they are other versions of libraries that torch needs.
+    they are other versions of libraries that torch needs. Threads wait as SPIN_COUNT says, unless the
+    environment says how.
     """
     found = dict(os.environ)
     roots = [_package_root(name) for name in ("manylora", "manylora_kernels", "msgspec")]
     paths = [root for root in roots if root] + found.get("PYTHONPATH", "").split(os.pathsep)
     found["PYTHONPATH"] = os.pathsep.join(dict.fromkeys(path for path in paths if path))
+    if "OMP_WAIT_POLICY" not in found:
+        found.setdefault("GOMP_SPINCOUNT", str(SPIN_COUNT))
     libraries = found.pop("LD_LIBRARY_PATH", "").split(os.pathsep)
     kept = [path for path in libraries if path and "pytriton" not in path and "tritonserver" not in path]
     if kept:

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from manylora import errors, protocol
 from manylora.call import Call, Responder, Row
 from manylora.errors import CancelledRequestError, InternalError, ManyloraError, UnavailableError
+from manylora.health import Stage
 from manylora.ipc import Event
 from manylora.messages import Failed
 
@@ -66,6 +67,7 @@ class ReplyLoop:
         """
         self._is_streaming = is_streaming
         self._cancel = cancel
+        self.stage = Stage()
         self._inbox: queue.SimpleQueue[Note] = queue.SimpleQueue()
         # Below: the thread's. Notes and news outlive a turn that a fault breaks off.
         self._notes: deque[Note] = deque()
@@ -95,13 +97,14 @@ class ReplyLoop:
             # What breaks even the recovery, such as want of memory, may be over at the next turn.
             with contextlib.suppress(BaseException):
                 try:
-                    self._turn()
+                    self._take_notes()
+                    with self.stage:
+                        self._turn()
                 except BaseException as error:
                     self._recover(error)
         self._fail_all(UnavailableError("the server is shutting down"))
 
     def _turn(self) -> None:
-        self._take_notes()
         while self._notes:
             note = self._notes.popleft()
             try:

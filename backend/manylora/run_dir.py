@@ -56,7 +56,20 @@ def socket_path(run_dir: Path, model: str) -> Path:
     Raises:
         InvalidArgumentError: the path is longer than a Unix socket's may be.
     """
-    path = run_dir.absolute() / f"{model}.sock"
+    return _checked(run_dir, f"{model}.sock")
+
+
+def health_path(run_dir: Path, model: str) -> Path:
+    """The socket on which the front end of `model` says how it is (`health.py`).
+
+    Raises:
+        InvalidArgumentError: the path is longer than a Unix socket's may be.
+    """
+    return _checked(run_dir, f"{model}.live")
+
+
+def _checked(run_dir: Path, name: str) -> Path:
+    path = run_dir.absolute() / name
     length = len(os.fsencode(path))
     if length > MAX_SOCKET_PATH_BYTES:
         raise InvalidArgumentError(
@@ -97,7 +110,7 @@ def clear(run_dir: Path, model: str) -> None:
         held = lock(run_dir / f"{model}.sock")
     except (UnavailableError, FileNotFoundError):
         return
-    for suffix in ("sock", "failed", "owner", "lock"):
+    for suffix in ("sock", "failed", "owner", "live", "lock"):
         (run_dir / f"{model}.{suffix}").unlink(missing_ok=True)
     os.close(held)
 

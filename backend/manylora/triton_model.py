@@ -25,6 +25,7 @@ from manylora import protocol, run_dir, stub_process  # noqa: E402
 from manylora.config import EngineConfig  # noqa: E402
 from manylora.errors import InternalError, InvalidArgumentError, ManyloraError, UnavailableError  # noqa: E402
 from manylora.front_end import FrontEnd  # noqa: E402
+from manylora.health import HealthSocket, Stage  # noqa: E402
 from manylora.launch import EngineKeeper  # noqa: E402
 from manylora.protocol import Tensors  # noqa: E402
 from manylora.reply_loop import public_error  # noqa: E402
@@ -75,6 +76,7 @@ class _Model:
         stub_process.lift_file_limit()
         self._name = args["model_name"]
         self._numbers = itertools.count(1)
+        self._executing = Stage()
         parameters = json.loads(args["model_config"])["parameters"]
         settings = {key: value["string_value"] for key, value in parameters.items()}
         # An empty value is one that was left out.
@@ -86,12 +88,17 @@ class _Model:
                 Path(configured) if configured else run_dir.default_path(os.getppid())
             )
             self._start(settings)
+            stages = {"execute": self._executing, **self._front_end.stages}
+            self._health = HealthSocket(run_dir.health_path(self._run_dir, self._name), stages)
         except ManyloraError as error:
             raise pb_utils.TritonModelException(error.tagged()) from error
 
     def execute(self, requests: list[Any]) -> None:
         """Called by Triton with the requests that came together. Returns at once."""
-        arrived_s = time.monotonic()
+        with self._executing:
+            self._take(requests, time.monotonic())
+
+    def _take(self, requests: list[Any], arrived_s: float) -> None:
         for request in requests:
             responder = TritonResponder(
                 request.get_response_sender(), _request_id(request) or f"{self._name}-{next(self._numbers)}"
@@ -106,6 +113,7 @@ class _Model:
 
     def finalize(self) -> None:
         """Called by Triton once, at the end."""
+        self._health.close()
         self._front_end.close()
 
     def _start(self, settings: dict[str, str]) -> None:

@@ -21,17 +21,17 @@ from faults.anatomy import DONE_S, engine_of, stub_of, tritonserver_of
 from faults.load import NUM_STREAMS, NUM_WHOLE, RIGHT, Bed, Report
 from grpc import StatusCode
 from harness import SYNTHETIC, status_of, wait_idle
+from manylora.run_dir import health_path
 from manylora.serve import limits, model_watch, processes
 from manylora.serve.background import RunningServer
 from manylora.serve.model_watch import ModelWatch
 from manylora.serve.ports import Ports, hold
-from manylora.serve.probe import Answer, Line, Probe
+from manylora.serve.probe import Line, LineProbe, http_status, ready_path
 from manylora_client import Client, Unavailable
 from tritonclient.utils import InferenceServerException
 
 ALL = NUM_STREAMS + NUM_WHOLE
 LOW_DESCRIPTORS = 1024
-NEVER = 10**9
 
 
 def serve_command(base_model: Path, adapter_root: Path, ports: Ports) -> list[str]:
@@ -236,30 +236,50 @@ def test_idle_connections_stop_nobody_who_is_connected(bed: Bed) -> None:
 def test_a_full_server_is_asked_over_connections_that_are_open_and_is_not_taken_for_a_hung_one(
     bed: Bed, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name in ("LOOKS_BETWEEN", "BUSY_LOOKS", "HUNG_LOOKS"):
-        monkeypatch.setattr(model_watch, name, 1)
-    pid = tritonserver_of(bed.server)
+    monkeypatch.setattr(model_watch, "LOOKS_BETWEEN", 1)
+    monkeypatch.setattr(model_watch, "HUNG_LOOKS", 200)
+    pace = threading.Event()
     said: list[str] = []
-    held = [(model, Line(bed.server.http)) for model in ("llm", "llm_stream")]
-    for _, line in held:
-        line.open()
-    with doors.full(bed.server):
-        for model, line in held:
-            assert Probe(line, model).poll(DONE_S) is Answer.RIGHT
-            assert Probe(line, model, is_refused=True).poll(DONE_S) is Answer.ERROR
+    held = Line(bed.server.http)
+    _ask(held)
+    with doors.full(bed.server), contextlib.closing(_watch(bed, said)) as watch:
+        # Twice over the same connection, while another one is not even looked at.
         late = Line(bed.server.http)
-        late.send("GET", "/v2/health/live")
-        watch = ModelWatch(bed.server.http, "llm", said.append, lambda: limits.num_free_descriptors(pid) < 4)
-        for _ in range(20):
+        for _ in range(2):
+            assert http_status(_ask(held).answer.decode()) == 200
+        waiting = LineProbe(late, ready_path("llm"))
+        while not said:
             assert watch.look() == ""
-        watch.close()
-        assert not late.has_news(0)
-    assert late.receive()[0] == 200
-    for line in (late, *(line for _, line in held)):
-        line.close()
+            # The front end itself answers within so many looks.
+            pace.wait(0.01)
+        assert not waiting.poll(0)
+    assert waiting.poll(DONE_S)
+    assert http_status(waiting.answer.decode()) == 200
+    waiting.close()
+    late.close()
+    held.close()
     (text,) = said
-    assert text.startswith(
-        "llm cannot be asked: the server has as many connections as it may have open files"
+    assert text.startswith("llm cannot be asked: tritonserver has as many connections as it may have open")
+
+
+def _ask(line: Line) -> LineProbe:
+    probe = LineProbe(line, ready_path("llm"))
+    assert probe.poll(DONE_S)
+    probe.close()
+    assert line.is_accepted
+    return probe
+
+
+def _watch(bed: Bed, said: list[str]) -> ModelWatch:
+    """One that begins to look at a server that is full already."""
+    pid = tritonserver_of(bed.server)
+    return ModelWatch(
+        "llm",
+        health=health_path(bed.server.run_dir, "llm"),
+        http=bed.server.http,
+        metrics=bed.server.metrics,
+        is_full=lambda: limits.num_free_descriptors(pid) < 4,
+        say=said.append,
     )
 
 

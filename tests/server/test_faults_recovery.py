@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from faults import scenarios
+from faults import base_weights, scenarios
 from faults.anatomy import Remains, engine_of, tritonserver_of
 from faults.load import HUNG, NUM_STREAMS, NUM_WHOLE, RIGHT, WRONG, Bed, Report
 from harness import SYNTHETIC, status_of, wait_idle
@@ -31,8 +31,14 @@ def own_root(adapter_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
 
 
 @pytest.fixture(scope="module")
-def bed(base_model: Path, own_root: Path) -> Iterator[Bed]:
-    with running_server(base_model=base_model, adapter_root=own_root) as server:
+def own_base_model(base_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base model whose files may be harmed."""
+    return Path(shutil.copytree(base_model, tmp_path_factory.mktemp("faults") / "base_model"))
+
+
+@pytest.fixture(scope="module")
+def bed(own_base_model: Path, own_root: Path) -> Iterator[Bed]:
+    with running_server(base_model=own_base_model, adapter_root=own_root) as server:
         yield Bed(server, ADAPTERS)
 
 
@@ -62,6 +68,12 @@ def test_files_of_adapters_in_use_may_go(bed: Bed, own_root: Path) -> None:
 
 def test_files_that_change_while_they_are_read_harm_nobody_else(bed: Bed, own_root: Path) -> None:
     report = scenarios.adapter_files_change_while_loading(bed, own_root, EXTRA)
+    check(bed, report)
+    assert report.outcomes == {RIGHT: ALL}
+
+
+def test_files_of_the_base_model_may_change_and_go(bed: Bed, own_base_model: Path) -> None:
+    report = base_weights.rewritten_and_truncated(bed, own_base_model)
     check(bed, report)
     assert report.outcomes == {RIGHT: ALL}
 

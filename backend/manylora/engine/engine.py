@@ -33,7 +33,7 @@ from manylora.errors import CancelledRequestError, InternalError, ManyloraError,
 from manylora.memory import keep_freed_memory
 from manylora.messages import EngineInfo, Generate, Status, Tokens
 from manylora.model.loading import LoadedModel, load_model, use_device
-from manylora.protocol import check_input_ids
+from manylora.protocol import check_input_ids, check_stop_token_ids
 from manylora.text import Tokenizer
 
 log = logging.getLogger(__name__)
@@ -253,6 +253,7 @@ class Engine:
         self._counters["accepted"] += 1
         try:
             check_input_ids(message.input_ids, self.info)
+            check_stop_token_ids(message.params, self.info)
             if message.adapter_id:
                 lease = self.registry.acquire(message.adapter_id, message.priority)
             seed = message.params.seed

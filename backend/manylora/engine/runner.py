@@ -111,6 +111,20 @@ class Runner:
         logits: torch.Tensor = output.logits[0]
         return logits
 
+    def device_answers(self) -> bool:
+        """Whether the device can be used further: one that cannot says so to whoever waits for it.
+
+        It waits for all work: to be asked behind a failure only.
+        """
+        if self.model.device.type != "cuda":
+            return True
+        try:
+            torch.cuda.synchronize(self.model.device)
+        except RuntimeError as error:
+            log.error("the device is of no more use: %s", error)
+            return False
+        return True
+
     @torch.inference_mode()
     def prove_packing(self) -> None:
         """Compare packed steps, chunked and with cached context, with the same rows alone in transformers.

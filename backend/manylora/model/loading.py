@@ -17,16 +17,18 @@ from transformers import (
     AttentionInterface,
     AutoConfig,
     AutoModelForCausalLM,
-    GenerationConfig,
 )
 
 from manylora.config import EngineConfig, resolve_directory
 from manylora.errors import InvalidArgumentError, UnsupportedError
 from manylora.model.attention import IMPLEMENTATION, CacheProbe, attention_forward
 from manylora.model.compiling import compile_forward
+from manylora.model.end_tokens import resolve_end_tokens
 from manylora.model.gated import find_gated_units, put_gates_first
 from manylora.model.lora_layers import MixHolder, Site, find_sites, replace_linears
+from manylora.model.own_weights import take_weights
 from manylora.model.spec import ModelSpec
+from manylora.threads import num_step_threads
 
 log = logging.getLogger(__name__)
 
@@ -55,6 +57,7 @@ class LoadedModel:
     vocab_size: int
     max_model_len: int
     eos_token_ids: list[int]
+    """Filled by `load_model`."""
     probe_ids: list[list[int]]
     """Token ids of the start-up comparison."""
     probe_logits: list[torch.Tensor]
@@ -75,13 +78,14 @@ def load_model(config: EngineConfig) -> LoadedModel:
     """
     directory = resolve_directory(config.base_model, "base_model")
     device = resolve_device(config.device)
-    if device.type == "cpu" and config.num_threads:
-        torch.set_num_threads(config.num_threads)
+    if device.type == "cpu":
+        torch.set_num_threads(num_step_threads(config.num_threads))
     hf_config = read_config(directory)
     module = _read_model(directory, config, device)
     max_model_len = resolve_max_model_len(config, hf_config)
     _refuse_step_wide_rope(hf_config, max_model_len)
     model = convert_model(module, directory, hf_config, max_model_len, device)
+    model.eos_token_ids = resolve_end_tokens(config.eos_token_ids, directory, hf_config, model.vocab_size)
     if device.type == "cuda":
         # Linears that became one left holes that nothing later fits into.
         torch.cuda.empty_cache()
@@ -97,7 +101,7 @@ def convert_model(
 
     Args:
         module: on `device`; it is changed in place.
-        directory: of its generation configuration; where there is none, that of `hf_config` counts.
+        directory: its own, for messages. Nothing is read from it.
 
     Raises:
         UnsupportedError: the model does not call its attention, or has no linears in layers.
@@ -123,7 +127,7 @@ def convert_model(
         device=device,
         vocab_size=_text_config(hf_config).vocab_size,
         max_model_len=max_model_len,
-        eos_token_ids=_eos_token_ids(directory, hf_config),
+        eos_token_ids=[],
         probe_ids=probe_ids,
         probe_logits=probe_logits,
     )
@@ -182,7 +186,12 @@ def _read_model(directory: Path, config: EngineConfig, device: torch.device) -> 
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise InvalidArgumentError(f"base_model={str(directory)!r}: cannot be loaded: {error}") from error
     require_attention_seam(module)
-    return module.to(device).eval().requires_grad_(False)
+    module = module.eval().requires_grad_(False)
+    if device.type == "cpu":
+        take_weights(module)
+        return module
+    # Tensor by tensor from the mapped files to the device: no copy of them all is made in host memory.
+    return module.to(device)
 
 
 def require_attention_seam(module: torch.nn.Module) -> None:
@@ -278,16 +287,3 @@ def observe(module: torch.nn.Module) -> tuple[CacheProbe, ModelSpec]:
             f"{type(module).__name__} never called the attention function that it was given"
         )
     return probe, spec
-
-
-def _eos_token_ids(directory: Path, hf_config: Any) -> list[int]:
-    try:
-        generation = GenerationConfig.from_pretrained(directory, local_files_only=True)
-    except OSError:
-        generation = GenerationConfig.from_model_config(hf_config)
-    eos = generation.eos_token_id
-    if eos is None:
-        eos = _text_config(hf_config).eos_token_id
-    if eos is None:
-        return []
-    return [eos] if isinstance(eos, int) else list(eos)

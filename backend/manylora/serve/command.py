@@ -115,6 +115,8 @@ def main(arguments: argparse.Namespace) -> int:
                 shared_memory_bytes=shared_memory_bytes,
             ),
             address=ports.address(ports.http),
+            metrics_address=ports.address(ports.metrics),
+            run_dir=space.path,
             ready_timeout_s=arguments.ready_timeout,
             on_ready=lambda: _announce(ports, space),
             say=_say,
