@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import socket
+import stat
 import subprocess
 import sys
 import urllib.request
@@ -228,6 +229,7 @@ def test_a_killed_front_end_is_restarted_and_answers(base_model, adapter_root):
             assert after == before
             assert [pid for pid in below if processes.is_alive(pid)] == []
             assert [region for region in regions if region.exists()] == []
+            assert {stat.S_IMODE(region.stat().st_mode) for region in shared_memory_of(server)} == {0o600}
 
 
 def test_status_shows_the_adapters_that_were_used(server):

@@ -99,7 +99,7 @@ def find_running(warn: Callable[[str], None]) -> list[Path]:
         except FileNotFoundError:
             # Of a server that is not ready, or has stopped.
             continue
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             warn(f"{folder}: passed over: {error}")
             continue
         # A server that was killed leaves its record.
