@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from manylora import errors
+from manylora import errors, paths
 from manylora.config import EngineConfig
 from manylora.errors import ManyloraError, UnavailableError
 from manylora.pulse import MAX_SILENT_TURNS, MAX_SILENT_TURNS_AT_START, PulseListener, Silence
@@ -45,10 +45,10 @@ class EngineProcess:
     def __init__(self, config: EngineConfig, socket_path: Path, *, strict_preload: bool = True) -> None:
         # The server's working directory may hold packages for its own use (an older numpy), so it is not the
         # engine's, and paths relative to it must be made whole.
-        paths = {name: _absolute(getattr(config, name)) for name in ("base_model", "adapter_root")}
+        directories = {name: _absolute(getattr(config, name)) for name in ("base_model", "adapter_root")}
         order = {
-            "socket": str(socket_path.absolute()),
-            "config": {**dataclasses.asdict(config), **paths},
+            "socket": paths.to_text(socket_path.absolute()),
+            "config": {**dataclasses.asdict(config), **directories},
             "strict_preload": strict_preload,
         }
         self._order = json.dumps(order).encode() + b"\n"
@@ -259,8 +259,10 @@ def environment() -> dict[str, str]:
     """
     found = dict(os.environ)
     roots = [_package_root(name) for name in ("manylora", "manylora_kernels", "msgspec")]
-    paths = [root for root in roots if root] + found.get("PYTHONPATH", "").split(os.pathsep)
-    found["PYTHONPATH"] = os.pathsep.join(dict.fromkeys(path for path in paths if path))
+    places = [root for root in roots if root] + found.get("PYTHONPATH", "").split(os.pathsep)
+    found["PYTHONPATH"] = os.pathsep.join(dict.fromkeys(place for place in places if place))
+    # Whatever the locale: messages and names of files are UTF-8.
+    found["PYTHONUTF8"] = "1"
     if "OMP_WAIT_POLICY" not in found:
         found.setdefault("GOMP_SPINCOUNT", str(SPIN_COUNT))
     libraries = found.pop("LD_LIBRARY_PATH", "").split(os.pathsep)
@@ -271,7 +273,7 @@ def environment() -> dict[str, str]:
 
 
 def _absolute(path: str) -> str:
-    return str(Path(path).expanduser().absolute()) if path else ""
+    return paths.to_text(paths.from_text(path).expanduser().absolute()) if path else ""
 
 
 def _package_root(name: str) -> str | None:

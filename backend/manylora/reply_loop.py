@@ -31,7 +31,7 @@ CHECK_S = 0.1
 """How often a call is asked whether its client is still there, which takes Triton 30 us, and its deadline is
 looked at."""
 DEADLINE_GRACE_S = 0.25
-"""How long after a deadline the engine may still say itself that it has passed. A hung engine does not."""
+"""How long after a deadline the engine may say itself that it has passed. In a long step it does not."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -254,9 +254,10 @@ def _reason_to_end(call: Call, now_s: float) -> ManyloraError | None:
             return UnavailableError(
                 f"deadline_ms={late.deadline_ms} passed while the prompt waited to be tokenised"
             )
+        # Whether the engine is busy or hangs, nobody can tell from here.
         return UnavailableError(
-            f"deadline_ms={late.deadline_ms} passed after {late.stream.num_tokens} tokens, "
-            "and the engine gives no sign of life; try again in a while"
+            f"deadline_ms={late.deadline_ms} passed after {late.stream.num_tokens} tokens; "
+            "the engine has not come to it yet"
         )
     return None
 

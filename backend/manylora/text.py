@@ -7,6 +7,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from manylora import paths
 from manylora.config import resolve_directory
 from manylora.errors import InvalidArgumentError, UnsupportedError
 
@@ -60,7 +61,8 @@ class Tokenizer:
 
         path = resolve_directory(directory, "base_model")
         try:
-            tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
+            with paths.readable_directory(path) as readable:
+                tokenizer = AutoTokenizer.from_pretrained(readable, local_files_only=True)
         except (OSError, ValueError, KeyError, ImportError) as error:
             raise InvalidArgumentError(
                 f"base_model={directory!r}: no tokenizer to read there: {error}"

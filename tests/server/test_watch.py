@@ -2,25 +2,26 @@
 
 from __future__ import annotations
 
-import re
+import contextlib
+import os
 import shutil
 import subprocess
 import sys
 import threading
 import time
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from faults.anatomy import stub_of
-from faults.freezing import frozen_thread
+from faults.anatomy import engine_of, stub_of
+from faults.freezing import ask_until_one_waits, counted, frozen_thread
 from harness import connect, status_of
 from manylora import run_dir
 from manylora.serve import model_watch
 from manylora.serve.background import RunningServer, running_server
 from manylora.serve.model_watch import ModelWatch
 from manylora.serve.repository import MODELS
+from manylora_client import Unavailable
 
 WAIT_S = 120
 PACE_S = 0.01
@@ -40,23 +41,12 @@ def watch_of(server: RunningServer, model: str) -> ModelWatch:
     return ModelWatch(model, health=health, http=server.http, metrics=server.metrics)
 
 
-def metrics_of(server: RunningServer) -> str:
-    with urllib.request.urlopen(f"http://{server.metrics}/metrics", timeout=WAIT_S) as reply:
-        return str(reply.read().decode())
-
-
-def count(metrics: str, name: str, model: str = "llm") -> int:
-    """The sum of one counter over all its labels but the model."""
-    return sum(int(n) for n in re.findall(rf'^{name}\{{[^}}]*model="{model}"[^}}]*\}} (\d+)', metrics, re.M))
-
-
 def test_a_server_that_is_watched_has_had_no_request(base_model, adapter_root):
     with running_server(base_model=base_model, adapter_root=adapter_root) as server:
         for _ in range(2):
-            metrics = metrics_of(server)
             for model in MODELS:
                 for name in ("success", "failure"):
-                    assert count(metrics, f"nv_inference_request_{name}", model) == 0
+                    assert counted(server, f"nv_inference_request_{name}", model) == 0
             counters = status_of(server).counters
             assert counters["accepted"] == counters["steps"] == counters["generated_tokens"] == 0
             look_many_times(server)
@@ -67,11 +57,9 @@ def test_a_health_check_tells_a_server_that_is_well(server, tmp_path):
         command = [sys.executable, "-m", "manylora.serve.healthcheck", path]
         return subprocess.run(command, capture_output=True, text=True, check=False, timeout=WAIT_S)
 
-    before = metrics_of(server)
+    before = counted(server, "nv_inference_request_success", "llm")
     assert (check(server.run_dir).returncode, check(server.run_dir).stderr) == (0, "")
-    assert count(metrics_of(server), "nv_inference_request_success") == count(
-        before, "nv_inference_request_success"
-    )
+    assert counted(server, "nv_inference_request_success", "llm") == before
     assert check(tmp_path).returncode == 1
     shutil.copy(server.run_dir / "serve.json", tmp_path)
     done = check(tmp_path)
@@ -92,6 +80,16 @@ def look_many_times(server: RunningServer) -> None:
         watch.close()
 
 
+def test_a_deadline_that_passes_blames_nobody(server):
+    """The engine is held up, as on a busy machine, and does not say in time that it has passed."""
+    with connect(server) as client, contextlib.ExitStack() as held:
+        for tid in map(int, os.listdir(f"/proc/{engine_of(server)}/task")):
+            held.enter_context(frozen_thread(tid))
+        with pytest.raises(Unavailable) as caught:
+            client.generate("The capital of France is", deadline_ms=1)
+    assert caught.value.message == "deadline_ms=1 passed after 0 tokens; the engine has not come to it yet"
+
+
 def test_a_front_end_that_takes_no_request_is_found(server, watches, monkeypatch):
     """Its process lives and says so, Triton calls it ready: only its first thread hangs."""
     monkeypatch.setattr(model_watch, "HUNG_ANSWERS", 3)
@@ -101,14 +99,9 @@ def test_a_front_end_that_takes_no_request_is_found(server, watches, monkeypatch
         with connect(server) as client:
             answers.append(client.generate("The capital of France is", max_tokens=2).text)
 
-    threads: list[threading.Thread] = []
     problem, end = "", time.monotonic() + WAIT_S
     with frozen_thread(stub_of(server, "llm")):
-        # Triton may hand the first ones over together; what comes later waits in Triton.
-        while not count(metrics_of(server), "nv_inference_pending_request_count"):
-            assert time.monotonic() < end
-            threads.append(threading.Thread(target=ask))
-            threads[-1].start()
+        threads = ask_until_one_waits(server, "llm", ask)
         pace = threading.Event()
         while not problem and time.monotonic() < end:
             problem = watches["llm"].look()
