@@ -40,9 +40,9 @@ ENV HF_HUB_OFFLINE=1 \
 USER 1000:1000
 WORKDIR /tmp
 EXPOSE 8000 8001 8002
-# Large models load for long. Asks each front end for a refusal: Triton may go on calling a dead one ready.
+# Large models load for long. Asks the front ends themselves: Triton may go on calling a dead one ready.
 HEALTHCHECK --interval=30s --timeout=30s --start-period=10m --retries=3 \
-    CMD ["python3", "-c", "import sys; from manylora.serve.probe import Answer, Probe; sys.exit(any(Probe('127.0.0.1:8000', m, is_refused=True).poll(12) is not Answer.ERROR for m in ('llm', 'llm_stream')))"]
+    CMD ["python3", "-m", "manylora.serve.healthcheck"]
 
 # Or, with a config.pbtxt of your own: docker run ... --entrypoint tritonserver manylora --model-repository=/models/repository
 ENTRYPOINT ["manylora", "serve", "--host", "0.0.0.0"]

@@ -9,6 +9,7 @@ asserted, without times, by tests/server/test_faults_*.py.
 from __future__ import annotations
 
 import argparse
+import shutil
 import sys
 import tempfile
 from collections.abc import Callable
@@ -21,7 +22,7 @@ from manylora.serve.background import RunningServer, running_server
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / "examples"), str(ROOT / "tests" / "server")]
-from faults import files, scenarios  # noqa: E402  # lies in tests/server/, which is no package
+from faults import base_weights, doors, files, freezing, scenarios  # noqa: E402  # lies in tests/server/
 from faults.load import HUNG, WRONG, Bed, Report  # noqa: E402
 from faults.silent_mount import may_mount  # noqa: E402
 from make_adapters import make_adapter  # noqa: E402
@@ -30,6 +31,8 @@ PROMISED_S = 2.0
 """Within which clients of a killed engine have their error."""
 ADAPTERS = ("one", "two", "three")
 EXTRA = "four"
+IDLE_S = 120.0
+"""Longer than a hung server is given."""
 PUBLISHED = ("red", "green", "blue")
 REWRITTEN_S = 60.0
 MIN_TAKEN_UP = 20
@@ -47,14 +50,24 @@ class Row(Origin):
     recovery_s: float
 
 
-def faults(bed: Bed, root: Path) -> list[Callable[[], Report]]:
-    """In an order in which none disturbs the next."""
+def faults(bed: Bed, root: Path, base_model: Path) -> list[Callable[[], Report]]:
+    """In an order in which none disturbs the next.
+
+    Args:
+        root: the adapters that are served; like `base_model` they are harmed.
+    """
     return [
         lambda: scenarios.adapter_files_change_while_serving(bed, root),
         lambda: scenarios.adapter_files_change_while_loading(bed, root, EXTRA),
+        lambda: base_weights.rewritten_and_truncated(bed, base_model),
         lambda: scenarios.clients_leave(bed),
         lambda: scenarios.slow_reader(bed),
         lambda: scenarios.deadlines_pass(bed),
+        lambda: doors.shared_memory_is_read_and_written(bed),
+        lambda: doors.region_is_opened_by_others(bed),
+        lambda: doors.body_is_huge(bed),
+        lambda: doors.connections_are_idle(bed, hold_s=IDLE_S),
+        lambda: doors.ports_are_taken(bed, base_model),
         lambda: scenarios.engine_killed(bed),
         lambda: scenarios.engine_stopped(bed),
         lambda: scenarios.engine_killed_while_it_loads(bed, root, EXTRA),
@@ -63,6 +76,7 @@ def faults(bed: Bed, root: Path) -> list[Callable[[], Report]]:
         lambda: scenarios.front_end_killed(bed, "llm"),
         lambda: scenarios.front_end_killed(bed, "llm_stream"),
         lambda: scenarios.front_end_stopped(bed, "llm_stream"),
+        lambda: freezing.front_end_frozen(bed, "llm"),
         lambda: scenarios.tritonserver_killed(bed),
     ]
 
@@ -143,10 +157,11 @@ def main() -> int:
             make_adapter(root / name, options.base_model, rank=16, seed=seed)
         for number, name in enumerate(PUBLISHED):
             files.set_alpha(root / name, 16 * (number + 1))
-        served = {"base_model": options.base_model, "adapter_root": root}
+        base_model = Path(shutil.copytree(options.base_model, Path(folder) / "base_model"))
+        served = {"base_model": base_model, "adapter_root": root}
         with running_server(**served) as server:
             bed = Bed(server, ADAPTERS)
-            run([*faults(bed, root), *faults_of_hung_disks(bed, root)], reports)
+            run([*faults(bed, root, base_model), *faults_of_hung_disks(bed, root)], reports)
         with running_server(**served, arguments=SMALL) as server:
             run(faults_of_a_small_server(Bed(server, ADAPTERS)), reports)
         with running_server(**served, arguments=files.SETTINGS) as server:

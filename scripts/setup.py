@@ -71,10 +71,15 @@ def run(*command: str | Path) -> None:
     """Run a command with its output shown.
 
     Raises:
-        SetupError: it failed.
+        SetupError: it failed, or is not there.
     """
     words = [str(word) for word in command]
-    if subprocess.run(words, cwd=ROOT, check=False).returncode:
+    try:
+        done = subprocess.run(words, cwd=ROOT, check=False)
+    except OSError as error:
+        advice = "; run `make setup` first" if command[0] == PYTHON else ""
+        raise SetupError(f"{words[0]}: {error.strerror}{advice}") from error
+    if done.returncode:
         raise SetupError(f"this failed: {' '.join(words)}")
 
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from manylora.errors import ManyloraError
-from manylora.logprobs_json import logprobs_json
-from manylora.messages import TokenLogprobs, Tokens
+from manylora.logprobs_json import entries_json, join_entries
+from manylora.messages import Tokens
 from manylora.protocol import Answer, Tensors
 from manylora.text import Tokenizer
 from manylora.text_stream import TextStream
@@ -50,8 +50,8 @@ class Row:
     """For the next reply; begins with the prompt where it is echoed."""
     new_ids: list[int] = field(default_factory=list)
     """For the next reply."""
-    new_logprobs: list[TokenLogprobs] = field(default_factory=list)
-    """One for each of `new_ids` where they are asked for."""
+    new_logprobs: list[str] = field(default_factory=list)
+    """One for each of `new_ids` where they are asked for, as JSON."""
     finish_reason: str = ""
     adapter_version: str = ""
 
@@ -61,7 +61,10 @@ class Row:
         text, num_taken = self.stream.add(tokens.token_ids)
         self.new_text.append(text)
         self.new_ids += tokens.token_ids[:num_taken]
-        self.new_logprobs += tokens.logprobs[:num_taken]
+        if self.logprobs_tokenizer is not None:
+            self.new_logprobs += entries_json(
+                tokens.token_ids[:num_taken], tokens.logprobs[:num_taken], self.logprobs_tokenizer
+            )
         if self.stream.stopped:
             self.finish_reason = "stop"
         elif tokens.finish_reason:
@@ -71,9 +74,7 @@ class Row:
 
     def answer(self) -> Answer:
         """What has come since the last answer."""
-        logprobs = ""
-        if self.logprobs_tokenizer is not None:
-            logprobs = logprobs_json(self.new_ids, self.new_logprobs, self.logprobs_tokenizer)
+        logprobs = join_entries(self.new_logprobs) if self.logprobs_tokenizer is not None else ""
         answer = Answer(
             text="".join(self.new_text),
             token_ids=self.new_ids,

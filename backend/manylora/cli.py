@@ -1,3 +1,4 @@
+# PYTHON_ARGCOMPLETE_OK
 """The command line: `manylora COMMAND`."""
 
 from __future__ import annotations
@@ -41,7 +42,12 @@ def main(argv: list[str] | None = None) -> int:
     Returns: the exit status, as EXIT_CODES has it.
     """
     # Only what declares the options is imported here, so that `--help` is quick.
-    arguments = _parser().parse_args(argv)
+    parser = _parser()
+    if "_ARGCOMPLETE" in os.environ:
+        from manylora import completion
+
+        completion.complete(parser)
+    arguments = parser.parse_args(argv)
     try:
         if arguments.needs_server_packages:
             _require_server_packages()
@@ -74,6 +80,7 @@ def _code_of(error: Any) -> str:
 
 
 def _parser() -> argparse.ArgumentParser:
+    from manylora import settings_table
     from manylora.serve import command as serve
 
     parser = argparse.ArgumentParser(
@@ -81,6 +88,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Many LoRA adapters on one base language model, served by Triton.",
         epilog=EXIT_CODES,
     )
+    parser.add_argument("--version", action=_Version, nargs=0, help="print the version and exit")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     def add(
@@ -105,7 +113,7 @@ def _parser() -> argparse.ArgumentParser:
         "serve",
         "run tritonserver on the two front ends until a signal comes",
         serve.main,
-        epilog=f"{SERVE_EXAMPLES}\n{serve.settings_help()}\n",
+        epilog=f"{SERVE_EXAMPLES}\n{settings_table.help_text()}\n",
     )
     serve.add_arguments(serving)
     status = add("status", "print the state of a running engine", _status, epilog=STATUS_EXAMPLES)
@@ -116,6 +124,16 @@ def _parser() -> argparse.ArgumentParser:
     _add_asking(add)
     _add_planning(add)
     return parser
+
+
+class _Version(argparse.Action):
+    """Looks the version up only when it is asked for."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        from importlib.metadata import version
+
+        print(f"manylora {version('manylora')}")
+        parser.exit()
 
 
 def _add_asking(add: Callable[..., argparse.ArgumentParser]) -> None:

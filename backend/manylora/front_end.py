@@ -1,15 +1,13 @@
 """What both Triton models do with a request, without Triton: read it, tokenise it, send it to the engine.
 
-Short prompts are tokenised on the caller's thread, long ones on a thread of their own: the caller is Triton's
-one thread for all requests, and a prompt of a megabyte takes it a second.
+Short prompts are read and tokenised on the caller's thread, long ones on a thread of their own: the caller is
+Triton's one thread for all requests, and a prompt of a megabyte takes it a second.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
-import queue
-import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,17 +18,18 @@ import numpy.typing as npt
 from manylora import protocol
 from manylora.call import Call, Responder, Row
 from manylora.errors import InvalidArgumentError, ManyloraError, UnavailableError
+from manylora.health import Stage
 from manylora.ipc import EngineConnection
+from manylora.long_prompts import LongPrompts
 from manylora.messages import Cancel, EngineInfo, Failed, Generate
 from manylora.protocol import Prompt
 from manylora.reply_loop import Lost, Refused, ReplyLoop, public_error
 from manylora.text import Tokenizer
 from manylora.text_stream import TextStream
+from manylora.tokenising import check_size, echo, size_of, tokenise
 
-LONG_CHARS = 8192
-"""Characters of a request, over all its prompts, above which it is tokenised apart: some 10 ms."""
-MAX_LONG = 256
-"""Requests with long prompts that may wait to be tokenised; one more is refused."""
+LONG_BYTES = 8192
+"""Of a request, over all its prompts, above which it is read and tokenised apart: some 10 ms."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,9 +60,7 @@ class FrontEnd:
         self._connection = EngineConnection(
             socket_path, on_events=self._replies.put, on_lost=lambda: self._replies.put(Lost())
         )
-        self._long: queue.Queue[_Job | None] = queue.Queue()
-        self._long_thread = threading.Thread(target=self._start_long, name="manylora-long", daemon=True)
-        self._long_thread.start()
+        self._long = LongPrompts(self._start)
 
     def wait_ready(self, timeout_s: float) -> bool:
         """Wait until the engine answers, and read its tokenizer. False: it does not answer yet.
@@ -80,6 +77,11 @@ class FrontEnd:
     def is_ready(self) -> bool:
         """Whether there is an engine now."""
         return self._tokenizer is not None and self._connection.info is not None
+
+    @property
+    def stages(self) -> dict[str, Stage]:
+        """The loops that serve, for `HealthSocket`."""
+        return {"replies": self._replies.stage}
 
     def submit(
         self,
@@ -105,8 +107,7 @@ class FrontEnd:
     def close(self) -> None:
         """Fail what is in flight with UNAVAILABLE and end all threads."""
         self._replies.close()
-        self._long.put(None)
-        self._long_thread.join()
+        self._long.close()
         self._connection.close()
 
     def _begin(self, responder: Responder, prompts: Sequence[Prompt], arrived_s: float) -> None:
@@ -117,36 +118,34 @@ class FrontEnd:
             raise InvalidArgumentError(
                 f"got a batch of {len(prompts)} sequences; a stream is for 1, send each by itself"
             )
-        is_long = sum(map(_num_chars, prompts)) > LONG_CHARS
-        if is_long and self._long.qsize() >= MAX_LONG:
-            raise UnavailableError(
-                f"{MAX_LONG} requests with long prompts wait to be tokenised; try again later"
-            )
+        for prompt in prompts:
+            check_size(prompt, tokenizer, info)
+            protocol.check_stop_token_ids(prompt.params, info)
+        num_bytes = sum(map(size_of, prompts))
+        is_long = num_bytes > LONG_BYTES
+        if is_long:
+            self._long.require_room(num_bytes)
         rows = [_row(next(self._ids), prompt, tokenizer, arrived_s) for prompt in prompts]
         job = _Job(Call(responder, rows), prompts, info, tokenizer)
         # The call goes first: it is looked after while it waits, and events find it. From here on its errors
         # go the way of its events.
         self._replies.put(job.call)
         if is_long:
-            self._long.put(job)
+            self._long.put(job, num_bytes, arrived_s)
         else:
             self._start(job)
 
-    def _start_long(self) -> None:
-        while (job := self._long.get()) is not None:
-            self._start(job)
-
     def _start(self, job: _Job) -> None:
-        """Tokenise a call's prompts and send them to the engine. Never raises."""
+        """Read and tokenise a call's prompts and send them to the engine. Never raises."""
         call = job.call
         try:
             messages = []
             for row, prompt in zip(call.rows, job.prompts, strict=True):
                 if call.has_ended:
                     return
-                messages.append(_message(row, prompt, _tokenise(prompt, job.tokenizer, job.info)))
+                messages.append(_message(row, prompt, tokenise(prompt, job.tokenizer, job.info)))
                 if prompt.echo:
-                    row.new_text.append(_echo(prompt, messages[-1].input_ids, job.tokenizer))
+                    row.new_text.append(echo(prompt, messages[-1].input_ids, job.tokenizer))
             for message in messages:
                 self._connection.send(message)
             if call.has_ended:
@@ -156,32 +155,6 @@ class FrontEnd:
         except BaseException as error:  # a tokenizer's panic is no Exception
             failure = public_error(call.responder, error)
             self._replies.put([Failed(row.id, failure.code, failure.message) for row in call.rows])
-
-
-def _texts(prompt: Prompt) -> list[str]:
-    return [prompt.text or ""] if prompt.messages is None else [m["content"] for m in prompt.messages]
-
-
-def _num_chars(prompt: Prompt) -> int:
-    return sum(map(len, _texts(prompt)))
-
-
-def _tokenise(prompt: Prompt, tokenizer: Tokenizer, info: EngineInfo) -> list[int]:
-    num_chars, max_chars = _num_chars(prompt), info.max_model_len * tokenizer.max_token_chars
-    if num_chars > max_chars:
-        # Tokenising it would hold up others, to no end.
-        raise InvalidArgumentError(
-            f"the prompt has {num_chars} characters; allowed are below max_model_len={info.max_model_len} "
-            f"tokens, which cannot be more than {max_chars} characters"
-        )
-    if prompt.messages is not None:
-        input_ids = tokenizer.encode_chat(prompt.messages)
-    elif prompt.text is not None:
-        input_ids = tokenizer.encode(prompt.text)
-    else:
-        input_ids = prompt.input_ids or []
-    protocol.check_input_ids(input_ids, info)
-    return input_ids
 
 
 def _row(row_id: int, prompt: Prompt, tokenizer: Tokenizer, arrived_s: float) -> Row:
@@ -208,7 +181,3 @@ def _message(row: Row, prompt: Prompt, input_ids: list[int]) -> Generate:
         deadline_s=row.deadline_s if prompt.deadline_ms else 0.0,
         params=prompt.params,
     )
-
-
-def _echo(prompt: Prompt, input_ids: list[int], tokenizer: Tokenizer) -> str:
-    return tokenizer.decode(input_ids) if prompt.text is None else prompt.text

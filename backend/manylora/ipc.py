@@ -20,6 +20,7 @@ import msgspec
 import zmq
 from zmq.utils.monitor import recv_monitor_message
 
+from manylora import paths
 from manylora.errors import UnavailableError
 from manylora.messages import (
     Batch,
@@ -44,6 +45,11 @@ HEARTBEAT_TIMEOUT_MS = 15_000
 
 _encode = msgspec.msgpack.Encoder().encode
 _decode: Callable[[bytes], FromEngine] = msgspec.msgpack.Decoder(FromEngine).decode
+
+
+def address(socket_path: Path) -> str:
+    """What zmq calls the socket. It encodes text as UTF-8, whatever the encoding of file names is."""
+    return f"ipc://{paths.to_text(socket_path)}"
 
 
 class Outbox(Generic[Item]):
@@ -117,7 +123,7 @@ class EngineConnection:
         self._monitor = self._dealer.get_monitor_socket(
             zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED
         )
-        self._dealer.connect(f"ipc://{socket_path}")
+        self._dealer.connect(address(socket_path))
         self._socket_path = socket_path
         self._thread = threading.Thread(target=self._run, name="manylora-ipc", daemon=True)
         self._thread.start()
@@ -215,14 +221,16 @@ def query_status(socket_path: Path, timeout_s: float = 5.0) -> Status:
         UnavailableError: no engine answers on the socket in time.
     """
     deadline = time.monotonic() + timeout_s
-    unavailable = UnavailableError(f"no engine answers on {socket_path} within {timeout_s:g} s")
+    unavailable = UnavailableError(
+        f"no engine answers on {paths.to_text(socket_path)} within {timeout_s:g} s"
+    )
     if not socket_path.exists():
-        raise UnavailableError(f"no engine: there is no socket {socket_path}")
+        raise UnavailableError(f"no engine: there is no socket {paths.to_text(socket_path)}")
     with zmq.Context() as context, context.socket(zmq.DEALER) as dealer:
         dealer.set(zmq.IMMEDIATE, 1)
         dealer.set(zmq.LINGER, 0)
         dealer.set(zmq.SNDTIMEO, round(timeout_s * 1000))
-        dealer.connect(f"ipc://{socket_path}")
+        dealer.connect(address(socket_path))
         try:
             dealer.send(_encode(GetStatus()))
         except zmq.Again:

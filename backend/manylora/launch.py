@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from manylora import errors
+from manylora import errors, paths
 from manylora.config import EngineConfig
 from manylora.errors import ManyloraError, UnavailableError
 from manylora.process_state import is_alive
@@ -32,6 +32,11 @@ HANGS = -999
 """Instead of the exit status of a process of which threads hang in the kernel."""
 FIRST_PAUSE_S = 1.0
 MAX_PAUSE_S = 30.0
+SPIN_COUNT = 20_000
+"""Turns that an OpenMP thread of the engine waits actively for the others, about a millisecond, before it
+sleeps. That bridges the pauses between a step's operators, and wakes are dear. GNU's own 300,000 turns last
+longer than a turn of the kernel's scheduler: where other processes want the processors, too, a thread then
+spins while the one that it waits for is not let run, at each of a step's hundreds of operators."""
 STEADY_S = 60.0
 """An engine that served so long starts a new series of pauses when it dies."""
 
@@ -46,10 +51,10 @@ class EngineProcess:
     def __init__(self, config: EngineConfig, socket_path: Path, *, strict_preload: bool = True) -> None:
         # The server's working directory may hold packages for its own use (an older numpy), so it is not the
         # engine's, and paths relative to it must be made whole.
-        paths = {name: _absolute(getattr(config, name)) for name in ("base_model", "adapter_root")}
+        directories = {name: _absolute(getattr(config, name)) for name in ("base_model", "adapter_root")}
         order = {
-            "socket": str(socket_path.absolute()),
-            "config": {**dataclasses.asdict(config), **paths},
+            "socket": paths.to_text(socket_path.absolute()),
+            "config": {**dataclasses.asdict(config), **directories},
             "strict_preload": strict_preload,
         }
         self._order = json.dumps(order).encode() + b"\n"
@@ -270,12 +275,17 @@ def environment() -> dict[str, str]:
     """The environment of the engine process.
 
     It finds the packages that this process finds. Triton's own libraries are left out of its search path:
-    they are other versions of libraries that torch needs.
+    they are other versions of libraries that torch needs. Threads wait as SPIN_COUNT says, unless the
+    environment says how.
     """
     found = dict(os.environ)
     roots = [_package_root(name) for name in ("manylora", "manylora_kernels", "msgspec")]
-    paths = [root for root in roots if root] + found.get("PYTHONPATH", "").split(os.pathsep)
-    found["PYTHONPATH"] = os.pathsep.join(dict.fromkeys(path for path in paths if path))
+    places = [root for root in roots if root] + found.get("PYTHONPATH", "").split(os.pathsep)
+    found["PYTHONPATH"] = os.pathsep.join(dict.fromkeys(place for place in places if place))
+    # Whatever the locale: messages and names of files are UTF-8.
+    found["PYTHONUTF8"] = "1"
+    if "OMP_WAIT_POLICY" not in found:
+        found.setdefault("GOMP_SPINCOUNT", str(SPIN_COUNT))
     libraries = found.pop("LD_LIBRARY_PATH", "").split(os.pathsep)
     kept = [path for path in libraries if path and "pytriton" not in path and "tritonserver" not in path]
     if kept:
@@ -284,7 +294,7 @@ def environment() -> dict[str, str]:
 
 
 def _absolute(path: str) -> str:
-    return str(Path(path).expanduser().absolute()) if path else ""
+    return paths.to_text(paths.from_text(path).expanduser().absolute()) if path else ""
 
 
 def _package_root(name: str) -> str | None:

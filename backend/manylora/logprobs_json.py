@@ -23,14 +23,31 @@ def logprobs_json(token_ids: Sequence[int], logprobs: Sequence[TokenLogprobs], t
     Raises:
         ValueError: there are not as many log probabilities as ids.
     """
-    entries = [
-        {
-            **_entry(token_id, logprob.logprob, tokenizer),
-            "top": [_entry(other_id, value, tokenizer) for other_id, value in logprob.top],
-        }
+    return join_entries(entries_json(token_ids, logprobs, tokenizer))
+
+
+def entries_json(
+    token_ids: Sequence[int], logprobs: Sequence[TokenLogprobs], tokenizer: Tokenizer
+) -> list[str]:
+    """The objects alone, each as JSON: they can be written while an answer grows. Those of a long answer, all
+    at once, would stop every other thread for seconds."""
+    return [
+        json.dumps(
+            {
+                **_entry(token_id, logprob.logprob, tokenizer),
+                "top": [_entry(other_id, value, tokenizer) for other_id, value in logprob.top],
+            },
+            ensure_ascii=False,
+            allow_nan=False,
+            separators=(",", ":"),
+        )
         for token_id, logprob in zip(token_ids, logprobs, strict=True)
     ]
-    return json.dumps(entries, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+
+
+def join_entries(entries: Sequence[str]) -> str:
+    """The JSON list of what `entries_json` has written."""
+    return f"[{','.join(entries)}]"
 
 
 def _entry(token_id: int, logprob: float, tokenizer: Tokenizer) -> dict[str, Any]:

@@ -11,6 +11,9 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     max_tokens: int = 128
     min_tokens: int = 0
     ignore_eos: bool = False
+    """Go on after one of the model's end tokens. Those of `stop_token_ids` end the sequence still."""
+    stop_token_ids: tuple[int, ...] = ()
+    """End the sequence, as end tokens do."""
     temperature: float = 0.0
     top_p: float = 1.0
     top_k: int = 0

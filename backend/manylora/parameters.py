@@ -14,6 +14,10 @@ from manylora.errors import InvalidArgumentError
 
 MAX_STOP_STRINGS = 16
 MAX_STOP_CHARS = 256
+MAX_STOP_TOKEN_IDS = 64
+MAX_CHARS = 1 << 16
+"""Of all parameters of a sequence together, as JSON. The most and longest stop strings take less, though each
+of their characters be written as two escapes in a JSON list that is itself text in JSON."""
 MAX_LOGPROBS = 20
 MAX_TEMPERATURE = 100
 """Long before, all tokens are as likely. The engine computes in float32, so the largest numbers are none."""
@@ -143,6 +147,19 @@ def _stop(raw: Any) -> tuple[str, ...]:
     return tuple(dict.fromkeys(strings))
 
 
+def _stop_token_ids(raw: Any) -> tuple[int, ...]:
+    """A JSON list of ids, or its text, empty for none."""
+    if isinstance(raw, str):
+        try:
+            raw = json.loads(raw or "[]")
+        except RecursionError as error:
+            raise ValueError from error
+    if not isinstance(raw, list | tuple) or len(raw) > MAX_STOP_TOKEN_IDS:
+        raise ValueError
+    read = _integer(0, _INT32_MAX)
+    return tuple(dict.fromkeys(read(token_id) for token_id in raw))
+
+
 def _shorten(raw: Any) -> str:
     text = json.dumps(raw, ensure_ascii=False, default=str)
     return text if len(text) <= 80 else text[:77] + "..."
@@ -166,6 +183,9 @@ PARAMETERS: dict[str, Parameter] = {
         _stop,
         f"a string or a JSON list of at most {MAX_STOP_STRINGS}, each of 1 to {MAX_STOP_CHARS} characters",
     ),
+    "stop_token_ids": Parameter(
+        _stop_token_ids, f"a JSON list of at most {MAX_STOP_TOKEN_IDS} ids from 0 to {_INT32_MAX}"
+    ),
     "temperature": Parameter(
         _number(lambda v: 0 <= v <= MAX_TEMPERATURE), f"a number from 0 (greedy) to {MAX_TEMPERATURE}"
     ),
@@ -181,6 +201,7 @@ PARAMETERS: dict[str, Parameter] = {
     "frequency_penalty": _PENALTY,
     "logprobs": Parameter(_integer(0, MAX_LOGPROBS), f"an integer from 0 (none) to {MAX_LOGPROBS}"),
     "chat": _FLAG,
+    "add_special_tokens": _FLAG,
     "echo": _FLAG,
     "deadline_ms": Parameter(_integer(0, _INT32_MAX), f"an integer from 0 (none) to {_INT32_MAX}"),
     "request_priority": Parameter(

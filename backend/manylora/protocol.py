@@ -24,12 +24,16 @@ INPUTS = ("text_input", "input_ids", "sampling_parameters")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Prompt:
-    """One sequence as it was asked for, not yet tokenised. Exactly one of the three forms is set."""
+    """One sequence as it was asked for: its parameters read, its prompt not yet. Either a text or ids."""
 
-    text: str | None = None
-    messages: tuple[Mapping[str, str], ...] | None = None
-    """A conversation for the chat template."""
-    input_ids: list[int] | None = None
+    text_input: bytes | None = None
+    """`read_text` reads it."""
+    chat: bool = False
+    """The text is a conversation or a user's message, for the chat template."""
+    add_special_tokens: bool = True
+    """Those with which the tokenizer begins a text; a chat has its template's."""
+    input_ids: npt.NDArray[np.int32] | None = None
+    """[L]"""
     adapter_id: str = ""
     adapter_scale: float = 1.0
     priority: int = 0
@@ -66,6 +70,8 @@ def decode(tensors: Mapping[str, npt.NDArray[Any]], parameters_json: str) -> lis
     Raises:
         InvalidArgumentError: the request breaks the contract; the message names the parameter or the input.
     """
+    # Both kinds of parameters are bounded before they are parsed, which holds up every other thread.
+    _require_short(len(parameters_json), "parameters", "characters")
     given = parameters.parse(json.loads(parameters_json or "{}"), "parameter")
     has_text, has_ids = "text_input" in tensors, "input_ids" in tensors
     if has_text == has_ids:
@@ -89,23 +95,52 @@ def decode(tensors: Mapping[str, npt.NDArray[Any]], parameters_json: str) -> lis
     return prompts
 
 
+def read_text(prompt: Prompt) -> str:
+    """The text of a prompt that has one.
+
+    Raises:
+        InvalidArgumentError: it is not UTF-8.
+    """
+    return _decode_utf8(prompt.text_input or b"", "text_input")
+
+
+def check_stop_token_ids(params: SamplingParams, info: EngineInfo) -> None:
+    """
+    Raises:
+        InvalidArgumentError: an id outside the vocabulary.
+    """
+    for token_id in params.stop_token_ids:
+        if token_id >= info.vocab_size:
+            raise InvalidArgumentError(
+                f"parameter stop_token_ids: got {token_id}, allowed are ids from 0 to {info.vocab_size - 1}"
+            )
+
+
 def check_input_ids(input_ids: Sequence[int], info: EngineInfo) -> None:
     """Refuse a prompt that the engine cannot take.
 
     Raises:
         InvalidArgumentError: no ids, an id outside the vocabulary, `max_model_len` ids or more.
     """
-    if not input_ids:
-        raise InvalidArgumentError("the prompt has no tokens; send at least one")
-    if len(input_ids) >= info.max_model_len:
-        raise InvalidArgumentError(
-            f"the prompt has {len(input_ids)} tokens; allowed are below max_model_len={info.max_model_len}"
-        )
+    check_num_tokens(len(input_ids), info)
     for token_id in (min(input_ids), max(input_ids)):
         if not 0 <= token_id < info.vocab_size:
             raise InvalidArgumentError(
                 f"input_ids: got {token_id}, allowed are ids from 0 to {info.vocab_size - 1}"
             )
+
+
+def check_num_tokens(num_tokens: int, info: EngineInfo) -> None:
+    """
+    Raises:
+        InvalidArgumentError: none, or `max_model_len` or more.
+    """
+    if not num_tokens:
+        raise InvalidArgumentError("the prompt has no tokens; send at least one")
+    if num_tokens >= info.max_model_len:
+        raise InvalidArgumentError(
+            f"the prompt has {num_tokens} tokens; allowed are below max_model_len={info.max_model_len}"
+        )
 
 
 def encode(answers: Sequence[Answer]) -> Tensors:
@@ -145,11 +180,13 @@ def _prompt(tensors: Mapping[str, npt.NDArray[Any]], row: int, values: Mapping[s
     if "input_ids" in tensors:
         if chat:
             raise InvalidArgumentError("parameter chat: got true with input_ids, allowed is text_input only")
-        return Prompt(input_ids=tensors["input_ids"][row].reshape(-1).tolist(), **common)
-    text = _text(tensors["text_input"], row, "text_input")
-    if chat:
-        return Prompt(messages=_messages(text), **common)
-    return Prompt(text=text, **common)
+        return Prompt(input_ids=tensors["input_ids"][row].reshape(-1), **common)
+    return Prompt(
+        text_input=_cell(tensors["text_input"], row, "text_input"),
+        chat=chat,
+        add_special_tokens=values.get("add_special_tokens", True),
+        **common,
+    )
 
 
 def _row_parameters(tensor: npt.NDArray[Any], row: int, num_sequences: int) -> dict[str, Any]:
@@ -157,7 +194,9 @@ def _row_parameters(tensor: npt.NDArray[Any], row: int, num_sequences: int) -> d
         raise InvalidArgumentError(
             f"sampling_parameters: got {len(tensor)} rows for {num_sequences} sequences; send one for each"
         )
-    text = _text(tensor, row, "sampling_parameters")
+    cell = _cell(tensor, row, "sampling_parameters")
+    _require_short(len(cell), "sampling_parameters", "bytes")
+    text = _decode_utf8(cell, "sampling_parameters")
     if not text.strip():
         return {}
     try:
@@ -168,43 +207,28 @@ def _row_parameters(tensor: npt.NDArray[Any], row: int, num_sequences: int) -> d
         raise InvalidArgumentError(
             f"sampling_parameters: got JSON {type(given).__name__}; send a JSON object"
         )
+    # A null asks for the default. A name that nobody knows stays wrong.
+    given = {k: v for k, v in given.items() if v is not None or k not in parameters.PARAMETERS}
     return parameters.parse(given, "sampling_parameters key")
 
 
-def _messages(text: str) -> tuple[Mapping[str, str], ...]:
-    """A JSON list of objects is a conversation; any other text is one message of the user."""
-    try:
-        given = json.loads(text) if text.lstrip().startswith("[") else None
-    except (ValueError, RecursionError):
-        given = None
-    if not isinstance(given, list) or not all(isinstance(message, dict) for message in given):
-        return ({"role": "user", "content": text},)
-    if not given:
-        raise InvalidArgumentError("chat: got an empty list of messages; send at least one")
-    for i, message in enumerate(given):
-        if set(message) != {"role", "content"} or not all(map(_is_text, message.values())):
-            raise InvalidArgumentError(
-                f"chat: message {i} has the keys {', '.join(message) or '(none)'}; "
-                "allowed are exactly role and content, both strings"
-            )
-    return tuple(given)
-
-
-def _is_text(value: object) -> bool:
-    return isinstance(value, str) and parameters.is_unicode(value)
-
-
-def _text(tensor: npt.NDArray[Any], row: int, name: str) -> str:
+def _cell(tensor: npt.NDArray[Any], row: int, name: str) -> bytes:
     cells = tensor[row].reshape(-1)
     if len(cells) != 1:
         raise InvalidArgumentError(f"{name}: got {len(cells)} strings for a sequence; send one")
-    raw = cells[0]
-    if isinstance(raw, str):
-        return raw
+    return bytes(cells[0])
+
+
+def _decode_utf8(raw: bytes, name: str) -> str:
     try:
-        return bytes(raw).decode()
+        return raw.decode()
     except UnicodeDecodeError as error:
         raise InvalidArgumentError(f"{name}: not UTF-8 at byte {error.start}; send UTF-8 text") from error
+
+
+def _require_short(length: int, name: str, unit: str) -> None:
+    if length > parameters.MAX_CHARS:
+        raise InvalidArgumentError(f"{name}: got {length} {unit}, allowed are {parameters.MAX_CHARS}")
 
 
 def _strings(values: Sequence[str]) -> npt.NDArray[Any]:

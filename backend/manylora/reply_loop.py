@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from manylora import errors, protocol
 from manylora.call import Call, Responder, Row
 from manylora.errors import CancelledRequestError, InternalError, ManyloraError, UnavailableError
+from manylora.health import Stage
 from manylora.ipc import Event
 from manylora.messages import Failed
 
@@ -30,7 +31,7 @@ CHECK_S = 0.1
 """How often a call is asked whether its client is still there, which takes Triton 30 us, and its deadline is
 looked at."""
 DEADLINE_GRACE_S = 0.25
-"""How long after a deadline the engine may still say itself that it has passed. A hung engine does not."""
+"""How long after a deadline the engine may say itself that it has passed. In a long step it does not."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +67,7 @@ class ReplyLoop:
         """
         self._is_streaming = is_streaming
         self._cancel = cancel
+        self.stage = Stage()
         self._inbox: queue.SimpleQueue[Note] = queue.SimpleQueue()
         # Below: the thread's. Notes and news outlive a turn that a fault breaks off.
         self._notes: deque[Note] = deque()
@@ -95,13 +97,14 @@ class ReplyLoop:
             # What breaks even the recovery, such as want of memory, may be over at the next turn.
             with contextlib.suppress(BaseException):
                 try:
-                    self._turn()
+                    self._take_notes()
+                    with self.stage:
+                        self._turn()
                 except BaseException as error:
                     self._recover(error)
         self._fail_all(UnavailableError("the server is shutting down"))
 
     def _turn(self) -> None:
-        self._take_notes()
         while self._notes:
             note = self._notes.popleft()
             try:
@@ -251,9 +254,10 @@ def _reason_to_end(call: Call, now_s: float) -> ManyloraError | None:
             return UnavailableError(
                 f"deadline_ms={late.deadline_ms} passed while the prompt waited to be tokenised"
             )
+        # Whether the engine is busy or hangs, nobody can tell from here.
         return UnavailableError(
-            f"deadline_ms={late.deadline_ms} passed after {late.stream.num_tokens} tokens, "
-            "and the engine gives no sign of life; try again in a while"
+            f"deadline_ms={late.deadline_ms} passed after {late.stream.num_tokens} tokens; "
+            "the engine has not come to it yet"
         )
     return None
 

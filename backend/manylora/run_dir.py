@@ -9,7 +9,7 @@ import os
 import stat
 from pathlib import Path
 
-from manylora import errors
+from manylora import errors, paths
 from manylora.errors import InvalidArgumentError, ManyloraError, UnavailableError
 from manylora.process_state import is_alive
 
@@ -32,12 +32,12 @@ def prepare(path: Path) -> Path:
     Raises:
         InvalidArgumentError: it cannot be made, is no directory, is another user's or open to others.
     """
-    asked = f"run_dir={str(path)!r}"
+    asked = f"run_dir={paths.to_text(path)!r}"
     try:
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
         found = path.lstat()
     except OSError as error:
-        raise InvalidArgumentError(f"{asked}: cannot be used: {error}") from error
+        raise InvalidArgumentError(f"{asked}: cannot be used: {error.strerror or error}") from error
     if not stat.S_ISDIR(found.st_mode):
         raise InvalidArgumentError(f"{asked}: is a link; give the directory itself")
     if found.st_uid != os.getuid():
@@ -57,12 +57,25 @@ def socket_path(run_dir: Path, model: str) -> Path:
     Raises:
         InvalidArgumentError: the path is longer than a Unix socket's may be.
     """
-    path = run_dir.absolute() / f"{model}.sock"
+    return _checked(run_dir, f"{model}.sock")
+
+
+def health_path(run_dir: Path, model: str) -> Path:
+    """The socket on which the front end of `model` says how it is (`health.py`).
+
+    Raises:
+        InvalidArgumentError: the path is longer than a Unix socket's may be.
+    """
+    return _checked(run_dir, f"{model}.live")
+
+
+def _checked(run_dir: Path, name: str) -> Path:
+    path = run_dir.absolute() / name
     length = len(os.fsencode(path))
     if length > MAX_SOCKET_PATH_BYTES:
         raise InvalidArgumentError(
-            f"run_dir={str(run_dir)!r}: the socket's path {path} has {length} bytes; "
-            f"allowed are {MAX_SOCKET_PATH_BYTES}, so choose a shorter directory"
+            f"run_dir={paths.to_text(run_dir)!r}: the socket's path {paths.to_text(path)} has {length} "
+            f"bytes; allowed are {MAX_SOCKET_PATH_BYTES}, so choose a shorter directory"
         )
     return path
 
@@ -94,7 +107,9 @@ def lock(path: Path) -> int:
             os.ftruncate(fd, 0)
             os.pwrite(fd, str(os.getpid()).encode(), 0)
             return fd
-    raise UnavailableError(f"socket {path}: another engine serves it; stop that one or use another run_dir")
+    raise UnavailableError(
+        f"socket {paths.to_text(path)}: another engine serves it; stop that one or use another run_dir"
+    )
 
 
 def clear(run_dir: Path, model: str) -> None:
@@ -106,7 +121,7 @@ def clear(run_dir: Path, model: str) -> None:
         held = lock(run_dir / f"{model}.sock")
     except (UnavailableError, FileNotFoundError):
         return
-    for suffix in ("sock", "failed", "owner", "lock"):
+    for suffix in ("sock", "failed", "owner", "live", "lock"):
         (run_dir / f"{model}.{suffix}").unlink(missing_ok=True)
     os.close(held)
 
@@ -131,7 +146,9 @@ def claim(run_dir: Path, model: str) -> int:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         os.close(fd)
-        raise UnavailableError(f"run_dir {run_dir}: another server's {model} uses it") from error
+        raise UnavailableError(
+            f"run_dir {paths.to_text(run_dir)}: another server's {model} uses it"
+        ) from error
     os.ftruncate(fd, 0)
     os.pwrite(fd, str(os.getppid()).encode(), 0)
     return fd

@@ -7,6 +7,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from manylora import paths
 from manylora.config import resolve_directory
 from manylora.errors import InvalidArgumentError, UnsupportedError
 
@@ -46,6 +47,7 @@ class Tokenizer:
         self._check_pieces()
         self.max_token_chars = max(map(len, tokenizer.get_vocab()))
         """Characters of the longest token."""
+        self._special_names = [name for token_id in sorted(self._special) if (name := self.name(token_id))]
 
     @classmethod
     def load(cls, directory: str) -> Tokenizer:
@@ -59,23 +61,36 @@ class Tokenizer:
 
         path = resolve_directory(directory, "base_model")
         try:
-            tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
+            with paths.readable_directory(path) as readable:
+                tokenizer = AutoTokenizer.from_pretrained(readable, local_files_only=True)
         except (OSError, ValueError, KeyError, ImportError) as error:
             raise InvalidArgumentError(
                 f"base_model={directory!r}: no tokenizer to read there: {error}"
             ) from error
         return cls(tokenizer)
 
-    def encode(self, text: str) -> list[int]:
-        """Token ids of a prompt, with the special tokens that the tokenizer adds (BOS, where it has one)."""
-        return list(self._tokenizer(text)["input_ids"])
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """Token ids of a prompt, with the special tokens that the tokenizer adds (BOS, where it has one).
 
-    def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+        A text that begins with BOS, as chat templates write it, gets no second one.
+        """
+        if not add_special_tokens:
+            return self._ids(text)
+        ids = list(self._tokenizer(text)["input_ids"])
+        bos_id, bos = self._tokenizer.bos_token_id, self._tokenizer.bos_token
+        if bos and text.startswith(bos) and ids[:2] == [bos_id, bos_id]:
+            return ids[1:]
+        return ids
+
+    def encode_chat(self, messages: Sequence[Mapping[str, str]], max_chars: int | None = None) -> list[int]:
         """Token ids of a conversation through the chat template, generation prompt added, nothing else.
+
+        Args:
+            max_chars: most that the template may make of it; None: any number.
 
         Raises:
             UnsupportedError: the base model has no chat template.
-            InvalidArgumentError: the template refuses the messages.
+            InvalidArgumentError: the template refuses the messages, or makes too much of them.
         """
         from jinja2 import TemplateError
 
@@ -91,7 +106,16 @@ class Tokenizer:
             raise InvalidArgumentError(
                 f"chat: the base model's chat template refuses the messages: {error}"
             ) from error
+        if max_chars is not None and len(text) > max_chars:
+            raise InvalidArgumentError(
+                f"chat: the prompt has {len(text)} characters when the chat template has rendered it; "
+                f"allowed are at most {max_chars}"
+            )
         return self._ids(text)
+
+    def names_special(self, text: str) -> bool:
+        """Whether a text holds the name of a special token."""
+        return any(name in text for name in self._special_names)
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """The text of a whole sequence, without special tokens."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+from collections import deque
 from collections.abc import Iterable, Sequence
 
 from manylora.text import Tokenizer
@@ -42,6 +43,9 @@ class TextStream:
     The deltas joined are `tokenizer.decode(all ids)`, cut before the first stop string. No delta ends within
     a character or within what may become a stop string; such an end is held back. The cost is linear.
 
+    A stop string that names a special token is looked for in the text with special tokens written out, any
+    other one in the text as it is shown, without them.
+
     Bytes that are not UTF-8 become U+FFFD. Where a tokenizer with byte fallback replaces a whole run of byte
     tokens for one bad byte in it, the good characters of the run are kept here.
     """
@@ -62,11 +66,16 @@ class TextStream:
             continues: the text is shown right after its prompt, so a leading space counts.
         """
         self._tokenizer = tokenizer
-        self._matchers = [StopMatcher(text) for text in stop]
+        special = [text for text in stop if tokenizer.names_special(text)]
+        self._matchers = [StopMatcher(text) for text in stop if text not in special]
+        self._special_matchers = [StopMatcher(text) for text in special]
+        self._names = SpecialNames(max(map(len, special), default=0))
         self._min_tokens = min_tokens
         self._is_first = not continues
         self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self._held = ""
+        self._num_chars = 0
+        """Of the text as it is shown, with what is held back."""
         self.num_tokens = 0
         """Ids taken so far."""
         self.stopped = False
@@ -78,13 +87,16 @@ class TextStream:
         Returns: the text that can be shown now, and how many of the ids were taken: all, or those up to the
         one that completed a stop string.
         """
-        if not self._matchers:
+        if not self._matchers and not self._special_matchers:
             self.num_tokens += len(token_ids)
             return self._utf8.decode(self._bytes(token_ids)), len(token_ids)
         shown = []
         for taken, token_id in enumerate(token_ids, start=1):
             self.num_tokens += 1
-            shown.append(self._match(self._utf8.decode(self._bytes((token_id,)))))
+            starts = self._match(self._utf8.decode(self._bytes((token_id,))))
+            if self._special_matchers and self._tokenizer.piece(token_id) is None:
+                starts += self._match_name(self._tokenizer.name(token_id))
+            shown.append(self._release(starts))
             if self.stopped:
                 return "".join(shown), taken
         return "".join(shown), len(token_ids)
@@ -93,7 +105,7 @@ class TextStream:
         """End the sequence: what was held back, which can no longer grow."""
         if self.stopped:
             return ""
-        text = self._match(self._utf8.decode(b"", final=True))
+        text = self._release(self._match(self._utf8.decode(b"", final=True)))
         if self.stopped:
             return text
         held, self._held = self._held, ""
@@ -110,18 +122,76 @@ class TextStream:
                 self._is_first = False
         return b"".join(pieces)
 
-    def _match(self, text: str) -> str:
-        """Run the matchers over new text; return what is safe to show."""
-        starts = [start for matcher in self._matchers if (start := matcher.feed(text)) is not None]
-        start_of_text = len(self._held)
-        text = self._held + text
+    def _match(self, text: str) -> list[int]:
+        """Run the matchers over new text that is shown.
+
+        Returns: where the matches that it completes begin, in the text as it is shown.
+        """
+        before = self._num_chars
+        self._held += text
+        self._num_chars += len(text)
+        starts = [before + start for m in self._matchers if (start := m.feed(text)) is not None]
+        return starts + self._match_special(text, before + self._names.num_chars)
+
+    def _match_name(self, name: str) -> list[int]:
+        """The same for a special token, which is not shown."""
+        before = self._num_chars + self._names.num_chars
+        self._names.add(before, name)
+        return self._match_special(name, before)
+
+    def _match_special(self, text: str, before: int) -> list[int]:
+        found = [start for m in self._special_matchers if (start := m.feed(text)) is not None]
+        return [self._names.num_shown(before + start) for start in found]
+
+    def _release(self, starts: Sequence[int]) -> str:
+        """What is safe to show of what is held back, where these matches have been completed."""
+        held_from = self._num_chars - len(self._held)
         if starts and self.num_tokens >= self._min_tokens:
             self.stopped = True
-            self._held = ""
-            return text[: start_of_text + min(starts)]
-        num_held = max((matcher.num_matched for matcher in self._matchers), default=0)
-        self._held = text[len(text) - num_held :]
-        return text[: len(text) - num_held]
+            text, self._held = self._held[: min(starts) - held_from], ""
+            return text
+        num_written = self._num_chars + self._names.num_chars
+        hold = [self._num_chars - m.num_matched for m in self._matchers]
+        hold += [self._names.num_shown(num_written - m.num_matched) for m in self._special_matchers]
+        num_free = min(hold, default=self._num_chars) - held_from
+        text, self._held = self._held[:num_free], self._held[num_free:]
+        return text
+
+
+class SpecialNames:
+    """Where the names of special tokens stand in a text in which they are written out.
+
+    Args:
+        reach: how far back from its end the text is asked about.
+    """
+
+    def __init__(self, reach: int) -> None:
+        self._reach = reach
+        self._spans: deque[tuple[int, int]] = deque()
+        """Start and end of each name, as far back as the reach."""
+        self.num_chars = 0
+        """Of all names so far."""
+
+    def add(self, start: int, name: str) -> None:
+        """Note a name at the end of the text.
+
+        Args:
+            start: characters of the text in front of it, names included.
+        """
+        end = start + len(name)
+        self._spans.append((start, end))
+        self.num_chars += len(name)
+        while self._spans[0][1] <= end - self._reach:
+            self._spans.popleft()
+
+    def num_shown(self, place: int) -> int:
+        """How many characters in front of a place, at most `reach` from the end, belong to no name."""
+        num_hidden = self.num_chars
+        for start, end in reversed(self._spans):
+            if end <= place:
+                break
+            num_hidden -= end - max(start, place)
+        return place - num_hidden
 
 
 def _borders(text: str) -> list[int]:

@@ -11,7 +11,6 @@ import logging
 import os
 import sys
 import time
-from pathlib import Path
 from typing import Any
 
 import triton_python_backend_utils as pb_utils
@@ -21,10 +20,11 @@ import triton_python_backend_utils as pb_utils
 sys.modules.setdefault("torch", None)  # type: ignore[arg-type]
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 
-from manylora import protocol, run_dir  # noqa: E402
+from manylora import paths, protocol, run_dir, stub_process  # noqa: E402
 from manylora.config import EngineConfig  # noqa: E402
 from manylora.errors import InternalError, InvalidArgumentError, ManyloraError, UnavailableError  # noqa: E402
 from manylora.front_end import FrontEnd  # noqa: E402
+from manylora.health import HealthSocket, Stage  # noqa: E402
 from manylora.launch import EngineKeeper  # noqa: E402
 from manylora.protocol import Tensors  # noqa: E402
 from manylora.reply_loop import public_error  # noqa: E402
@@ -45,6 +45,8 @@ class TritonResponder:
         self.request_id = request_id
 
     def send(self, outputs: Tensors, *, is_last: bool) -> None:
+        # Triton takes a reply that finds no room for a sent one, and the client would wait for ever.
+        stub_process.check_room(outputs)
         tensors = [pb_utils.Tensor(name, values) for name, values in outputs.items()]
         flags = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL if is_last else 0
         self._sender.send(pb_utils.InferenceResponse(tensors), flags=flags)
@@ -69,8 +71,11 @@ class _Model:
         logging.basicConfig(
             level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
         )
+        stub_process.shut_region()
+        stub_process.lift_file_limit()
         self._name = args["model_name"]
         self._numbers = itertools.count(1)
+        self._executing = Stage()
         parameters = json.loads(args["model_config"])["parameters"]
         settings = {key: value["string_value"] for key, value in parameters.items()}
         # An empty value is one that was left out.
@@ -79,15 +84,20 @@ class _Model:
         self._owns_run_dir = not configured
         try:
             self._run_dir = run_dir.prepare(
-                Path(configured) if configured else run_dir.default_path(os.getppid())
+                paths.from_text(configured) if configured else run_dir.default_path(os.getppid())
             )
             self._start(settings)
+            stages = {"execute": self._executing, **self._front_end.stages}
+            self._health = HealthSocket(run_dir.health_path(self._run_dir, self._name), stages)
         except ManyloraError as error:
             raise pb_utils.TritonModelException(error.tagged()) from error
 
     def execute(self, requests: list[Any]) -> None:
         """Called by Triton with the requests that came together. Returns at once."""
-        arrived_s = time.monotonic()
+        with self._executing:
+            self._take(requests, time.monotonic())
+
+    def _take(self, requests: list[Any], arrived_s: float) -> None:
         for request in requests:
             responder = TritonResponder(
                 request.get_response_sender(), _request_id(request) or f"{self._name}-{next(self._numbers)}"
@@ -102,6 +112,7 @@ class _Model:
 
     def finalize(self) -> None:
         """Called by Triton once, at the end."""
+        self._health.close()
         self._front_end.close()
 
     def _start(self, settings: dict[str, str]) -> None:
@@ -133,7 +144,7 @@ class LlmModel(_Model):
             self._front_end = FrontEnd(socket_path, is_streaming=False)
             if not self._front_end.wait_ready(READY_TIMEOUT_S):
                 raise UnavailableError(
-                    f"the engine does not answer on {socket_path} within {READY_TIMEOUT_S:g} s"
+                    f"the engine does not answer on {paths.to_text(socket_path)} within {READY_TIMEOUT_S:g} s"
                 )
         except Exception as error:
             # llm_stream must not wait for what will not come.
@@ -173,7 +184,8 @@ class LlmStreamModel(_Model):
                 raise UnavailableError(f"{engine_model} has died before its engine was ready; see the log")
             if time.monotonic() > deadline:
                 raise UnavailableError(
-                    f"no engine of {engine_model} on {socket_path} within {ATTACH_TIMEOUT_S:g} s"
+                    f"no engine of {engine_model} on {paths.to_text(socket_path)} "
+                    f"within {ATTACH_TIMEOUT_S:g} s"
                 )
 
 

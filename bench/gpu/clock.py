@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
+from manylora_kernels import capture
 
 from gpu.floors import Bandwidth
 
@@ -44,16 +45,9 @@ def graph_of(run: Run, device: torch.device) -> Run:
     if device.type != "cuda":
         run()
         return run
-    side = _side_stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        run()
-        run()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    # torch's own context leaves its stream current when ending a spoilt capture raises; this one does not.
-    with torch.cuda.stream(side), torch.cuda.graph(graph, stream=side):
-        run()
+    for _ in range(2):
+        capture.warm_up(run, _side_stream())
+    graph = capture.capture(run, _side_stream())
 
     def replay() -> None:
         # The graph reads tensors that only `run` holds.

@@ -85,6 +85,19 @@ class Bed:
 
         return lambda: gpu.silu_mul(self.out[name], self.scene.sums[name])
 
+    def fill_with_nan(self) -> None:
+        """So that what `error` finds is of the run behind this."""
+        for y in (*self.scene.sums.values(), *self.out.values()):
+            y.fill_(torch.nan)
+
+    def check_written(self) -> None:
+        """
+        Raises:
+            AssertionError: a site's sums have not been computed since `fill_with_nan`.
+        """
+        for name, y in self.scene.sums.items():
+            assert not y.isnan().any(), f"{name}: not computed"
+
     def error(self) -> float:
         """The norm of the error of what the last layer gave, as a share of what the adapters change of it, of
         the worst site; of the rows that the scene picks.

@@ -162,12 +162,14 @@ class ModelBed:
 
     def _batch(self, lengths: list[int], num_new: int, num_adapters: int) -> Batch:
         size, items, next_block = self.config.kv_block_size, [], 0
+        # A step counts adapters by where they lie: one placement each, whichever sequences have it.
+        adapters = [
+            HeldAdapter(Placement(pages=((page,),) * len(self.pool.kinds), copied=None))
+            for page in range(num_adapters)
+        ]
         for index, length in enumerate(lengths):
             num_blocks = -(-length // size)
-            lease: Any = None
-            if num_adapters:
-                page = (index % num_adapters,)
-                lease = HeldAdapter(Placement(pages=(page,) * len(self.pool.kinds), copied=None))
+            lease: Any = adapters[index % num_adapters] if num_adapters else None
             sequence = _sequence(index, length, self.hf_config.vocab_size, lease)
             sequence.table = list(range(next_block, next_block + num_blocks))
             sequence.num_computed = length - num_new if num_new else 0

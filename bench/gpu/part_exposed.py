@@ -4,7 +4,7 @@ Shape key: T rows, K inputs, N outputs of all linears of a site.
 
 The base of a layer is the product of each site, and for prompts also the activation behind gate and up, by
 the kernel that the model has for it. A form of the products alone is what shares of the base are taken of.
-Every form is compared with float64, and first the one that others build on.
+Every form is compared with float64, replayed from its graph as well, and first the one that others build on.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from functools import partial
 
 import torch
 from manylora_kernels import SitePool
+from manylora_kernels.streams import side_stream
 
 from gpu import forms, peer_sglang
 from gpu.attempt import NO_MEANING, attempt, guarded
@@ -94,9 +95,17 @@ def measure(context: Context, point: Point, part: str, with_peers: bool) -> Iter
 
 
 def _ready(context: Context, bed: Bed, make: Callable[[], Run], *, is_base: bool) -> tuple[float | None, Run]:
+    """Compare what a form gives, launched one by one and from its graph, with float64."""
     form = make()
-    form()
-    return None if is_base else bed.error(), graph_of(form, context.device)
+    run = graph_of(form, context.device)
+    errors = []
+    for launch in (form, run):
+        bed.fill_with_nan()
+        launch()
+        bed.check_written()
+        if not is_base:
+            errors.append(bed.error())
+    return max(errors, default=None), run
 
 
 def _num_layers(context: Context) -> float:
@@ -152,7 +161,8 @@ def _beside(bed: Bed) -> SiteRun:
         def product(_x: torch.Tensor) -> torch.Tensor:
             return bed.base(name, weight)
 
-        return lambda: gpu.linear_lora(scene.x[name], product, pool, scene.mix, 0)
+        side = side_stream(scene.device)
+        return lambda: gpu.linear_lora(scene.x[name], product, pool, scene.mix, 0, side)
 
     return site_run
 

@@ -100,7 +100,12 @@ def _timed(context: Context, part: str, form: str, point: Point, timing: Timing,
 
 
 def _ready(scene: Scene, term: Term, context: Context) -> tuple[float, Run]:
-    return scene.check(term), graph_of(scene.all_layers(term), context.device)
+    """Compare the first layer with float64, and all layers from a graph with the same one by one."""
+    error = scene.check(term)
+    run = scene.all_layers(term)
+    replay = graph_of(run, context.device)
+    scene.check_replay(run, replay)
+    return error, replay
 
 
 def peft(context: Context, point: Point) -> Iterator[Row]:

@@ -22,6 +22,8 @@ RANK = 16
 MIXES = (0, 1, 32)
 """Adapters in a step."""
 DECODES = (32, 1, 8, 64)
+TINY_DECODES = (4,)
+"""More sequences than the pool holds adapters, as 64 are."""
 PREFILLS = (8192, 512, 2048)
 _STEPS = 50
 """In one measurement, so that the device never waits for the clock."""
@@ -52,7 +54,7 @@ def run(context: Context, deadline: Deadline) -> Iterator[Row]:
         return
     print(f"# model: {bed.state}; {deadline.left_s:.0f} s left", flush=True)
     with torch.inference_mode():
-        decodes, prefills = ((2,), (24,)) if context.is_tiny else (DECODES, PREFILLS)
+        decodes, prefills = (TINY_DECODES, (24,)) if context.is_tiny else (DECODES, PREFILLS)
         for number, step in enumerate(decodes):
             if number and deadline.is_over:
                 print(f"model: time is up before decodes of {step}", flush=True)
@@ -68,7 +70,7 @@ def run(context: Context, deadline: Deadline) -> Iterator[Row]:
 def _decode(context: Context, bed: ModelBed, num_seqs: int) -> Iterator[Row]:
     mine = [mix for mix in mixes(context.is_tiny) if mix <= num_seqs]
     batches = {mix: bed.decode(num_seqs, mix) for mix in mine}
-    count = 2 if context.is_tiny else _STEPS
+    count = 1 if context.is_tiny else _STEPS
     for form, step in ((ENGINE, bed.run), (STEP, bed.launch)):
         runs = {mix: _Steps(bed, partial(step, batch), count) for mix, batch in batches.items()}
         timings = _times(context, runs, count)
@@ -146,7 +148,7 @@ def _prefill(context: Context, bed: ModelBed, num_tokens: int) -> Iterator[Row]:
 def _times(context: Context, runs: Mapping[KeyT, Run], steps: int) -> dict[KeyT, Timing] | str:
     """Microseconds of a step of each, in turn; in words why there are none."""
     named = {str(key): run for key, run in runs.items()}
-    repeats = max(3, context.repeats // 3)
+    repeats = 1 if context.is_tiny else max(3, context.repeats // 3)
     timings = attempt(lambda: time_in_turn(named, context.device, repeats, steps))
     return timings if isinstance(timings, str) else {key: timings[str(key)] for key in runs}
 

@@ -9,6 +9,7 @@ from functools import partial
 import numpy as np
 import torch
 from manylora_kernels import SitePool
+from manylora_kernels.streams import side_stream
 
 from gpu import proof_attention
 from gpu.attempt import attempt
@@ -167,8 +168,13 @@ def _beside(context: Context, point: Point) -> str:
     bed = Bed.of(point, context)
     scene = bed.scene
 
+    side = side_stream(scene.device)
+
     def site_run(name: str, pool: SitePool, weight: torch.Tensor) -> Run:
-        return lambda: gpu.linear_lora(scene.x[name], lambda _: bed.base(name, weight), pool, scene.mix, 0)
+        def product(_x: torch.Tensor) -> torch.Tensor:
+            return bed.base(name, weight)
+
+        return lambda: gpu.linear_lora(scene.x[name], product, pool, scene.mix, 0, side)
 
     return _bed_repeated(context, bed, bed.layers(site_run))
 
@@ -198,14 +204,21 @@ def _fused(context: Context, point: Point) -> str:
 
 
 def _bed_repeated(context: Context, bed: Bed, form: Run) -> str:
+    """Launched one by one and replayed from a graph: right, and the same bits."""
+    bed.fill_with_nan()
     form()
     error = bed.error()
 
-    def step() -> torch.Tensor:
-        form()
+    def step(run: Run) -> torch.Tensor:
+        bed.fill_with_nan()
+        run()
         return torch.cat([bed.out.get(name, y).flatten() for name, y in bed.scene.sums.items()])
 
-    return f"{_same_bits(context, [step])}, error {error:.1e}"
+    first = step(form)
+    replay = graph_of(form, context.device)
+    assert torch.equal(bits(step(replay)), bits(first)), "other bits when it is replayed from a graph"
+    said = _same_bits(context, [partial(step, form), partial(step, replay)])
+    return f"{said}, replayed too, error {error:.1e}"
 
 
 def _alone(context: Context, point: Point) -> str:

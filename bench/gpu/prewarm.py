@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor, wait
 from dataclasses import dataclass
 from functools import partial
 from multiprocessing import get_context
@@ -16,12 +15,14 @@ from pathlib import Path
 
 import torch
 from manylora_kernels import SitePool
+from manylora_kernels.streams import side_stream
 
 from gpu import forms, part_model, part_proofs
 from gpu.attempt import attempt
 from gpu.clock import Run
 from gpu.scene import Scene, Term
 from gpu.shapes import Layer, Point
+from gpu.workers import KILLED_S, Workers
 
 BESIDE, FUSED, SILU_MUL = "beside the base product", "fused with the activation", "activation"
 BATCH_INVARIANT = "batch invariant"
@@ -42,7 +43,7 @@ class Job:
 
 
 def prewarm(jobs: Sequence[Job], num_processes: int, limit_s: float, model: ModelJob | None = None) -> int:
-    """Run each form once, in other processes, until the time is up.
+    """Run each form once, in other processes, until the time is up; one that hangs is killed then.
 
     Args:
         num_processes: 0: none, and nothing is done.
@@ -53,21 +54,20 @@ def prewarm(jobs: Sequence[Job], num_processes: int, limit_s: float, model: Mode
     """
     if not num_processes:
         return 0
-    begin, spawn = time.monotonic(), get_context("spawn")
-    beside = spawn.Process(target=fill_model, args=(model,), daemon=False) if model is not None else None
+    end_s = time.monotonic() + limit_s
+    beside = None if model is None else get_context("spawn").Process(target=fill_model, args=(model,))
     if beside is not None:
         beside.start()
-    pool = ProcessPoolExecutor(num_processes, mp_context=spawn)
+    workers = Workers(launch, num_processes)
     try:
-        done, _ = wait([pool.submit(launch, job) for job in jobs], limit_s)
-        return sum(future.exception() is None and future.result() for future in done)
+        return workers.run(jobs, limit_s)
     finally:
-        pool.shutdown(cancel_futures=True)
+        workers.close()
         if beside is not None:
-            beside.join(max(0.0, limit_s - (time.monotonic() - begin)))
+            beside.join(max(0.0, end_s - time.monotonic()))
             # What it has compiled by now is in the caches.
-            beside.terminate()
-            beside.join()
+            beside.kill()
+            beside.join(KILLED_S)
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,7 +117,8 @@ def _launch(job: Job, device: torch.device) -> None:
 def _beside(scene: Scene) -> Term:
     from manylora_kernels import gpu  # imports triton, after the interpreter was chosen
 
-    return lambda y, x, pool: lambda: gpu.linear_lora(x, lambda _: y, pool, scene.mix, 0)
+    side = side_stream(scene.device)
+    return lambda y, x, pool: lambda: gpu.linear_lora(x, lambda _: y, pool, scene.mix, 0, side)
 
 
 def _fused(scene: Scene) -> Term:

@@ -132,6 +132,26 @@ class Scene:
             worst = max(worst, self.error(name, found))
         return worst
 
+    def check_replay(self, run: Run, replay: Run) -> None:
+        """Compare what `replay` leaves in `sums` with what `run` does, which it is the graph of.
+
+        Raises:
+            AssertionError: they lie further apart than sums in another order can.
+        """
+        results = []
+        for form in (run, replay):
+            for name, y in self.y.items():
+                self.sums[name].copy_(y)
+            form()
+            results.append({name: y.clone() for name, y in self.sums.items()})
+        allowed = TOLERANCE[self.dtype]
+        for name, wanted in results[0].items():
+            wrong, change = (results[1][name] - wanted).float().norm(), (wanted - self.y[name]).float().norm()
+            assert wrong <= allowed * change, (
+                f"{name}: replayed from a graph, {wrong / change:.2e} of the change is another, "
+                f"allowed {allowed}"
+            )
+
     def error(self, name: str, found: torch.Tensor) -> float:
         """Of the picked rows of a site's y, [number of picks, N]: the norm of the term's error, as a share of
         the term's own.

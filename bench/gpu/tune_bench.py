@@ -8,9 +8,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
-from multiprocessing import get_context
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -24,11 +22,14 @@ from gpu.clock import Run, graph_of, time_in_turn
 from gpu.scene import CACHE_BYTES, Scene, Term
 from gpu.shapes import PREFILL_ROWS, Point
 from gpu.tune_space import Cell
+from gpu.workers import Workers
 
 if TYPE_CHECKING:
     from manylora_kernels.routed import RoutedMix
 
 _MOST_LAYERS = 256
+_COMPILE_S = 120.0
+"""For the plans of one step of the search, at most."""
 DECODE_ADAPTERS = 32
 PREFILL_ADAPTERS = 8
 
@@ -126,17 +127,16 @@ class Compilers:
 
     def __init__(self, count: int, dtype: torch.dtype, device: torch.device) -> None:
         self._dtype, self._device = dtype, str(device)
-        self._pool = ProcessPoolExecutor(count, mp_context=get_context("spawn")) if count else None
+        self._workers = Workers(compile_plan, count)
 
     def prepare(self, cell: Cell, plans: Sequence[Plan]) -> None:
         """Compile plans side by side. One that cannot be compiled is told of when it is timed."""
-        if self._pool is not None and len(plans) > 1:
-            list(self._pool.map(compile_plan, [(cell, plan, self._dtype, self._device) for plan in plans]))
+        if len(plans) > 1:
+            self._workers.run([(cell, plan, self._dtype, self._device) for plan in plans], _COMPILE_S)
 
     def close(self) -> None:
         """End the processes."""
-        if self._pool is not None:
-            self._pool.shutdown(cancel_futures=True)
+        self._workers.close()
 
 
 def default_compilers() -> int:

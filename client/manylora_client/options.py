@@ -23,9 +23,14 @@ class Options(TypedDict, total=False):
     min_tokens: int | None
     """The answer does not end before it has as many tokens."""
     stop: str | Sequence[str] | None
-    """Text, or texts, before which the answer ends."""
+    """Text, or texts, before which the answer ends. A special token is named by its text."""
+    stop_token_ids: Sequence[int] | None
+    """Tokens with which the answer ends, besides the model's end tokens."""
     ignore_eos: bool | None
-    """Go on after an end-of-sequence token, up to `max_tokens`."""
+    """Go on after one of the model's end tokens, up to `max_tokens`."""
+    add_special_tokens: bool | None
+    """False: the prompt's text is tokenised as it is, without BOS in front. A chat never gets more than its
+    template writes."""
 
     temperature: float | None
     """0 is greedy."""

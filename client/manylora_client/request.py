@@ -68,21 +68,47 @@ def chat_text(messages: Messages) -> str:
     """The `text_input` of a chat: always a JSON list, so that a message that looks like one stays a message.
 
     Raises:
-        InvalidArgument: no message, or one that is not a mapping of `role` and `content` to text.
+        InvalidArgument: no message, or one that is not a mapping of `role` to text and of `content` to text
+            or to a list of parts of text.
     """
-    turns: Sequence[object] = (
-        [{"role": "user", "content": messages}] if isinstance(messages, str) else list(messages)
-    )
+    if isinstance(messages, str):
+        messages = [{"role": "user", "content": messages}]
+    turns = [_turn(f"message {number}", turn) for number, turn in enumerate(messages)]
     if not turns:
         raise InvalidArgument("messages is empty; at least one message is needed")
-    for turn in turns:
-        if (
-            not isinstance(turn, Mapping)
-            or set(turn) != {"role", "content"}
-            or not all(isinstance(text, str) for text in turn.values())
-        ):
-            raise InvalidArgument(f"message {turn!r}: expected a mapping of 'role' and 'content' to text")
-    return json.dumps([dict(turn) for turn in turns if isinstance(turn, Mapping)], ensure_ascii=False)
+    return json.dumps(turns, ensure_ascii=False)
+
+
+def _turn(place: str, turn: object) -> dict[str, object]:
+    fields = _fields(place, turn, ("role", "content"))
+    if not isinstance(fields["role"], str):
+        raise InvalidArgument(f"{place}: role is a {type(fields['role']).__name__}; expected text")
+    content = fields["content"]
+    if isinstance(content, str):
+        return fields
+    if not isinstance(content, Sequence) or isinstance(content, (bytes, bytearray)):
+        raise InvalidArgument(
+            f"{place}: content is a {type(content).__name__}; expected text or a list of parts"
+        )
+    parts = [_fields(f"{place}: part {i}", part, ("type", "text")) for i, part in enumerate(content)]
+    for number, part in enumerate(parts):
+        if part["type"] != "text" or not isinstance(part["text"], str):
+            raise InvalidArgument(f"{place}: part {number} is not of type 'text' with a text")
+    return {**fields, "content": parts}
+
+
+def _fields(place: str, value: object, names: tuple[str, str]) -> dict[str, object]:
+    """A mapping that has exactly these names."""
+    wanted = " and ".join(map(repr, names))
+    if not isinstance(value, Mapping):
+        raise InvalidArgument(f"{place} is a {type(value).__name__}; expected a mapping of {wanted}")
+    for name in value:
+        if name not in names:
+            raise InvalidArgument(f"{place} has the unknown key {name!r}; allowed are {wanted}")
+    for name in names:
+        if name not in value:
+            raise InvalidArgument(f"{place} lacks the key {name!r}; needed are {wanted}")
+    return dict(value)
 
 
 def _check_text(name: str, text: object) -> None:

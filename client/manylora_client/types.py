@@ -10,11 +10,19 @@ import numpy as np
 import numpy.typing as npt
 
 
+class TextPart(TypedDict):
+    """One part of a content, as OpenAI's clients write it: `type` is `text`."""
+
+    type: str
+    text: str
+
+
 class Message(TypedDict):
     """One turn of a chat."""
 
     role: str
-    content: str
+    content: str | Sequence[TextPart]
+    """Parts are joined, with nothing in between."""
 
 
 Messages = str | Sequence[Message]
@@ -60,7 +68,7 @@ class Completion:
 
     text: str
     token_ids: list[int]
-    """The generated ids, the ending end-of-sequence id among them."""
+    """The generated ids, the one that ended the sequence among them."""
     finish_reason: str
     """`stop` or `length`."""
     num_input_tokens: int

@@ -83,7 +83,7 @@ def runs_beside(mix: RoutedMix, device: torch.device, side: streams.Streams | No
     """
     if mix.route.num_rows > MAX_ROWS_BESIDE or mix.one_adapter is not None:
         return False
-    return side is not None or device.type != "cuda" or torch.cuda.is_current_stream_capturing()
+    return side is not None or device.type != "cuda" or streams.is_recorded(device)
 
 
 def linear_lora(

@@ -17,6 +17,7 @@ import numpy.typing as npt
 import torch
 
 from manylora_kernels.pool import PAGE_ROWS, SitePool
+from manylora_kernels.streams import is_recorded
 from manylora_kernels.upload import upload
 
 
@@ -56,10 +57,8 @@ class OneAdapter:
         return cls(mine, scale, tuple(tables[tuple(table[slot])] for table in pages))
 
     def serves(self, y: torch.Tensor, x: torch.Tensor, pool: SitePool) -> bool:
-        """Whether this may be used now: one dtype throughout, and no graph is being captured."""
-        if not x.dtype == y.dtype == pool.a.dtype:
-            return False
-        return x.device.type != "cuda" or not torch.cuda.is_current_stream_capturing()
+        """Whether this may be used now: one dtype throughout, and nothing is recorded."""
+        return x.dtype == y.dtype == pool.a.dtype and not is_recorded(x.device)
 
     def add_lora(self, y: torch.Tensor, x: torch.Tensor, pool: SitePool, kind: int) -> None:
         """Add the adapter's term of one site in place, as `manylora_kernels.add_lora` says."""

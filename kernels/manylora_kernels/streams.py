@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from contextvars import ContextVar
 from typing import Protocol, TypeVar
 
 import torch
 
 Result = TypeVar("Result")
+
+_AS_RECORDED = ContextVar("_AS_RECORDED", default=False)
 
 
 class Streams(Protocol):
@@ -81,3 +84,24 @@ def run_beside(
     finally:
         # Whatever failed: memory is given up by those who see the error, and a capture must end joined.
         streams.join()
+
+
+@contextmanager
+def as_recorded() -> Iterator[None]:
+    """Within it this thread launches what it would launch while a graph is recorded, although none is.
+
+    Steps take other kernels inside a graph than outside. What warms a recording up runs in this, for a kernel
+    that is first loaded while a graph is recorded spoils it.
+    """
+    token = _AS_RECORDED.set(True)
+    try:
+        yield
+    finally:
+        _AS_RECORDED.reset(token)
+
+
+def is_recorded(device: torch.device) -> bool:
+    """Whether launches on a CUDA device are recorded now, or warm a recording up. Elsewhere never."""
+    if device.type != "cuda":
+        return False
+    return _AS_RECORDED.get() or torch.cuda.is_current_stream_capturing()

@@ -10,6 +10,7 @@ import stat
 import subprocess
 import sys
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -46,8 +47,9 @@ sys.exit(cli.main())
 
 # What the commands say that they know, in this order.
 SETTABLE = (
-    "adapter_scale, max_tokens, min_tokens, stop, ignore_eos, temperature, top_p, top_k, min_p, seed, "
-    "repetition_penalty, presence_penalty, frequency_penalty, logprobs, echo, deadline_ms, request_priority"
+    "adapter_scale, max_tokens, min_tokens, stop, stop_token_ids, ignore_eos, add_special_tokens, "
+    "temperature, top_p, top_k, min_p, seed, repetition_penalty, presence_penalty, frequency_penalty, "
+    "logprobs, echo, deadline_ms, request_priority"
 )
 
 Run = Callable[..., tuple[int, str, str]]
@@ -502,3 +504,49 @@ def test_sizes_have_the_unit_that_fits() -> None:
         "2.5 GiB",
         "3.0 TiB",
     ]
+
+
+def test_the_version_is_the_packages(run: Run) -> None:
+    assert run("--version") == (0, f"manylora {version('manylora')}\n", "")
+
+
+@pytest.mark.parametrize(
+    ("line", "offered"),
+    [
+        pytest.param("manylora se", ["serve"], id="command"),
+        pytest.param("manylora serve --base", ["--base-model"], id="option"),
+        pytest.param("manylora serve --set max_l", ["max_loras=", "max_lora_rank="], id="setting"),
+        pytest.param("manylora generate --set pres", ["presence_penalty="], id="parameter"),
+        pytest.param("manylora validate {}/ad", ["{}/adapters/"], id="directory"),
+    ],
+)
+def test_a_shell_completes(line: str, offered: list[str], tmp_path: Path) -> None:
+    (tmp_path / "adapters").mkdir()
+    (tmp_path / "adapters.txt").touch()
+    line = line.format(tmp_path)
+    asked = {
+        "_ARGCOMPLETE": "1",
+        "_ARGCOMPLETE_IFS": "\n",
+        "_ARGCOMPLETE_STDOUT_FILENAME": str(tmp_path / "offered"),
+        "COMP_LINE": line,
+        "COMP_POINT": str(len(line)),
+    }
+    (tmp_path / "offered").touch()
+    command = [sys.executable, "-m", "manylora.cli"]
+    done = subprocess.run(
+        command, env={**os.environ, **asked}, capture_output=True, text=True, check=False, timeout=60
+    )
+    assert done.stderr == ""
+    found = (tmp_path / "offered").read_text().split("\n")
+    assert [word.strip() for word in found] == [word.format(tmp_path) for word in offered]
+
+
+@pytest.mark.parametrize("asked", ["--help", "--version"])
+def test_what_only_some_need_is_not_imported_for_all(asked: str) -> None:
+    program = (
+        "import sys\nfrom manylora import cli\n"
+        f"try: cli.main([{asked!r}])\nexcept SystemExit: pass\n"
+        "print(sorted({'argcomplete', 'torch', 'transformers'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.endswith("\n[]\n")

@@ -132,7 +132,17 @@ REFUSED: dict[str, tuple[Any, dict[str, Any], type[ManyloraError], str]] = {
     "bad parameter": ("hi", {"top_k": -1}, InvalidArgumentError, "top_k"),
     "no ids": ("", {}, InvalidArgumentError, "no tokens"),
     "too long": ([5] * 256, {}, InvalidArgumentError, "256 tokens"),
-    "far too long": ("x" * 100_000, {}, InvalidArgumentError, "100000 characters"),
+    "more than tokens": ("x" * 2817, {}, InvalidArgumentError, "2817 characters"),
+    "far too long": ("x" * 100_000, {}, InvalidArgumentError, "100000 bytes"),
+    "far too many ids": (
+        {"input_ids": np.zeros((1, 10**6), np.int32)},
+        {},
+        InvalidArgumentError,
+        "1000000 tokens",
+    ),
+    "no UTF-8": ({"text_input": np.array([[b"\xff"]], object)}, {}, InvalidArgumentError, "not UTF-8"),
+    "a stop token outside": ("hi", {"stop_token_ids": [300]}, InvalidArgumentError, "got 300"),
+    "parameters without end": ("hi", {"stop": "x" * 10**6}, InvalidArgumentError, "allowed are 65536"),
     "outside the vocabulary": ([5, 300], {}, InvalidArgumentError, "got 300"),
     "no template": ("hi", {"chat": True}, ManyloraError, "no chat template"),
 }

@@ -1,4 +1,4 @@
-"""Long prompts are tokenised apart: nobody waits for them, and they end like any other request."""
+"""Long prompts are read and tokenised apart: nobody waits for them, and they end like any other request."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from manylora import front_end as module
+from manylora import long_prompts
 from manylora.errors import CancelledRequestError, InvalidArgumentError, UnavailableError
 from manylora.front_end import FrontEnd
 
@@ -27,12 +28,12 @@ class Gate:
         self.num_encoded = 0
         monkeypatch.setattr(tokenizer, "encode", self._wait)
 
-    def _wait(self, text: str) -> list[int]:
+    def _wait(self, text: str, **options: bool) -> list[int]:
         if text.startswith(LONG):
             self.has_come.set()
             assert self.is_open.wait(WAIT_S)
             self.num_encoded += 1
-        return self._encode(text)
+        return self._encode(text, **options)
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +49,7 @@ def is_streaming(request: pytest.FixtureRequest) -> bool:
 
 @pytest.fixture
 def gate(setting: Setting, is_streaming: bool, monkeypatch: pytest.MonkeyPatch) -> Iterator[Gate]:
-    monkeypatch.setattr(module, "LONG_CHARS", len(LONG) - 1)
+    monkeypatch.setattr(module, "LONG_BYTES", len(LONG) - 1)
     gate = Gate(setting.front_end(is_streaming), monkeypatch)
     yield gate
     gate.is_open.set()
@@ -106,7 +107,7 @@ def test_a_deadline_counts_from_the_arrival_and_passes_while_a_prompt_waits(
 def test_more_long_prompts_than_may_wait_are_refused(
     setting: Setting, is_streaming: bool, gate: Gate, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "MAX_LONG", 1)
+    monkeypatch.setattr(long_prompts, "MAX_LONG", 1)
     first = held(setting, is_streaming, gate)
     second = setting.begin(is_streaming, LONG, max_tokens=4)
     third = setting.begin(is_streaming, LONG, max_tokens=4).wait()
@@ -124,7 +125,7 @@ def test_a_long_prompt_that_is_refused_fails_alone(setting: Setting, is_streamin
 
 
 def test_closing_ends_what_waits(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "LONG_CHARS", len(LONG) - 1)
+    monkeypatch.setattr(module, "LONG_BYTES", len(LONG) - 1)
     setting.front_ends.pop(False, None)
     front_end = setting.front_end(False)
     gate = Gate(front_end, monkeypatch)

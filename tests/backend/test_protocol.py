@@ -9,11 +9,25 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from manylora.chat_messages import read_messages
 from manylora.errors import InvalidArgumentError
 from manylora.messages import EngineInfo, SamplingParams
-from manylora.parameters import PARAMETERS
-from manylora.protocol import Answer, Prompt, check_input_ids, decode, encode
+from manylora.parameters import MAX_CHARS, MAX_STOP_CHARS, MAX_STOP_STRINGS, MAX_STOP_TOKEN_IDS, PARAMETERS
+from manylora.protocol import (
+    Answer,
+    Prompt,
+    check_input_ids,
+    check_stop_token_ids,
+    decode,
+    encode,
+    read_text,
+)
+from manylora.text import Tokenizer
+from manylora.tokenising import tokenise
 
+from .conftest import byte_tokenizer
+
+TOKENIZER = Tokenizer(byte_tokenizer())
 INFO = EngineInfo(base_model="", max_model_len=8, vocab_size=100, eos_token_ids=[2])
 
 
@@ -31,7 +45,7 @@ def decoded(parameters: dict[str, Any] | None = None, **tensors: Any) -> Prompt:
 
 
 def test_a_bare_text_gets_the_defaults() -> None:
-    assert decoded() == Prompt(text="hi", params=SamplingParams())
+    assert decoded() == Prompt(text_input=b"hi", params=SamplingParams())
     assert decoded().params == SamplingParams(max_tokens=128, temperature=0, top_p=1, top_k=0)
     assert (decoded().adapter_scale, decoded().priority, decoded().deadline_ms) == (1, 0, 0)
 
@@ -54,9 +68,10 @@ def test_a_tensor_that_is_no_batch_is_refused(name: str, shape: tuple[int, ...])
 
 def test_ids_arrive_as_plain_integers() -> None:
     prompt = decoded(input_ids=np.array([[5, 6, 7]], dtype=np.int32))
-    assert prompt.input_ids == [5, 6, 7]
-    assert type(prompt.input_ids[0]) is int
-    assert prompt.text is None
+    input_ids = tokenise(prompt, TOKENIZER, INFO)
+    assert input_ids == [5, 6, 7]
+    assert type(input_ids[0]) is int
+    assert prompt.text_input is None
 
 
 @pytest.mark.parametrize("names", [[], ["text_input", "input_ids"]], ids=["neither", "both"])
@@ -115,6 +130,18 @@ def test_an_integer_in_each_form(name: str, raw: Any) -> None:
         ("stop", "x" * 257),
         ("stop", [str(i) for i in range(17)]),
         ("stop", ["\ud800"]),
+        ("stop_token_ids", 3),
+        ("stop_token_ids", "3"),
+        ("stop_token_ids", [-1]),
+        ("stop_token_ids", [1 << 31]),
+        ("stop_token_ids", [True]),
+        ("stop_token_ids", ["x"]),
+        ("stop_token_ids", "[1"),
+        ("stop_token_ids", "[" * 2000),
+        ("stop_token_ids", {"1": 2}),
+        ("stop_token_ids", list(range(MAX_STOP_TOKEN_IDS + 1))),
+        ("stop_token_ids", None),
+        ("add_special_tokens", 1),
         ("min_p", True),
         ("logprobs", True),
         ("logprobs", "many"),
@@ -174,6 +201,58 @@ def test_stop_strings_in_each_form(raw: str, value: tuple[str, ...]) -> None:
     assert decoded({"stop": raw}).stop == value
 
 
+@pytest.mark.parametrize(
+    ("raw", "value"),
+    [
+        ("[7, 2, 7]", (7, 2)),
+        ([7, "2", 7.0], (7, 2)),
+        ([], ()),
+        ("", ()),
+        ("[]", ()),
+        (list(range(MAX_STOP_TOKEN_IDS)), tuple(range(MAX_STOP_TOKEN_IDS))),
+    ],
+    ids=lambda v: repr(v)[:20],
+)
+def test_stop_token_ids_in_each_form(raw: Any, value: tuple[int, ...]) -> None:
+    assert decoded({"stop_token_ids": raw}).params.stop_token_ids == value
+
+
+def test_a_stop_token_that_the_model_cannot_say_is_refused() -> None:
+    check_stop_token_ids(SamplingParams(stop_token_ids=(0, 99)), INFO)
+    with pytest.raises(InvalidArgumentError, match="stop_token_ids: got 100, allowed are ids from 0 to 99"):
+        check_stop_token_ids(SamplingParams(stop_token_ids=(5, 100)), INFO)
+
+
+def test_a_null_in_the_tensor_asks_for_the_default() -> None:
+    nulls = strings(json.dumps(dict.fromkeys(PARAMETERS)))
+    assert decoded(text_input=strings("hi"), sampling_parameters=nulls) == decoded()
+    tensor = strings('{"stop": null, "seed": null, "max_tokens": 3}')
+    assert decoded(
+        {"seed": 4}, text_input=strings("hi"), sampling_parameters=tensor
+    ).params == SamplingParams(seed=4, max_tokens=3)
+    with pytest.raises(InvalidArgumentError, match=r'key "no" \(got null\): no such parameter'):
+        decoded(text_input=strings("hi"), sampling_parameters=strings('{"no": null}'))
+
+
+def test_the_longest_stop_strings_are_allowed_and_longer_parameters_are_not_read() -> None:
+    stop = [chr(0x1F600 + i) * MAX_STOP_CHARS for i in range(MAX_STOP_STRINGS)]
+    # Each character two escapes in a list that is text in JSON.
+    largest: dict[str, Any] = {"stop": json.dumps(stop), "stop_token_ids": json.dumps(list(range(64)))}
+    assert decoded(largest).stop == tuple(stop)
+    tensor = strings(json.dumps(largest))
+    assert decoded(text_input=strings("hi"), sampling_parameters=tensor).stop == tuple(stop)
+    largest["adapter_id"] = "a" * MAX_CHARS
+    with pytest.raises(
+        InvalidArgumentError, match=rf"^parameters: got \d+ characters, allowed are {MAX_CHARS}"
+    ):
+        decoded(largest)
+    tensor = strings("[" * (MAX_CHARS + 1))
+    with pytest.raises(
+        InvalidArgumentError, match=rf"^sampling_parameters: got {MAX_CHARS + 1} bytes, allowed"
+    ):
+        decoded(text_input=strings("hi"), sampling_parameters=tensor)
+
+
 def test_adapter_and_its_alias() -> None:
     assert decoded({"adapter_id": "a"}).adapter_id == "a"
     assert decoded({"lora_name": "a"}).adapter_id == "a"
@@ -220,7 +299,8 @@ def value_of(prompt: Prompt, name: str) -> Any:
 
 
 def test_every_number_has_its_limits_in_the_table() -> None:
-    others = {"adapter_id", "lora_name", "ignore_eos", "stop", "chat", "echo"}
+    others = {"adapter_id", "lora_name", "ignore_eos", "stop", "stop_token_ids", "chat", "echo"}
+    others |= {"add_special_tokens"}
     assert set(PARAMETERS) == set(LIMITS) | others
 
 
@@ -266,7 +346,7 @@ def test_request_parameters_win_over_the_tensor() -> None:
         ('{"max_tokens": {}}', "sampling_parameters key max_tokens: got {}"),
         ('{"no": 1}', "no such parameter"),
         (b"\xff", "not UTF-8 at byte 0"),
-        ("[" * 100_000, "not JSON"),
+        ("[" * 60_000, "not JSON"),
         ('{"seed": ' + "9" * 5000 + "}", "not JSON"),
     ],
     ids=["broken", "list", "bad value", "unknown", "not utf-8", "too deep", "too long"],
@@ -291,53 +371,22 @@ def test_rows_of_a_batch_have_their_own_sampling_parameters() -> None:
     first, second = decode(tensors, '{"max_tokens": 4}')
     assert (first.deadline_ms, first.adapter_scale, first.params.logprobs) == (9, 1.0, 0)
     assert (second.deadline_ms, second.adapter_scale, second.params.logprobs) == (0, 2.0, 3)
-    assert (first.input_ids, first.adapter_id, first.params.max_tokens) == ([1, 2], "a", 4)
-    assert (second.input_ids, second.adapter_id, second.params.max_tokens) == ([3, 4], "b", 4)
+    assert first.input_ids is not None
+    assert second.input_ids is not None
+    assert (first.input_ids.tolist(), first.adapter_id, first.params.max_tokens) == ([1, 2], "a", 4)
+    assert (second.input_ids.tolist(), second.adapter_id, second.params.max_tokens) == ([3, 4], "b", 4)
 
 
-def test_text_that_is_not_utf8_is_refused() -> None:
+@pytest.mark.parametrize("chat", [False, True])
+def test_text_that_is_not_utf8_is_refused(chat: bool) -> None:
+    prompt = decoded({"chat": chat}, text_input=strings(b"ab\xff"))
     with pytest.raises(InvalidArgumentError, match="text_input: not UTF-8 at byte 2"):
-        decoded(text_input=strings(b"ab\xff"))
+        tokenise(prompt, TOKENIZER, INFO)
 
 
 def test_two_strings_for_one_sequence_are_refused() -> None:
     with pytest.raises(InvalidArgumentError, match="got 2 strings"):
         decoded(text_input=strings("a", "b").reshape(1, 2))
-
-
-@pytest.mark.parametrize(
-    ("text", "messages"),
-    [
-        ("hi", [("user", "hi")]),
-        ("[1, 2] summed?", [("user", "[1, 2] summed?")]),
-        ("[1, 2]", [("user", "[1, 2]")]),
-        (
-            '[{"role": "system", "content": "s"}, {"role": "user", "content": "u"}]',
-            [("system", "s"), ("user", "u")],
-        ),
-        ("", [("user", "")]),
-    ],
-    ids=["text", "brackets", "list of numbers", "conversation", "empty"],
-)
-def test_chat_takes_a_message_or_a_conversation(text: str, messages: list[tuple[str, str]]) -> None:
-    prompt = decoded({"chat": True}, text_input=strings(text))
-    assert prompt.text is None
-    assert prompt.messages == tuple({"role": role, "content": content} for role, content in messages)
-
-
-@pytest.mark.parametrize(
-    ("text", "reason"),
-    [
-        ("[]", "empty list"),
-        ('[{"role": "user"}]', "message 0 has the keys role"),
-        ('[{"role": "user", "content": 3}]', "both strings"),
-        ('[{"role": "user", "content": "x", "name": "y"}]', "exactly role and content"),
-        ('[{"role": "user", "content": "\\ud800"}]', "both strings"),
-    ],
-)
-def test_a_malformed_conversation_is_refused(text: str, reason: str) -> None:
-    with pytest.raises(InvalidArgumentError, match=reason):
-        decoded({"chat": True}, text_input=strings(text))
 
 
 def test_chat_with_ids_is_refused() -> None:
@@ -399,10 +448,14 @@ def test_any_input_is_read_or_refused_with_an_error_of_ours(parameters: dict[str
     tensors = {"text_input": strings(text)}
     try:
         (prompt,) = decode(tensors, json.dumps(parameters))
+        if prompt.chat:
+            read = [message["content"] for message in read_messages(read_text(prompt), 8)]
+        else:
+            read = [read_text(prompt)]
     except InvalidArgumentError as error:
         refused = error.message
     else:
         refused = ""
-        assert prompt.text == text.decode() or prompt.messages
+        assert read == [text.decode()]
     known = set(parameters) <= set(PARAMETERS)
     assert refused or known

@@ -70,7 +70,7 @@ def in_logprobs(patch: pytest.MonkeyPatch, fault: type[BaseException]) -> None:
         raise make(fault)
 
     # Nobody but the victim asks for them.
-    patch.setattr(call_module, "logprobs_json", strike)
+    patch.setattr(call_module, "entries_json", strike)
 
 
 def in_stop_search(patch: pytest.MonkeyPatch, fault: type[BaseException]) -> None:
@@ -87,7 +87,7 @@ def in_decode(patch: pytest.MonkeyPatch, fault: type[BaseException]) -> None:
 
     def strike(given: Tensors, parameters_json: str) -> list[protocol.Prompt]:
         prompts = decode(given, parameters_json)
-        if prompts[0].text == VICTIM:
+        if prompts[0].text_input == VICTIM.encode():
             raise make(fault)
         return prompts
 
@@ -97,10 +97,10 @@ def in_decode(patch: pytest.MonkeyPatch, fault: type[BaseException]) -> None:
 def in_tokenising(patch: pytest.MonkeyPatch, fault: type[BaseException]) -> None:
     encode = Tokenizer.encode
 
-    def strike(self: Tokenizer, text: str) -> list[int]:
+    def strike(self: Tokenizer, text: str, **options: bool) -> list[int]:
         if text == VICTIM:
             raise make(fault)
-        return encode(self, text)
+        return encode(self, text, **options)
 
     patch.setattr(Tokenizer, "encode", strike)
 
@@ -109,7 +109,7 @@ def in_row(patch: pytest.MonkeyPatch, fault: type[BaseException]) -> None:
     row = front_end_module._row
 
     def strike(row_id: int, prompt: protocol.Prompt, *args: Any) -> Row:
-        if prompt.text == VICTIM:
+        if prompt.text_input == VICTIM.encode():
             raise make(fault)
         return row(row_id, prompt, *args)
 
@@ -120,7 +120,7 @@ def in_message(patch: pytest.MonkeyPatch, fault: type[BaseException]) -> None:
     message = front_end_module._message
 
     def strike(row: Row, prompt: protocol.Prompt, input_ids: list[int]) -> Generate:
-        if prompt.text == VICTIM:
+        if prompt.text_input == VICTIM.encode():
             raise make(fault)
         return message(row, prompt, input_ids)
 

@@ -13,7 +13,7 @@ from manylora.errors import InvalidArgumentError, UnsupportedError
 from manylora.text import Tokenizer
 from manylora.text_stream import StopMatcher, TextStream
 from tokenizers import Tokenizer as RawTokenizer
-from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
 BASE_MODEL = Path(__file__).parents[2] / ".build" / "base_model"
@@ -175,6 +175,73 @@ def test_stop_strings_cut_where_a_search_of_the_whole_text_finds_them(make: Any,
     assert one_by_one == at_once == (expected, num_expected, stop_expected)
 
 
+@every_tokenizer
+@settings(max_examples=200, deadline=None)
+@given(data=st.data())
+def test_stop_strings_with_special_tokens_cut_where_a_search_of_the_written_text_finds_them(
+    make: Any, data: st.DataObject
+) -> None:
+    tokenizer = wrapped(make)
+    special = sorted(make().all_special_tokens)[:2]
+    plain = ["a", "b", " ", "é", "🎉", *(name[:2] for name in special)]
+    symbols = st.lists(st.sampled_from([*plain, *special, *special]), max_size=16)
+    ids = make()("".join(data.draw(symbols)), add_special_tokens=False)["input_ids"]
+    stop = data.draw(
+        st.lists(
+            st.lists(st.sampled_from([*plain, *special]), min_size=1, max_size=4).map("".join), max_size=3
+        )
+    )
+    min_tokens = data.draw(st.integers(0, 6))
+
+    def written(num_ids: int) -> list[tuple[str, bool]]:
+        """Characters as they become certain, and whether each is shown."""
+        chars: list[tuple[str, bool]] = []
+        for n in range(1, num_ids + 1):
+            known = [i for i in ids[:n] if tokenizer.piece(i) is not None]
+            shown = tokenizer.decode(known).rstrip("\ufffd")
+            chars += [(char, True) for char in shown[sum(is_shown for _, is_shown in chars) :]]
+            if tokenizer.piece(ids[n - 1]) is None:
+                chars += [(char, False) for char in tokenizer.name(ids[n - 1])]
+        return chars
+
+    expected = tokenizer.decode(ids), len(ids), False
+    for n in range(1, len(ids) + 1):
+        starts = []
+        for text in stop:
+            in_all = any(name in text for name in make().all_special_tokens)
+            now = [c for c in written(n) if in_all or c[1]]
+            num_before = len([c for c in written(n - 1) if in_all or c[1]])
+            searched = "".join(char for char, _ in now)
+            starts += [
+                sum(is_shown for _, is_shown in now[:start])
+                for start in range(len(searched))
+                if searched.startswith(text, start) and start + len(text) > num_before
+            ]
+        if starts and n >= min_tokens:
+            shown = "".join(char for char, is_shown in written(n) if is_shown)
+            expected = shown[: min(starts)], n, True
+            break
+    one_by_one = streamed(tokenizer, [[i] for i in ids], stop=stop, min_tokens=min_tokens)
+    at_once = streamed(tokenizer, [ids], stop=stop, min_tokens=min_tokens)
+    assert one_by_one == at_once == expected
+
+
+def test_a_special_token_ends_the_text_and_what_only_begins_like_the_end_is_released() -> None:
+    tokenizer = wrapped(byte_level)
+    a, b = (tokenizer.encode(char)[0] for char in "ab")
+    eos = byte_level().eos_token_id
+    assert streamed(tokenizer, [[a, eos, b]], stop=["</s>"]) == ("a", 2, True)
+    # Written out by the model, letter by letter, it is the same text.
+    letters = [tokenizer.encode(char)[0] for char in "</s>"]
+    assert streamed(tokenizer, [[a, *letters, b]], stop=["</s>"]) == ("a", 5, True)
+    assert streamed(tokenizer, [[a, eos, b]], stop=["</s>"], min_tokens=3) == ("ab", 3, False)
+    stream = TextStream(tokenizer, stop=["a</s>b"])
+    assert [stream.add([i])[0] for i in (b, a, eos, eos, a, eos, b)] == ["b", "", "", "a", "", "", ""]
+    assert stream.stopped
+    # Other stop strings are looked for in the text as it is shown.
+    assert streamed(tokenizer, [[a, eos, b]], stop=["ab"]) == ("", 3, True)
+
+
 @settings(max_examples=200, deadline=None)
 @given(
     stop=st.text("ab", min_size=1, max_size=5),
@@ -275,6 +342,42 @@ def test_chat_refusals() -> None:
         wrapped(byte_level).encode_chat([{"role": "bad", "content": ""}])
     with pytest.raises(UnsupportedError, match="no chat template"):
         wrapped(byte_fallback).encode_chat([{"role": "user", "content": ""}])
+
+
+def test_a_chat_of_which_the_template_makes_too_much_is_refused() -> None:
+    messages = [{"role": "user", "content": "hello"}]
+    text = "<s>user: hello\n<s>assistant: "
+    assert wrapped(byte_level).encode_chat(messages, len(text)) == wrapped(byte_level).encode_chat(messages)
+    with pytest.raises(InvalidArgumentError, match=f"has {len(text)} characters .* at most {len(text) - 1}"):
+        wrapped(byte_level).encode_chat(messages, len(text) - 1)
+
+
+@cache
+def with_bos_and_eos() -> PreTrainedTokenizerFast:
+    """It begins each text with BOS and ends it with EOS."""
+    raw = RawTokenizer.from_str(byte_level().backend_tokenizer.to_str())
+    ids = [(token, raw.token_to_id(token)) for token in ("<s>", "</s>")]
+    raw.post_processor = processors.TemplateProcessing(single="<s> $A </s>", special_tokens=ids)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=raw, bos_token="<s>", eos_token="</s>", chat_template=CHAT_TEMPLATE
+    )
+
+
+def test_a_text_gets_one_bos() -> None:
+    tokenizer = wrapped(with_bos_and_eos)
+    bos, eos = with_bos_and_eos().bos_token_id, with_bos_and_eos().eos_token_id
+    (*hello,) = tokenizer.encode("hello", add_special_tokens=False)
+    assert not {bos, eos} & {*hello}
+    assert tokenizer.encode("hello") == [bos, *hello, eos]
+    assert tokenizer.encode("<s>hello") == [bos, *hello, eos]
+    assert tokenizer.encode("<s><s>hello") == [bos, bos, *hello, eos]
+    assert tokenizer.encode("hello<s>") == [bos, *hello, bos, eos]
+    assert tokenizer.encode("<s>hello", add_special_tokens=False) == [bos, *hello]
+    messages = [{"role": "user", "content": "hello"}]
+    rendered = with_bos_and_eos().apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    # Its own two, one for each turn, and none besides.
+    assert tokenizer.encode_chat(messages).count(bos) == tokenizer.encode(rendered).count(bos) == 2
+    assert tokenizer.encode(rendered)[:-1] == tokenizer.encode_chat(messages)
 
 
 def test_load_refuses_a_directory_without_a_tokenizer(tmp_path: Path) -> None:

@@ -119,9 +119,30 @@ def test_a_chat_is_always_a_json_list():
         [{"role": "user", "content": 1}],
         ["hi"],
         [{"role": "u", "content": "", "x": ""}],
+        [{"role": 1, "content": ""}],
+        [{"role": "u", "content": b"x"}],
+        [{"role": "u", "content": ["x"]}],
+        [{"role": "u", "content": [{"type": "image_url", "image_url": "x"}]}],
+        [{"role": "u", "content": [{"type": "image_url", "text": "x"}]}],
     ],
     ids=repr,
 )
 def test_messages_of_another_form_are_refused(messages: Any):
     with pytest.raises(InvalidArgument, match="message"):
         chat_text(messages)
+
+
+def test_the_refusal_of_a_message_says_which_and_what_is_wrong():
+    good = {"role": "user", "content": "x"}
+    for wrong, words in (
+        ({"role": "user", "content": "x", "name": "y"}, "message 1 has the unknown key 'name'"),
+        ({"role": "user"}, "message 1 lacks the key 'content'"),
+        ({"role": "user", "content": [{"type": "text"}]}, "message 1: part 0 lacks the key 'text'"),
+    ):
+        with pytest.raises(InvalidArgument, match=words):
+            chat_text([good, wrong])  # type: ignore[list-item]  # what is wrong with it
+
+
+def test_parts_of_a_content_travel_as_they_are():
+    turns: Any = [{"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "é"}]}]
+    assert json.loads(chat_text(turns)) == turns

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from manylora_kernels import Mix, SitePool, gpu
+from manylora_kernels import Mix, SitePool, capture, gpu, streams
 from manylora_kernels.one_adapter import OneAdapter
 from manylora_kernels.routed import RoutedMix
 from manylora_kernels.streams import run_beside, side_stream
@@ -136,6 +136,18 @@ def test_long_steps_and_the_vendors_products_take_turns(triton_device: str) -> N
     assert not gpu.runs_beside(replace(few, one_adapter=one), device, side)
 
 
+def test_a_step_that_warms_a_recording_up_takes_the_form_that_is_recorded(
+    triton_device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    mix, cuda = routed_rows(8, triton_device), torch.device("cuda")
+    assert not gpu.runs_beside(mix, cuda)
+    with streams.as_recorded():
+        assert gpu.runs_beside(mix, cuda)
+        assert not gpu.runs_beside(routed_rows(gpu.MAX_ROWS_BESIDE + 1, triton_device), cuda)
+    assert not gpu.runs_beside(mix, cuda)
+
+
 def test_a_long_step_gives_the_same_as_the_parts(triton_device: str) -> None:
     num_rows = gpu.MAX_ROWS_BESIDE + 1
     generator = torch.Generator().manual_seed(1)
@@ -195,12 +207,13 @@ def test_two_streams_give_the_bits_of_one(captured: bool) -> None:
     # Steps that are launched one by one use one stream, unless they name the other.
     side = None if captured else side_stream(torch.device("cuda", 0))
     x = randn(num_rows, k)
-    expected = serial(x)
-    found = beside(x)
+    expected, found = serial(x), torch.zeros_like(x)
     if captured:
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            found = beside(x)
-        found.zero_()
+        stream = torch.cuda.Stream()
+        capture.warm_up(lambda: beside(x), stream)
+        graph = capture.capture(lambda: found.copy_(beside(x)), stream)
+        assert not found.any()
         graph.replay()
+    else:
+        found.copy_(beside(x))
     assert torch.equal(found, expected)

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from faults import files, scenarios
+from faults import base_weights, files, scenarios
 from faults.anatomy import Remains, engine_of, tritonserver_of
 from faults.load import HUNG, NUM_STREAMS, NUM_WHOLE, RIGHT, WRONG, Bed, Report
 from faults.silent_mount import may_mount
@@ -32,8 +32,14 @@ def own_root(adapter_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
 
 
 @pytest.fixture(scope="module")
-def bed(base_model: Path, own_root: Path) -> Iterator[Bed]:
-    with running_server(base_model=base_model, adapter_root=own_root) as server:
+def own_base_model(base_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base model whose files may be harmed."""
+    return Path(shutil.copytree(base_model, tmp_path_factory.mktemp("faults") / "base_model"))
+
+
+@pytest.fixture(scope="module")
+def bed(own_base_model: Path, own_root: Path) -> Iterator[Bed]:
+    with running_server(base_model=own_base_model, adapter_root=own_root) as server:
         yield Bed(server, ADAPTERS)
 
 
@@ -74,6 +80,12 @@ def test_a_disk_that_gives_no_answer_stops_only_those_who_ask_for_what_lies_on_i
     if not may_mount():
         pytest.skip("only root may mount a file system that gives no answer")
     report = files.hung_directory(bed, own_root, EXTRA, num_reads=num_reads, deadline_ms=3000)
+    check(bed, report)
+    assert report.outcomes == {RIGHT: ALL}
+
+
+def test_files_of_the_base_model_may_change_and_go(bed: Bed, own_base_model: Path) -> None:
+    report = base_weights.rewritten_and_truncated(bed, own_base_model)
     check(bed, report)
     assert report.outcomes == {RIGHT: ALL}
 

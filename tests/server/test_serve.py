@@ -6,18 +6,22 @@ import json
 import os
 import signal
 import socket
+import stat
 import subprocess
 import sys
+import sysconfig
 import urllib.request
 from pathlib import Path
 
 import pytest
+import torch
 from faults.anatomy import descendants, shared_memory_of, wait_until_gone
 from google.protobuf import text_format
 from manylora.errors import UnavailableError
 from manylora.serve import processes, repository
 from manylora.serve.background import RunningServer, running_server
-from manylora.serve.ports import Ports, resolve
+from manylora.serve.installation import Installation, find_installation
+from manylora.serve.ports import Ports, hold
 from tritonclient.grpc import model_config_pb2
 
 TIMEOUT_S = 180
@@ -102,18 +106,22 @@ def test_a_run_directory_that_others_can_open_is_refused(tmp_path):
 
 
 def test_free_ports_differ_and_are_kept_where_given():
-    first = resolve(Ports(host="127.0.0.1", http=0, grpc=0, metrics=0))
+    with hold(Ports(host="127.0.0.1", http=0, grpc=0, metrics=0)) as first:
+        pass
     assert len({first.http, first.grpc, first.metrics}) == 3
-    again = resolve(first)
-    assert again == first
+    with hold(first) as again:
+        assert again == first
     assert again.address(1) == "127.0.0.1:1"
     assert Ports(host="::", http=0, grpc=0, metrics=0).address(8000) == "[::1]:8000"
 
 
 def test_the_same_port_twice_is_refused():
-    port = resolve(Ports(host="127.0.0.1", http=0, grpc=0, metrics=0)).http
-    with pytest.raises(UnavailableError, match=f"--grpc-port {port} on 127.0.0.1: Address already in use"):
-        resolve(Ports(host="127.0.0.1", http=port, grpc=port, metrics=0))
+    with hold(Ports(host="127.0.0.1", http=0, grpc=0, metrics=0)) as free:
+        port = free.http
+    twice = Ports(host="127.0.0.1", http=port, grpc=port, metrics=0)
+    in_use = f"--grpc-port {port} on 127.0.0.1: Address already in use"
+    with pytest.raises(UnavailableError, match=in_use), hold(twice):
+        pass
 
 
 def test_settings_stand_in_the_engines_model_only(tmp_path):
@@ -144,14 +152,156 @@ def test_settings_stand_in_the_engines_model_only(tmp_path):
     assert configs["llm"].output == configs["llm_stream"].output
 
 
+FREE_PORTS = ("--http-port=0", "--grpc-port=0", "--metrics-port=0")
+
+
+def refused(done: subprocess.CompletedProcess[str], message: str) -> bool:
+    """Whether a start was refused in one line, before tritonserver was started."""
+    lines = done.stderr.splitlines()
+    assert len(lines) == 1, done.stderr
+    assert lines[0].startswith("manylora serve: ")
+    assert done.stdout == ""
+    assert done.returncode in (1, 2)
+    assert message in lines[0]
+    return True
+
+
+def looks_like_a_model(folder: Path) -> Path:
+    """What a glance takes for a base model."""
+    folder.mkdir()
+    (folder / "config.json").write_text('{"model_type": "llama"}')
+    (folder / "tokenizer.json").touch()
+    (folder / "model.safetensors").touch()
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        pytest.param(lambda base: (base / "config.json").unlink(), "it has no config.json", id="no-config"),
+        pytest.param(
+            lambda base: (base / "config.json").write_text("{"), "its config.json is not JSON: ", id="no-json"
+        ),
+        pytest.param(
+            lambda base: (base / "config.json").write_text("[]"), "has no model_type", id="another-json"
+        ),
+        pytest.param(
+            lambda base: (base / "model.safetensors").rename(base / "pytorch_model.bin"),
+            "it has no file *.safetensors",
+            id="no-weights",
+        ),
+        pytest.param(lambda base: (base / "tokenizer.json").unlink(), "no tokenizer: ", id="no-tokenizer"),
+    ],
+)
+def test_a_directory_that_is_no_base_model_is_refused_at_once(change, message, tmp_path):
+    base = looks_like_a_model(tmp_path / "base")
+    change(base)
+    assert refused(manylora("serve", "--base-model", base, *FREE_PORTS), f"base_model={str(base)!r}: ")
+    assert refused(manylora("serve", "--base-model", base, *FREE_PORTS), message)
+
+
+@pytest.mark.parametrize("key", ["preload_adapters", "pinned_adapters"])
+def test_an_adapter_to_be_loaded_that_is_not_there_is_refused_at_once(key, tmp_path):
+    base = looks_like_a_model(tmp_path / "base")
+    (tmp_path / "root" / "half").mkdir(parents=True)
+    (tmp_path / "root" / "half" / "adapter_config.json").touch()
+    words = ("serve", "--base-model", base, "--adapter-root", tmp_path / "root", *FREE_PORTS)
+    assert refused(manylora(*words, "--set", f"{key}=none"), f"{key}: adapter 'none' is not found")
+    message = f"{key}: adapter 'half' has no adapter_model.safetensors"
+    assert refused(manylora(*words, "--set", f"{key}=half"), message)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a CUDA device is there")
+@pytest.mark.parametrize("device", ["cuda", "cuda:1"])
+def test_a_device_that_is_not_there_is_refused_at_once(device, tmp_path):
+    base = looks_like_a_model(tmp_path / "base")
+    done = manylora("serve", "--base-model", base, *FREE_PORTS, "--set", f"device={device}")
+    assert refused(done, f"device={device!r}: torch {torch.__version__} finds no CUDA device")
+
+
+@pytest.mark.parametrize(
+    ("mounted", "size", "message"),
+    [
+        pytest.param("run", "64k", "No space left on device; 1.0 MiB are needed", id="run-dir"),
+        pytest.param("/dev/shm", "1m", "No space left on device; 4.0 MiB are needed", id="shared-memory"),
+        pytest.param("run", "64k,ro", "Read-only file system", id="read-only"),
+    ],
+)
+def test_a_full_disk_is_named_at_once(mounted, size, message, tmp_path):
+    (tmp_path / "run").mkdir(mode=0o700)
+    script = 'mount -t tmpfs -o "mode=700,size=$1" tmpfs "$2" && shift 2 && exec "$@"'
+    words = ["unshare", "--mount", "sh", "-c", script, "sh", size, str(tmp_path / mounted)]
+    if subprocess.run([*words, "true"], capture_output=True, check=False).returncode:
+        pytest.skip("no file system can be mounted here")
+    base = looks_like_a_model(tmp_path / "base")
+    serve = [sys.executable, "-m", "manylora.cli", "serve", "--base-model", base, *FREE_PORTS]
+    command = [*words, *serve, "--run-dir", tmp_path / "run"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=TIMEOUT_S)
+    assert refused(done, message)
+
+
+def test_a_run_directory_whose_name_is_not_utf8_is_refused(tmp_path):
+    base = looks_like_a_model(tmp_path / "base")
+    done = manylora("serve", "--base-model", base, *FREE_PORTS, "--run-dir", os.fsdecode(b"/tmp/\xff"))
+    assert refused(done, r"--run-dir='/tmp/\udcff': its name is not UTF-8")
+
+
 def test_a_model_that_does_not_load_says_why_and_leaves_nothing(tmp_path):
-    done = manylora("serve", "--base-model", tmp_path, "--http-port=0", "--grpc-port=0", "--metrics-port=0",
-                    "--run-dir", tmp_path / "run")  # fmt: skip
+    base = looks_like_a_model(tmp_path / "base")
+    (base / "config.json").write_text('{"model_type": "no_such_model"}')
+    done = manylora("serve", "--base-model", base, *FREE_PORTS, "--run-dir", tmp_path / "run")
     assert done.returncode == 1
     assert "tritonserver did not start" in done.stderr
     assert "[INVALID_ARG]" in done.stderr
     assert str(tmp_path) in done.stderr
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["server.log"]
+
+
+def test_a_front_end_that_dies_at_once_ends_the_start_with_its_last_words(tmp_path):
+    """It has ended before anybody can look at it, and tritonserver would wait for it for ever."""
+    found = find_installation()
+    broken = tmp_path / "tritonserver"
+    (broken / "backends" / "python").mkdir(parents=True)
+    for name in ("bin", "lib", "python"):
+        if (found.root / name).exists():
+            (broken / name).symlink_to(found.root / name)
+    for path in (found.backends / "python").iterdir():
+        (broken / "backends" / "python" / path.name).symlink_to(path)
+    stub = Installation(root=broken).stub
+    stub.unlink()
+    library = f"-lpython{sys.version_info.major}.{sys.version_info.minor}"
+    program = '#include <stdio.h>\nint main() { fputs("my last words\\n", stderr); return 3; }'
+    subprocess.run(
+        ["gcc", "-x", "c", "-", "-x", "none", "-o", stub, "-Wl,--no-as-needed",
+         f"-L{sysconfig.get_config_var('LIBDIR')}", library],
+        input=program, text=True, check=True,
+    )  # fmt: skip
+    base = looks_like_a_model(tmp_path / "base")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PATH", f"{broken / 'bin'}:{os.environ['PATH']}")
+        done = manylora("serve", "--base-model", base, *FREE_PORTS, "--ready-timeout=100")
+    assert done.returncode == 1
+    assert "a model's process has died" in done.stderr
+    assert "\nmy last words\n" in done.stderr
+    assert "not ready in" not in done.stderr
+
+
+def test_a_tritonserver_on_the_path_may_be_a_link_with_its_backends_beside_it(tmp_path, monkeypatch):
+    """As set-up leaves it, and as a package may link it into /usr/local/bin."""
+    beside_link, beside_binary, real, linked = (tmp_path / name for name in "abcd")
+    for root in (beside_link, beside_binary, real, linked):
+        (root / "bin").mkdir(parents=True)
+    for root in (real, beside_binary):
+        (root / "bin" / "tritonserver").touch(mode=0o755)
+    (beside_link / "bin" / "tritonserver").symlink_to(real / "bin" / "tritonserver")
+    (linked / "bin" / "tritonserver").symlink_to(beside_binary / "bin" / "tritonserver")
+    for root in (beside_link, beside_binary):
+        stub = Installation(root=root).stub
+        stub.parent.mkdir(parents=True)
+        stub.touch()
+    for root, found in ((beside_link, beside_link), (beside_binary, beside_binary), (linked, beside_binary)):
+        monkeypatch.setenv("PATH", str(root / "bin"))
+        assert find_installation().root == found
 
 
 def test_a_front_end_that_dies_while_it_starts_ends_the_start(base_model, tmp_path):
@@ -224,6 +374,7 @@ def test_a_killed_front_end_is_restarted_and_answers(base_model, adapter_root):
             assert after == before
             assert [pid for pid in below if processes.is_alive(pid)] == []
             assert [region for region in regions if region.exists()] == []
+            assert {stat.S_IMODE(region.stat().st_mode) for region in shared_memory_of(server)} == {0o600}
 
 
 def test_status_shows_the_adapters_that_were_used(server):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import sys
@@ -77,10 +78,11 @@ def main(arguments: argparse.Namespace) -> int:
                 if len(prompts) * len(adapters) > 1 and not arguments.json:
                     print(_title(prompt if len(prompts) > 1 else "", adapter))
                 asked = {**parameters, "adapter_id": adapter}
+                sent = _as_messages(prompt) if arguments.chat else prompt
                 if whole:
-                    _print(client.generate(prompt, **asked), prompt, adapter, as_json=arguments.json)
+                    _print(client.generate(sent, **asked), prompt, adapter, as_json=arguments.json)
                 else:
-                    _stream(client, prompt, asked)
+                    _stream(client, sent, asked)
     return 0
 
 
@@ -91,6 +93,16 @@ def _read_stdin() -> str:
     if not text:
         raise InvalidArgumentError("no prompt: give one, or send one to standard input")
     return text
+
+
+def _as_messages(prompt: str) -> str:
+    """A JSON list of objects is a conversation; any other prompt is one message of the user, also one that
+    begins with a bracket, which the server would take for a broken conversation."""
+    with contextlib.suppress(ValueError, RecursionError):
+        given = json.loads(prompt)
+        if isinstance(given, list) and given and all(isinstance(message, dict) for message in given):
+            return prompt
+    return json.dumps([{"role": "user", "content": prompt}], ensure_ascii=False)
 
 
 def _title(prompt: str, adapter: str) -> str:

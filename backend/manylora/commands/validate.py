@@ -11,12 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from manylora import settings_table
 from manylora.adapters.adapter_root import AdapterRoot
 from manylora.adapters.lora_config import MAX_CONFIG_BYTES
 from manylora.commands.table import cut, render, size
 from manylora.config import EngineConfig, resolve_directory
 from manylora.errors import InvalidArgumentError, ManyloraError
-from manylora.serve.command import read_settings, settings_help
+from manylora.serve.command import read_settings
 
 if TYPE_CHECKING:
     import torch
@@ -65,7 +66,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def epilog() -> str:
     """Examples, and the settings that there are."""
-    return f"{EXAMPLES}\n{settings_help()}"
+    return f"{EXAMPLES}\n{settings_table.help_text()}"
 
 
 def main(arguments: argparse.Namespace) -> int:

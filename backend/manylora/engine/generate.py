@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from manylora.errors import InvalidArgumentError, from_code
 from manylora.messages import Cancel, EngineInfo, Failed, Generate, SamplingParams, TokenLogprobs, Tokens
 from manylora.parameters import parse
-from manylora.protocol import check_input_ids
+from manylora.protocol import check_input_ids, check_stop_token_ids
 from manylora.text_stream import TextStream
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ class Completion:
     text: str
     """What was generated, without special tokens and the stop string."""
     token_ids: list[int]
-    """Generated ids, the ending EOS among them."""
+    """Generated ids, the ending one among them."""
     finish_reason: str
     """`stop` or `length`."""
     num_input_tokens: int
@@ -79,6 +79,7 @@ def generate(
     priorities: Sequence[int] | None = None,
     deadline_ms: int = 0,
     stop: Sequence[str] = (),
+    add_special_tokens: bool = True,
     **sampling: object,
 ) -> list[Completion]:
     """Run prompts to their end, together in one batch.
@@ -90,6 +91,7 @@ def generate(
         priorities: one per prompt, higher runs earlier. None: 0 for all.
         deadline_ms: time for all of it, counted from the call; 0: as long as it takes.
         stop: strings that end a sequence.
+        add_special_tokens: those with which the tokenizer begins a text (BOS), where it does not begin so.
         sampling: fields of `SamplingParams`, the same for all prompts.
 
     Returns:
@@ -102,12 +104,13 @@ def generate(
     """
     begun_s = time.monotonic()
     params = _params(sampling)
+    check_stop_token_ids(params, engine.info)
     deadline_ms = parse({"deadline_ms": deadline_ms}, "option")["deadline_ms"]
     growing = [
         _Growing(
             message=Generate(
                 id=number,
-                input_ids=_encode(engine.tokenizer, prompt, engine.info),
+                input_ids=_encode(engine.tokenizer, prompt, engine.info, add_special_tokens),
                 adapter_id=name,
                 **_row_options(scale, priority),
                 deadline_ms=deadline_ms,
@@ -175,9 +178,9 @@ def _params(sampling: Mapping[str, object]) -> SamplingParams:
     return SamplingParams(**parse(given, "option"))
 
 
-def _encode(tokenizer: Tokenizer, prompt: Prompt, info: EngineInfo) -> list[int]:
+def _encode(tokenizer: Tokenizer, prompt: Prompt, info: EngineInfo, add_special_tokens: bool) -> list[int]:
     if isinstance(prompt, str):
-        ids = tokenizer.encode(prompt)
+        ids = tokenizer.encode(prompt, add_special_tokens=add_special_tokens)
     elif prompt and isinstance(prompt[0], Mapping):
         ids = tokenizer.encode_chat(prompt)  # type: ignore[arg-type]  # messages, by their first element
     else:

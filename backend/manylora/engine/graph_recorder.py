@@ -1,17 +1,12 @@
-"""Records work on a CUDA device once and launches it again as a whole; elsewhere runs it again.
-
-The only file that knows `torch.cuda.CUDAGraph`.
-"""
+"""Records work on a CUDA device once and launches it again as a whole; elsewhere runs it again."""
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from typing import Protocol, TypeVar
 
 import torch
-
-log = logging.getLogger(__name__)
+from manylora_kernels import capture
 
 Replay = Callable[[], None]
 Result = TypeVar("Result")
@@ -51,38 +46,28 @@ class CudaRecorder:
         self._device = device
         # One stream for all, since a pool's memory is only shared within a stream.
         self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]  # torch has no stub
-        self._pool = torch.cuda.graph_pool_handle()
+        self._pool = capture.new_pool()
 
     def warm_up(self, body: Callable[[], Result]) -> Result:
         """Run `body` on the side stream: kernels are compiled and libraries set up before any capture."""
-        current = torch.cuda.current_stream(self._device)
-        self._stream.wait_stream(current)
-        with torch.cuda.stream(self._stream):
-            result = body()
-        current.wait_stream(self._stream)
-        return result
+        results: list[Result] = []
+        capture.warm_up(lambda: results.append(body()), self._stream)
+        return results[0]
 
     def record(self, body: Callable[[], None]) -> Replay:
         """Capture `body` after one run of it."""
         self.warm_up(body)
-        graph = torch.cuda.CUDAGraph()
-        # torch's own context leaves its stream current when ending a spoilt capture raises; this one does
-        # not. Loaders may call CUDA on their threads meanwhile, which is no concern of the capture.
-        with (
-            torch.cuda.stream(self._stream),
-            torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"),
-        ):
-            body()
-        return graph.replay
+        try:
+            return capture.capture(body, self._stream, self._pool).replay
+        except BaseException:
+            # The pool of a failed capture takes no other.
+            self._pool = capture.new_pool()
+            raise
 
     def abandon(self) -> None:
         """Wait for all work, which shows whether the device still computes, and give memory back."""
         torch.cuda.synchronize(self._device)
-        try:
-            torch.cuda.empty_cache()
-        except RuntimeError as error:
-            # A capture that did not end well can leave torch's allocator believing that it goes on.
-            log.warning("memory of the failed recording is not given back: %s", error)
+        torch.cuda.empty_cache()
 
     def free_bytes(self) -> int:
         """As the driver counts it, graphs' own memory with it."""

@@ -9,10 +9,11 @@ import logging
 from collections.abc import Sequence
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from manylora_kernels import Mix
 
-from manylora.engine.batch import Batch, BatchBuilder, StepTensors
+from manylora.engine.batch import Batch, BatchBuilder
 from manylora.engine.graph_recorder import Recorder
 from manylora.engine.step_graphs import Forward, StepGraphs
 from manylora.engine.trial_adapter import trial_adapter
@@ -20,6 +21,10 @@ from manylora.model.loading import LoadedModel, logits_tolerance
 from manylora.model.lora_layers import Site
 
 log = logging.getLogger(__name__)
+
+IntArray = npt.NDArray[np.int32]
+_MOST_ADAPTERS = 8
+"""In a step that is compared: their pages are filled in all layers."""
 
 
 def allowed_difference(dtype: torch.dtype, scale: float) -> float:
@@ -82,35 +87,70 @@ def _page_limits(sites: Sequence[Site]) -> list[int]:
 def _differences(
     model: LoadedModel, builder: BatchBuilder, forward: Forward, probe: Batch, graphs: StepGraphs
 ) -> list[str]:
-    """What of a replayed step is not the eager one's, with an adapter in the pool and without any."""
-    step = builder.build(probe, num_rows=graphs.bucket_of(len(probe.items)))
-    found = _compare(model, forward, step, graphs, len(probe.items), "the base model")
-    with trial_adapter([site.pool for site in model.sites if site.pool is not None], 1):
-        step.mix = _mix_of_page_0(builder, step.input_ids.shape[1])
-        found += _compare(model, forward, step, graphs, len(probe.items), "an adapter")
+    """What of replayed steps is not the eager ones': the least that holds the probes, and the largest, each
+    of the base model and with adapters in the pool, whose rows take turns with rows without one."""
+    least = graphs.bucket_of(len(probe.items))
+    assert least is not None, "the probes are decodes of one step"
+    found: list[str] = []
+    for num_rows, num_items in dict.fromkeys(((least, len(probe.items)), (graphs.buckets[-1],) * 2)):
+        # Decodes that come again write the same into the cache.
+        items = [probe.items[index % len(probe.items)] for index in range(num_items)]
+        step = builder.build(Batch(items), num_rows=num_rows)
+        base = forward(step)[:num_items].float()
+        found += _compare(model, base, graphs.run(step)[:num_items], f"the base model, {num_rows} rows")
+        count = min(_MOST_ADAPTERS, max(1, num_items - 1), builder.max_loras, *_page_limits(model.sites))
+        slots = _turns(count, num_items)
+        with trial_adapter([site.pool for site in model.sites if site.pool is not None], count):
+            step.mix = _mix_of(builder, slots, count, num_rows)
+            wanted = forward(step)[:num_items].float()
+            replayed = graphs.run(step)[:num_items]
+        what = f"{count} adapter{'s' if count > 1 else ''}, {num_rows} rows"
+        found += _compare(model, wanted, replayed, what)
+        found += _compare_changes(model, base, wanted, replayed, slots, what)
     return found
 
 
-def _compare(
-    model: LoadedModel, forward: Forward, step: StepTensors, graphs: StepGraphs, num_rows: int, what: str
-) -> list[str]:
-    wanted = forward(step)[:num_rows].float()
-    found = graphs.run(step)[:num_rows].float()
-    difference = float((found - wanted).abs().max())
+def _compare(model: LoadedModel, wanted: torch.Tensor, replayed: torch.Tensor, what: str) -> list[str]:
+    """In words how logits [T, V] differ by more than another order of computing can make them."""
+    difference = float((replayed.float() - wanted).abs().max())
     allowed = allowed_difference(model.dtype, float(wanted.abs().max()))
     if difference <= allowed:
         return []
     return [f"logits of {what}, replayed, differ by {difference:.3g}, allowed is {allowed:.3g}"]
 
 
-def _mix_of_page_0(builder: BatchBuilder, num_rows: int) -> Mix:
-    """The first row has the adapter, no other."""
-    row_slots = np.full(num_rows, -1, dtype=np.int32)
-    row_slots[0] = 0
+def _compare_changes(
+    model: LoadedModel,
+    base: torch.Tensor,
+    wanted: torch.Tensor,
+    replayed: torch.Tensor,
+    slots: IntArray,
+    what: str,
+) -> list[str]:
+    """The same of what adapters change in each of their rows: one that is missing, or another row's, can lie
+    within what whole logits are allowed."""
+    mine = np.flatnonzero(slots >= 0).tolist()
+    change = (wanted - base)[mine].norm(dim=1)
+    wrong = (replayed.float() - wanted)[mine].norm(dim=1)
+    allowed = logits_tolerance(model.dtype)
+    if bool((wrong <= allowed * change).all()):
+        return []
+    share = float((wrong / change).max())
+    return [f"what {what} change of logits, replayed, differs by {share:.3g} of it, allowed is {allowed:g}"]
+
+
+def _turns(count: int, num_items: int) -> IntArray:
+    """Slots of rows that take turns: adapter 0, adapter 1 and so on, then none."""
+    turns = np.arange(num_items, dtype=np.int32) % (count + 1)
+    return np.where(turns < count, turns, np.int32(-1))
+
+
+def _mix_of(builder: BatchBuilder, slots: IntArray, count: int, num_rows: int) -> Mix:
+    """Each adapter in the page of its number; rows that pad have none."""
     return Mix.build(
-        row_slots,
+        np.pad(slots, (0, num_rows - len(slots)), constant_values=-1),
         np.ones(num_rows, dtype=np.float32),
-        [[(0,)]] * builder.num_kinds,
+        [[(page,) for page in range(count)]] * builder.num_kinds,
         builder.max_loras,
         builder.max_pages,
         builder.device,

@@ -8,9 +8,13 @@ every request with an adapter wrongly, and nobody would notice.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import nullcontext
+
 import numpy as np
 import torch
-from manylora_kernels import Mix, SitePool, add_lora, reference
+from manylora_kernels import Mix, SitePool, add_lora, gate_up_lora, linear_lora, reference
+from manylora_kernels.streams import as_recorded
 
 from manylora.engine.batch import BatchBuilder
 from manylora.engine.trial_adapter import trial_adapter
@@ -24,9 +28,15 @@ _ALLOWED = {torch.float32: 1e-4, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 """Norm of the error over norm of the term: products and their sums are rounded to the dtype once each."""
 
 
+Form = Callable[[torch.Tensor, torch.Tensor, SitePool, Mix, int], torch.Tensor]
+"""Of base products [T, N], x [T, K], the site's pool, the mix and the kind: what the site gives, [T, N], or
+behind the activation [T, N / 2]."""
+
+
 @torch.inference_mode()
 def prove_kernels(model: LoadedModel, builder: BatchBuilder) -> None:
-    """Compute the term of one site of each kind, with random numbers in pages that hold no adapter yet.
+    """Compute the term of one site of each kind, in every form that steps take, with random numbers in pages
+    that hold no adapter yet.
 
     Raises:
         UnsupportedError: the kernels compute something else than `manylora_kernels.reference` on this device.
@@ -34,22 +44,50 @@ def prove_kernels(model: LoadedModel, builder: BatchBuilder) -> None:
     for kind, spec in enumerate(model.spec.kinds):
         pool = next(site.pool for site in model.sites if site.kind == kind)
         assert pool is not None, "the pool is given to the sites before"
-        error = _error(pool, kind, builder, model.dtype)
-        if not error <= _ALLOWED[model.dtype]:
-            raise UnsupportedError(
-                f"the kernels compute the adapters' term of {spec.name} wrongly on {model.device} with "
-                f"{model.dtype}: found an error of {error:.2g} of the term, allowed {_ALLOWED[model.dtype]:g}"
-            )
+        forms = {"add_lora": _add, "linear_lora": _linear}
+        if pool.shape.is_gate_up:
+            forms["gate_up_lora"] = _gate_up
+        for name, form in forms.items():
+            # Inside of graphs shrink runs beside the base product, by other kernels.
+            for where, context in (("", nullcontext()), (" as in graphs", as_recorded())):
+                with context:
+                    error = _error(form, pool, kind, builder, model.dtype)
+                if error <= _ALLOWED[model.dtype]:
+                    continue
+                raise UnsupportedError(
+                    f"the kernels compute the adapters' term of {spec.name} wrongly on {model.device} with "
+                    f"{model.dtype}: found an error of {error:.2g} of the term by {name}{where}, allowed "
+                    f"{_ALLOWED[model.dtype]:g}"
+                )
 
 
-def _error(pool: SitePool, kind: int, builder: BatchBuilder, dtype: torch.dtype) -> float:
+def _add(y: torch.Tensor, x: torch.Tensor, pool: SitePool, mix: Mix, kind: int) -> torch.Tensor:
+    found = y.clone()
+    add_lora(found, x, pool, mix, kind)
+    return found
+
+
+def _linear(y: torch.Tensor, x: torch.Tensor, pool: SitePool, mix: Mix, kind: int) -> torch.Tensor:
+    return linear_lora(x, lambda _: y.clone(), pool, mix, kind)
+
+
+def _gate_up(y: torch.Tensor, x: torch.Tensor, pool: SitePool, mix: Mix, kind: int) -> torch.Tensor:
+    return gate_up_lora(x, lambda _: y.clone(), pool, mix, kind)
+
+
+def _error(form: Form, pool: SitePool, kind: int, builder: BatchBuilder, dtype: torch.dtype) -> float:
+    """Of what the adapters change, as a share of it."""
     pages = tuple(range(min(_MOST_PAGES, builder.max_pages, pool.a.shape[0])))
     generator = torch.Generator(pool.a.device).manual_seed(kind)
-    x = torch.randn(len(_SLOTS), pool.num_inputs, generator=generator, device=pool.a.device).to(dtype)
-    # NaN where nothing is to be read or written.
-    found = torch.zeros(len(_SLOTS), pool.num_outputs, device=pool.a.device, dtype=dtype)
+
+    def randn(num_columns: int) -> torch.Tensor:
+        numbers = torch.randn(len(_SLOTS), num_columns, generator=generator, device=pool.a.device)
+        return numbers.to(dtype)
+
+    x, y = randn(pool.num_inputs), randn(pool.num_outputs)
     without = torch.tensor(_SLOTS, device=pool.a.device) < 0
-    found[without] = torch.nan
+    # NaN where nothing is to be read or written.
+    y[without] = torch.nan
     mix = Mix.build(
         np.array(_SLOTS, dtype=np.int32),
         np.array(_SCALES, dtype=np.float32),
@@ -60,10 +98,17 @@ def _error(pool: SitePool, kind: int, builder: BatchBuilder, dtype: torch.dtype)
         triton=builder.triton,
     )
     with trial_adapter([pool], len(pages)):
-        add_lora(found, x, pool, mix, kind)
-        wanted = torch.zeros_like(found, dtype=torch.float32)
-        reference.add_lora(wanted, x, pool, _SLOTS, _SCALES, [pages])
+        found = form(y, x, pool, mix, kind)
+        base, whole = (y.to(torch.float32, copy=True) for _ in range(2))
+        reference.add_lora(whole, x, pool, _SLOTS, _SCALES, [pages])
+    if found.shape != whole.shape:
+        base, whole = _activated(base), _activated(whole)
     if not found[without].isnan().all():
         return float("inf")
-    found[without] = 0
-    return float((found.float() - wanted).norm() / wanted.norm())
+    wrong, term = (found - whole)[~without], (whole - base)[~without]
+    return float(wrong.norm() / term.norm())
+
+
+def _activated(y: torch.Tensor) -> torch.Tensor:
+    gate, up = y.chunk(2, dim=1)
+    return torch.nn.functional.silu(gate) * up

@@ -16,10 +16,9 @@ import signal
 import sys
 import threading
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from manylora import run_dir
+from manylora import paths, run_dir
 from manylora.config import EngineConfig
 from manylora.engine import turn_watch
 from manylora.engine.turn_watch import TurnWatch
@@ -101,7 +100,7 @@ def serve(owner: _Owner) -> None:
     Raises:
         ManyloraError: the engine cannot start, or its thread has died.
     """
-    socket_path = Path(owner.order["socket"])
+    socket_path = paths.from_text(owner.order["socket"])
     lock = run_dir.lock(socket_path)
     config = EngineConfig.from_json(json.dumps(owner.order["config"]))
     # Here, since they import torch, which takes seconds: the owner is watched by now.

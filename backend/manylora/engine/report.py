@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import torch
+
 from manylora.adapters.device_pool import DevicePool
 from manylora.adapters.registry import Registry
 from manylora.config import EngineConfig
@@ -18,8 +20,10 @@ def capacity(pool: DevicePool, blocks: BlockPool, config: EngineConfig, model: L
     num_tokens = len(blocks.blocks) * blocks.block_size
     staging = pool.staging_bytes
     fits = ", ".join(f"{pool.plan(r)} of rank {r}" for r in _RANKS if r <= config.max_lora_rank)
+    threads = f" with {torch.get_num_threads()} threads" if model.device.type == "cpu" else ""
     return [
-        f"base model {model.directory.name}: {type(model.module).__name__}, {model.dtype} on {model.device}, "
+        f"base model {model.directory.name}: {type(model.module).__name__}, {model.dtype} on "
+        f"{model.device}{threads}, "
         f"sequences of {model.max_model_len} tokens at most",
         f"KV cache: {num_tokens} tokens, {_mib(num_tokens * model.cache_bytes_per_token())}",
         f"device pool: {_mib(pool.num_bytes)}, holds adapters on all linears: {fits}; "

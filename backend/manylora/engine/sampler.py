@@ -98,18 +98,21 @@ def _uploads(
 
 
 def _forbid_ends(logits_BV: torch.Tensor, items: Seq[Item], eos_token_ids: Seq[int]) -> None:
-    held = [
-        row
-        for row, item in enumerate(items)
-        if item.end - item.sequence.num_prompt < item.sequence.params.min_tokens
-        and not item.sequence.params.ignore_eos
-    ]
-    if held and eos_token_ids:
-        packed = upload(np.array([*held, *eos_token_ids], dtype=np.int64), logits_BV.device)
-        index = (packed[: len(held), None], packed[len(held) :])
-        ends = logits_BV[index]
+    rows: list[int] = []
+    ids: list[int] = []
+    for row, item in enumerate(items):
+        params = item.sequence.params
+        if item.end - item.sequence.num_prompt >= params.min_tokens:
+            continue
+        ends = {*params.stop_token_ids, *(() if params.ignore_eos else eos_token_ids)}
+        rows += [row] * len(ends)
+        ids += ends
+    if rows:
+        packed = upload(np.array([rows, ids], dtype=np.int64), logits_BV.device)
+        index = (packed[0], packed[1])
+        values = logits_BV[index]
         # What is not finite stays, for it tells that the row is not sound.
-        logits_BV[index] = ends.masked_fill(ends < float("inf"), float("-inf"))
+        logits_BV[index] = values.masked_fill(values < float("inf"), float("-inf"))
 
 
 def _draw_all(scaled_FV: torch.Tensor, draws_F1: torch.Tensor, items: Seq[Item]) -> torch.Tensor:

@@ -310,11 +310,10 @@ class Scheduler:
 
     def _finish_reason(self, sequence: Sequence, token_id: int) -> str:
         params = sequence.params
-        if (
-            token_id in self.eos_token_ids
-            and not params.ignore_eos
-            and sequence.num_generated >= params.min_tokens
-        ):
+        is_end = token_id in params.stop_token_ids or (
+            token_id in self.eos_token_ids and not params.ignore_eos
+        )
+        if is_end and sequence.num_generated >= params.min_tokens:
             return "stop"
         if (
             sequence.num_generated >= params.max_tokens

@@ -13,6 +13,7 @@ from typing import Protocol
 import msgspec
 import zmq
 
+from manylora import ipc
 from manylora.errors import ManyloraError
 from manylora.ipc import Event, Outbox
 from manylora.messages import (
@@ -76,7 +77,7 @@ class EngineServer:
         self._router.set(zmq.ROUTER_MANDATORY, 1)
         self._router.set(zmq.SNDHWM, 0)
         self._router.set(zmq.RCVHWM, 0)
-        self._router.bind(f"ipc://{socket_path}")
+        self._router.bind(ipc.address(socket_path))
         self._socket_path = socket_path
         self._thread = threading.Thread(target=self._run, name="manylora-ipc", daemon=True)
         self._thread.start()

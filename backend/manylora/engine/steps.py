@@ -19,7 +19,8 @@ log = logging.getLogger(__name__)
 _BROKEN_DEVICE: tuple[type[BaseException], ...] = tuple(
     filter(None, [getattr(torch, "AcceleratorError", None)])
 )
-"""Raised once a device's context is of no more use; memory that ran out is another error."""
+"""What torch's own calls raise once a device's context is of no more use. Triton and the vendor's libraries
+raise plain RuntimeErrors, and so does memory that ran out: behind those the device is asked."""
 
 
 class Steps:
@@ -82,7 +83,7 @@ class Steps:
 
     def _fail(self, batch: Batch, error: Exception) -> None:
         log.error("a step failed; its %d sequences end with INTERNAL", len(batch.items), exc_info=error)
-        if isinstance(error, _BROKEN_DEVICE):
+        if isinstance(error, _BROKEN_DEVICE) or not self.runner.device_answers():
             raise error
         for item in batch.items:
             if item.sequence.state is State.RUNNING:

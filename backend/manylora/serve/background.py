@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
+from manylora import paths
 from manylora.errors import UnavailableError
 
 STOP_S = 90.0
@@ -73,5 +74,5 @@ def _read_ready(process: subprocess.Popen[str]) -> RunningServer:
         word, _, facts = line.partition(" ")
         if word == "ready":
             read = json.loads(facts)
-            return RunningServer(**{**read, "run_dir": Path(read["run_dir"])})
+            return RunningServer(**{**read, "run_dir": paths.from_text(read["run_dir"])})
     raise UnavailableError(f"`manylora serve` ended with status {process.wait()} before it was ready")

@@ -5,18 +5,24 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shlex
 import sys
 from dataclasses import fields
 
-from manylora.config import EngineConfig, resolve_directory
+from manylora import paths
+from manylora.config import EngineConfig, parse_size, resolve_directory
 from manylora.errors import InvalidArgumentError
-from manylora.serve import processes, repository
+from manylora.serve import limits, preflight, processes, repository
 from manylora.serve.installation import environment, find_installation
-from manylora.serve.ports import Ports, resolve
+from manylora.serve.ports import Ports, hold
+from manylora.serve.restrictions import RESTRICTABLE, read_allowed, restriction_arguments
 from manylora.serve.stop_signals import StopSignals
 from manylora.serve.supervisor import Supervisor
 from manylora.serve.triton_server import TritonServer
 from manylora.serve.workspace import Workspace, workspace
+
+PATHS = ("base_model", "adapter_root")
+"""Settings that are directories."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -39,6 +45,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             metavar="N",
             help="0: a free one (default: %(default)s)",
         )
+    add(
+        "--allow",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="open to all clients what is closed to them: "
+        f"{', '.join(RESTRICTABLE)}; may be given several times",
+    )
+    add(
+        "--shared-memory-bytes",
+        default="0",
+        metavar="N",
+        help="most that requests to one model may take of /dev/shm; takes K, M, G (default: "
+        "what 64 prompts of max_model_len take, at least 64M)",
+    )
     add("--stop-with-parent", action="store_true", help="stop when the program that started this one ends")
     add("--run-dir", metavar="DIR", help="for sockets and the log (default: a temporary one)")
     add(
@@ -69,17 +90,23 @@ def main(arguments: argparse.Namespace) -> int:
     if arguments.stop_with_parent:
         processes.end_with_parent()
     settings = read_settings(arguments)
-    ports = resolve(
-        Ports(
-            host=arguments.host,
-            http=arguments.http_port,
-            grpc=arguments.grpc_port,
-            metrics=arguments.metrics_port,
-        )
+    restrictions = restriction_arguments(read_allowed(arguments.allow))
+    shared_memory_bytes = limits.region_bytes(
+        parse_size("--shared-memory-bytes", arguments.shared_memory_bytes),
+        max_model_len=int(settings.get("max_model_len", 0)),
     )
     installation = find_installation()
-    with workspace(arguments.run_dir) as space:
+    limits.raise_descriptors()
+    asked = Ports(
+        host=arguments.host,
+        http=arguments.http_port,
+        grpc=arguments.grpc_port,
+        metrics=arguments.metrics_port,
+    )
+    with hold(asked) as ports, workspace(arguments.run_dir) as space:
+        preflight.check(settings, space.path)
         env = environment(installation, space.libraries)
+        backends = space.plain_backends(installation.backends)
         repository.render(space.models, settings, space.path)
         # From here on no descendant of this process can outlive it.
         processes.adopt_orphans()
@@ -87,12 +114,17 @@ def main(arguments: argparse.Namespace) -> int:
             lambda: TritonServer(
                 installation,
                 env=env,
+                backends=backends,
                 repository=space.models,
                 ports=ports,
                 log_path=space.log,
                 exit_timeout_s=arguments.exit_timeout,
+                restrictions=restrictions,
+                shared_memory_bytes=shared_memory_bytes,
             ),
             address=ports.address(ports.http),
+            metrics_address=ports.address(ports.metrics),
+            run_dir=space.path,
             ready_timeout_s=arguments.ready_timeout,
             on_ready=lambda: _announce(ports, space),
             say=_say,
@@ -123,21 +155,13 @@ def read_settings(arguments: argparse.Namespace) -> dict[str, str]:
     # Named here too, since the configuration itself only knows that it is missing.
     if "base_model" not in settings:
         raise InvalidArgumentError("no base model: give --base-model DIR")
-    config = EngineConfig.from_strings(settings)
-    settings["base_model"] = str(resolve_directory(config.base_model, "base_model"))
-    if config.adapter_root:
-        settings["adapter_root"] = str(resolve_directory(config.adapter_root, "adapter_root"))
+    settings.update({key: paths.to_text(settings[key]) for key in PATHS if key in settings})
+    EngineConfig.from_strings(settings)
+    for key in PATHS:
+        if key in settings:
+            # The slash keeps blanks at the end of a name, which no reader of a setting keeps.
+            settings[key] = paths.checked_text(resolve_directory(settings[key], key), key) + "/"
     return settings
-
-
-def settings_help() -> str:
-    """The keys of `--set` with their defaults, for `--help`."""
-    lines = [
-        f"  {field.name}={','.join(field.default) if isinstance(field.default, tuple) else field.default}"
-        for field in fields(EngineConfig)
-        if field.name not in ("base_model", "adapter_root")
-    ]
-    return "settings and their defaults:\n" + "\n".join(lines)
 
 
 def _announce(ports: Ports, space: Workspace) -> None:
@@ -145,7 +169,7 @@ def _announce(ports: Ports, space: Workspace) -> None:
         "http": ports.address(ports.http),
         "grpc": ports.address(ports.grpc),
         "metrics": ports.address(ports.metrics),
-        "run_dir": str(space.path),
+        "run_dir": paths.to_text(space.path),
         "pid": os.getpid(),
     }
     space.write_record(facts)
@@ -154,7 +178,7 @@ def _announce(ports: Ports, space: Workspace) -> None:
     print(f"  HTTP     http://{facts['http']}/v2/models/llm/generate")
     print(f"  gRPC     {facts['grpc']}")
     print(f"  metrics  http://{facts['metrics']}/metrics")
-    print(f"  status   manylora status --run-dir {space.path}", flush=True)
+    print(f"  status   manylora status --run-dir {shlex.quote(str(space.path))}", flush=True)
 
 
 def _say(text: str) -> None:

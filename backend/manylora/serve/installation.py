@@ -59,7 +59,9 @@ def find_installation() -> Installation:
         NotFoundError: there is none.
     """
     on_path = shutil.which("tritonserver")
-    roots = [Path(on_path).resolve().parents[1]] if on_path else []
+    # It may be a link, with the backends beside the link (as set-up leaves them) or beside what it leads to.
+    places = [Path(on_path).absolute().parents[1], Path(on_path).resolve().parents[1]] if on_path else []
+    roots = [root for root in places if Installation(root=root).stub.is_file()] + places[1:]
     roots += [SYSTEM_INSTALLATION, CHECKOUT_INSTALLATION]
     for root in roots:
         found = Installation(root=root)

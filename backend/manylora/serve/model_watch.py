@@ -1,81 +1,209 @@
-"""Asks one model of a running server again and again, and says when it is dead or hung."""
+"""Watches one model of a running server, and says when it is dead or hung.
+
+Triton goes on calling a model ready whose process is dead or hung. So its front end is asked itself, and what
+Triton has for it is compared with what reaches it. None of the questions is a request, so none is counted.
+"""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
+from pathlib import Path
 
-from manylora.serve.probe import Answer, Probe
+from manylora.health import StageState, read_stages
+from manylora.serve.probe import HttpProbe, Line, LineProbe, Probe, http_status, ready_path
 
-LOOKS_BETWEEN = 40
-"""Looks from one answer to the next request for a token."""
-BUSY_LOOKS = 120
-"""Looks after which a token is late. It may be behind many others, so this alone means nothing."""
+LOOKS_BETWEEN = 20
+"""Looks from one answer to the next question."""
 HUNG_LOOKS = 240
-"""Looks that a refusal may take. A front end gives it alone and at once, whatever waits in the engine. Long
-prompts are tokenised apart; one that has a thousand short ones to tokenise first is through in that time."""
+"""Looks that an answer may take. None needs the engine, a model or more than a moment."""
+HUNG_ANSWERS = 12
+"""Answers in a row, a minute or more, from one and the same turn of a busy stage: one that has a thousand
+prompts to tokenise is through in that time. Also of metrics with requests of which none gets through."""
 MAX_BAD_ANSWERS = 2
 """In a row, by which a model is given up as dead."""
+
+EXECUTE = "execute"
+"""The stage that takes requests from Triton."""
+
+_PENDING = r'^nv_inference_pending_request_count\{{[^}}]*model="{}"[^}}]*\}} (\d+)'
 
 
 class ModelWatch:
     """Counts its looks, four a second, and compares no times: a pause of the whole machine is one look."""
 
-    def __init__(self, address: str, model: str, say: Callable[[str], None]) -> None:
-        self._address = address
+    def __init__(
+        self,
+        model: str,
+        *,
+        health: Path,
+        http: str,
+        metrics: str,
+        is_full: Callable[[], bool],
+        say: Callable[[str], None],
+    ) -> None:
+        """
+        Args:
+            health: socket of the model's front end.
+            http: host:port of tritonserver.
+            metrics: host:port of its metrics.
+            is_full: whether it has so many connections that it can accept no other one.
+        """
         self._model = model
+        self._pending = re.compile(_PENDING.format(re.escape(model)), re.MULTILINE)
+        self._stages: dict[str, StageState] = {}
+        """As last said."""
+        self._num_same: dict[str, int] = {}
+        """Answers in a row with the stage busy in the same turn."""
+        self._num_undelivered = 0
+        """Answers in a row with requests in Triton and no turn of `execute` since the one before."""
+        self._num_executed: int | None = None
+        """Turns of `execute` by the answer before."""
+        self._is_full = is_full
         self._say = say
-        self._token: Probe | None = None
-        self._refusal: Probe | None = None
-        self._num_looks = 0
-        """Since the request for a token, or since its answer."""
-        self._num_refusal_looks = 0
-        self._num_bad = 0
+        self._has_told_full = False
+        self._line = Line(http)
+        self._questions = (
+            _Question(
+                lambda: Probe(health),
+                self._judge_health,
+                silent=f"{model} hangs: it does not even say that it lives",
+                dead=f"{model} does not say how it is",
+            ),
+            _Question(
+                lambda: LineProbe(self._line, ready_path(model)),
+                _judge_ready,
+                silent=f"tritonserver hangs: it does not say whether {model} is ready",
+                dead=f"tritonserver does not call {model} ready",
+                is_excused=self._cannot_ask,
+            ),
+            # Metrics that do not come say nothing.
+            _Question(lambda: HttpProbe(metrics, "/metrics"), self._judge_pending),
+        )
 
     def look(self) -> str:
         """Look once.
 
         Returns: what is wrong; empty when nothing is.
         """
-        self._num_looks += 1
-        problem = self._look_at_token() if self._token else ""
-        if not self._token and self._num_looks >= LOOKS_BETWEEN:
-            self._token = Probe(self._address, self._model)
-            self._num_looks = 0
-        return problem or (self._look_at_refusal(self._refusal) if self._refusal else "")
+        problems = [question.look() for question in self._questions]
+        return next(filter(None, problems), "")
 
     def close(self) -> None:
         """Give up what is on its way."""
-        for probe in (self._token, self._refusal):
-            if probe:
-                probe.close()
-        self._token = self._refusal = None
+        for question in self._questions:
+            question.close()
+        self._line.close()
 
-    def _look_at_token(self) -> str:
-        assert self._token
-        answer = self._token.poll(0)
-        if answer is None:
-            if self._num_looks % BUSY_LOOKS == 0 and not self._refusal:
-                self._refusal = Probe(self._address, self._model, is_refused=True)
-                self._num_refusal_looks = 0
+    def _cannot_ask(self) -> bool:
+        """Whether tritonserver may be silent since it cannot accept our connection, not since it hangs."""
+        if self._line.is_accepted or not self._is_full():
+            self._has_told_full = False
+            return False
+        if not self._has_told_full:
+            self._say(
+                f"{self._model} cannot be asked: tritonserver has as many connections as it may have open "
+                "files; bound them with a proxy in front, or raise the limit (ulimit -n)"
+            )
+        self._has_told_full = True
+        return True
+
+    def _judge_health(self, answer: str) -> str:
+        stages = read_stages(answer)
+        hung = ""
+        for name, state in stages.items():
+            is_same = state.is_busy and state == self._stages.get(name)
+            self._num_same[name] = self._num_same.get(name, 0) + 1 if is_same else 0
+            if self._num_same[name] >= HUNG_ANSWERS:
+                hung = f"{self._model} hangs: one turn of {name} does not come to an end"
+        self._stages = stages
+        return hung
+
+    def _judge_pending(self, answer: str) -> str:
+        found = self._pending.search(answer)
+        num_executed = self._stages[EXECUTE].num_turns if EXECUTE in self._stages else None
+        is_waiting = found is not None and int(found[1]) > 0
+        is_undelivered = is_waiting and num_executed is not None and num_executed == self._num_executed
+        self._num_executed = num_executed
+        self._num_undelivered = self._num_undelivered + 1 if is_undelivered else 0
+        if self._num_undelivered < HUNG_ANSWERS:
             return ""
-        text = self._token.text
+        return f"{self._model} hangs: requests wait in Triton and none reaches it"
+
+
+class _Question:
+    """Asked again and again."""
+
+    def __init__(
+        self,
+        ask: Callable[[], Probe],
+        judge: Callable[[str], str],
+        *,
+        silent: str = "",
+        dead: str = "",
+        is_excused: Callable[[], bool] = lambda: False,
+    ) -> None:
+        """
+        Args:
+            judge: says what an answer shows to be wrong, empty for nothing; ValueError where it is no answer.
+            silent: what is wrong when no answer comes; empty: nothing.
+            dead: what is wrong when there is nobody, or what comes is no answer; empty: nothing.
+            is_excused: asked before either is said; true: nothing is wrong as yet.
+        """
+        self._ask = ask
+        self._judge = judge
+        self._is_excused = is_excused
+        self._silent = silent
+        self._dead = dead
+        self._probe: Probe | None = None
+        self._num_looks = 0
+        """Since it was asked, or since its answer."""
+        self._num_bad = 0
+
+    def look(self) -> str:
+        self._num_looks += 1
+        if self._probe is None:
+            if self._num_looks >= LOOKS_BETWEEN:
+                self._probe = self._ask()
+                self._num_looks = 0
+            return ""
+        if not self._probe.poll(0):
+            return self._give_up()
+        probe = self._probe
         self.close()
         self._num_looks = 0
-        return self._judge(answer, text)
+        if probe.failure is not None:
+            # What failed on our own side says nothing of the other one.
+            return self._bad(str(probe.failure)) if probe.nobody_is_there else ""
+        try:
+            problem = self._judge(probe.answer.decode(errors="replace"))
+        except ValueError as error:
+            return self._bad(str(error))
+        self._num_bad = 0
+        return problem
 
-    def _look_at_refusal(self, probe: Probe) -> str:
-        answer = probe.poll(0)
-        if answer is None:
-            self._num_refusal_looks += 1
-            if self._num_refusal_looks >= HUNG_LOOKS:
-                return f"{self._model} hangs: it does not even refuse a request"
+    def close(self) -> None:
+        if self._probe:
+            self._probe.close()
+        self._probe = None
+
+    def _give_up(self) -> str:
+        """On an answer that does not come, after so many looks."""
+        if self._num_looks < HUNG_LOOKS:
             return ""
-        probe.close()
-        self._refusal = None
-        if answer is not Answer.FOREIGN:
-            self._say(f"{self._model} is busy: it has been asked for a token and has not come to it yet")
-        return self._judge(answer, probe.text)
+        if self._is_excused():
+            self._num_looks = 0
+            return ""
+        return self._silent
 
-    def _judge(self, answer: Answer, text: str) -> str:
-        self._num_bad = self._num_bad + 1 if answer is Answer.FOREIGN else 0
-        return f"{self._model} does not answer: {text}" if self._num_bad >= MAX_BAD_ANSWERS else ""
+    def _bad(self, why: str) -> str:
+        if self._is_excused():
+            return ""
+        self._num_bad += 1
+        return f"{self._dead}: {why}" if self._dead and self._num_bad >= MAX_BAD_ANSWERS else ""
+
+
+def _judge_ready(answer: str) -> str:
+    if http_status(answer) != 200:
+        raise ValueError(answer.partition("\r\n")[0] or "it hangs up")
+    return ""

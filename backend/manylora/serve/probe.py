@@ -1,78 +1,202 @@
-"""Whether a front end answers. Asked over HTTP, as a client would."""
+"""Questions to sockets of this machine that never wait. None is a request to a model, so none is counted."""
 
 from __future__ import annotations
 
-import enum
-import http.client
+import contextlib
+import errno
 import json
+import os
 import re
 import select
-
-from manylora.serve.repository import STREAMING_MODEL
+import socket
+from pathlib import Path
 
 REPLY_TIMEOUT_S = 5.0
-"""From the first byte of an answer to its end, and for answers that need no model."""
+MAX_ANSWER_BYTES = 1 << 22
+"""More than tritonserver's metrics take."""
 
-_TAGGED = re.compile(r"\[[A-Z_]+\] ")
-
-
-class Answer(enum.Enum):
-    """What came back from a model."""
-
-    RIGHT = enum.auto()
-    """A token."""
-    ERROR = enum.auto()
-    """An error that the front end has written, so it is alive."""
-    FOREIGN = enum.auto()
-    """Triton's own error, as it gives for a dead front end, or no connection."""
+_LENGTH = re.compile(rb"\r\nContent-Length: *(\d+)", re.IGNORECASE)
+_STATUS = re.compile(r"HTTP/1\.[01] (\d{3})\b")
 
 
 class Probe:
-    """A request for one token of the base model, on its way."""
+    """One question, on its way. It is over when there is an answer, or a reason why there is none."""
 
-    def __init__(self, address: str, model: str, *, is_refused: bool = False) -> None:
-        """Send it.
+    def __init__(
+        self, address: str | Path, ask: bytes = b"", *, connection: socket.socket | None = None
+    ) -> None:
+        """Connect, and send once there is a connection.
 
         Args:
-            is_refused: ask for what the front end refuses without a word to the engine.
+            address: host:port, or the path of a Unix socket.
+            ask: what to send. The other side closes the connection after its answer.
+            connection: one to this address that there is already.
         """
-        self.text = ""
-        """The answer, or why there is none."""
-        self._failure: OSError | None = None
-        self._connection = http.client.HTTPConnection(address, timeout=REPLY_TIMEOUT_S)
-        verb = "generate_stream" if model == STREAMING_MODEL else "generate"
-        body = json.dumps({"text_input": "1 + 1 =", "max_tokens": 0 if is_refused else 1})
+        self.answer = b""
+        self.failure: OSError | None = None
+        self._ask = ask
+        self._socket = connection
         try:
-            self._connection.request("POST", f"/v2/models/{model}/{verb}", body)
+            self._socket = connection or _connect(address)
         except OSError as error:
-            self._failure = error
+            self.failure = error
 
-    def poll(self, wait_s: float) -> Answer | None:
-        """Wait a while for the answer. None: it has not come yet."""
+    @property
+    def nobody_is_there(self) -> bool:
+        """Whether it failed because nobody listens, or hung up. Other failures are our own side's."""
+        return isinstance(self.failure, ConnectionError | FileNotFoundError)
+
+    def poll(self, wait_s: float) -> bool:
+        """Wait a while. Returns whether it is over."""
         try:
-            if self._failure:
-                raise self._failure
-            if not select.select([self._connection.sock], [], [], wait_s)[0]:
-                return None
-            self.text = self._connection.getresponse().read().decode(errors="replace").strip()
-        except (OSError, http.client.HTTPException) as error:
-            self.text = f"{type(error).__name__}: {error}"
-            return Answer.FOREIGN
-        if '"text_output"' in self.text:
-            return Answer.RIGHT
-        return Answer.ERROR if _TAGGED.search(self.text) else Answer.FOREIGN
+            while self._socket and not self.failure:
+                waiting_to_send = [self._socket] if self._ask else []
+                readable, writable, _ = select.select([self._socket], waiting_to_send, [], wait_s)
+                if writable:
+                    self._send(self._socket)
+                elif not readable:
+                    return False
+                elif not self._receive(self._socket):
+                    return True
+        except OSError as error:
+            self.failure = error
+        return True
 
     def close(self) -> None:
-        self._connection.close()
+        if self._socket:
+            self._socket.close()
+
+    def _send(self, connection: socket.socket) -> None:
+        code = connection.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+        if code:
+            raise OSError(code, os.strerror(code))
+        self._ask = self._ask[connection.send(self._ask) :]
+
+    def _receive(self, connection: socket.socket) -> bool:
+        """Read on. Returns whether there may be more."""
+        part = connection.recv(65536)
+        self.answer += part
+        return bool(part) and len(self.answer) < MAX_ANSWER_BYTES
+
+
+class HttpProbe(Probe):
+    """A GET to tritonserver's HTTP or metrics port."""
+
+    def __init__(self, address: str, path: str) -> None:
+        head = f"GET {path} HTTP/1.1\r\nHost: {address}\r\nConnection: close\r\n\r\n"
+        super().__init__(address, head.encode())
+
+
+class Line:
+    """A connection to tritonserver that stays open from one question to the next: a server whose other
+    connections are so many that it can accept no more still answers on it."""
+
+    def __init__(self, address: str) -> None:
+        self.address = address
+        self.is_accepted = False
+        """An answer has come over it. Until then it may only wait for the server to take it."""
+        self._connection: socket.socket | None = None
+        # The first question finds it taken, whatever comes in between.
+        with contextlib.suppress(OSError):
+            self._connection = _connect(address)
+
+    def take(self) -> socket.socket | None:
+        """The connection, for one question; None where there is none any more."""
+        connection, self._connection = self._connection, None
+        # Nothing has been asked, so what there is to read is its end.
+        if connection and self.is_accepted and select.select([connection], [], [], 0)[0]:
+            connection.close()
+            connection = None
+        if connection is None:
+            self.is_accepted = False
+        return connection
+
+    def give_back(self, connection: socket.socket) -> None:
+        """After an answer that has come whole."""
+        self._connection = connection
+        self.is_accepted = True
+
+    def close(self) -> None:
+        if self._connection:
+            self._connection.close()
+
+
+class LineProbe(Probe):
+    """A GET over a line."""
+
+    def __init__(self, line: Line, path: str) -> None:
+        self._line = line
+        head = f"GET {path} HTTP/1.1\r\nHost: {line.address}\r\n\r\n"
+        super().__init__(line.address, head.encode(), connection=line.take())
+
+    def close(self) -> None:
+        if self._socket and not self.failure and self._is_whole():
+            self._line.give_back(self._socket)
+        else:
+            super().close()
+
+    def _receive(self, connection: socket.socket) -> bool:
+        return super()._receive(connection) and not self._is_whole()
+
+    def _is_whole(self) -> bool:
+        head, is_there, body = self.answer.partition(b"\r\n\r\n")
+        length = _LENGTH.search(head)
+        return bool(is_there) and len(body) >= (int(length[1]) if length else 0)
+
+
+def http_status(answer: str) -> int:
+    """The status in an answer over HTTP; 0 where it is none."""
+    found = _STATUS.match(answer)
+    return int(found[1]) if found else 0
 
 
 def is_ready(address: str, model: str) -> bool:
     """Say whether Triton calls the model ready, which it goes on doing when the model's process is dead."""
-    connection = http.client.HTTPConnection(address, timeout=REPLY_TIMEOUT_S)
+    probe = HttpProbe(address, ready_path(model))
     try:
-        connection.request("GET", f"/v2/models/{model}/ready")
-        return connection.getresponse().status == 200
-    except (OSError, http.client.HTTPException):
-        return False
+        return probe.poll(REPLY_TIMEOUT_S) and http_status(probe.answer.decode(errors="replace")) == 200
     finally:
+        probe.close()
+
+
+def server_id(address: str) -> str:
+    """The `--id` of the tritonserver that answers; empty where none does, or something else."""
+    probe = HttpProbe(address, "/v2")
+    try:
+        if not probe.poll(REPLY_TIMEOUT_S):
+            return ""
+        body = probe.answer.decode(errors="replace").partition("\r\n\r\n")[2]
+        return str(json.loads(body)["name"])
+    except (ValueError, TypeError, KeyError):
+        return ""
+    finally:
+        probe.close()
+
+
+def ready_path(model: str) -> str:
+    """What Triton answers with status 200 when it calls the model ready."""
+    return f"/v2/models/{model}/ready"
+
+
+def _connect(address: str | Path) -> socket.socket:
+    """Begin to connect."""
+    target: str | tuple[str, int]
+    if isinstance(address, Path):
+        family, target = socket.AF_UNIX, str(address)
+    else:
+        host, _, port = address.rpartition(":")
+        family = socket.AF_INET6 if host.startswith("[") else socket.AF_INET
+        target = (host.strip("[]"), int(port))
+    connection = socket.socket(family)
+    try:
+        connection.setblocking(False)
+        connection.connect(target)
+    except BlockingIOError as error:
+        # A Unix socket has no connection that is being made: its queue is full.
+        if error.errno != errno.EINPROGRESS:
+            connection.close()
+            raise
+    except OSError:
         connection.close()
+        raise
+    return connection

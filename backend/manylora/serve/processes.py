@@ -31,6 +31,15 @@ def end_with_parent() -> None:
 
 def children(pid: int) -> list[int]:
     """The living processes whose parent is `pid`; a zombie is not living."""
+    return [child for child, state in _children(pid) if state not in "ZX"]
+
+
+def dead_children(pid: int) -> list[int]:
+    """The processes that have ended and whose parent `pid` has not taken notice of it."""
+    return [child for child, state in _children(pid) if state == "Z"]
+
+
+def _children(pid: int) -> list[tuple[int, str]]:
     found = []
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
@@ -38,8 +47,8 @@ def children(pid: int) -> list[int]:
             with contextlib.suppress(OSError):
                 # The name in parentheses may hold blanks and parentheses itself.
                 state, parent = (entry / "stat").read_text().rpartition(")")[2].split()[:2]
-                if int(parent) == pid and state not in "ZX":
-                    found.append(int(entry.name))
+                if int(parent) == pid:
+                    found.append((int(entry.name), state))
     return found
 
 

@@ -11,6 +11,7 @@ from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2
 
 import manylora
+from manylora import paths
 from manylora.errors import NotFoundError
 
 ENGINE_MODEL = "llm"
@@ -47,11 +48,11 @@ def render(target: Path, settings: Mapping[str, str], run_dir: Path) -> None:
     for model in MODELS:
         shutil.copytree(templates / model, target / model, ignore=shutil.ignore_patterns("__pycache__"))
         config_path = target / model / "config.pbtxt"
-        config = text_format.Parse(config_path.read_text(), model_config_pb2.ModelConfig())
+        config = text_format.Parse(config_path.read_text(encoding="utf-8"), model_config_pb2.ModelConfig())
         if model == ENGINE_MODEL:
             # What the template suggests for direct use is not what this server was asked for.
             config.parameters.clear()
             for key, value in engine.items():
                 config.parameters[key].string_value = value
-        config.parameters["run_dir"].string_value = str(run_dir)
-        config_path.write_text(text_format.MessageToString(config))
+        config.parameters["run_dir"].string_value = paths.to_text(run_dir)
+        config_path.write_text(text_format.MessageToString(config), encoding="utf-8")

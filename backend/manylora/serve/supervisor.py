@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 from manylora.errors import UnavailableError
+from manylora.run_dir import health_path
 from manylora.serve.model_watch import ModelWatch
-from manylora.serve.probe import Answer, Probe, is_ready
+from manylora.serve.probe import Probe, is_ready, server_id
 from manylora.serve.repository import MODELS
 from manylora.serve.stop_signals import StopSignals
 from manylora.serve.triton_server import TritonServer
@@ -35,6 +37,8 @@ class Supervisor:
         start: Callable[[], TritonServer],
         *,
         address: str,
+        metrics_address: str,
+        run_dir: Path,
         ready_timeout_s: float,
         on_ready: Callable[[], None],
         say: Callable[[str], None],
@@ -42,6 +46,8 @@ class Supervisor:
     ) -> None:
         self._start = start
         self._address = address
+        self._metrics_address = metrics_address
+        self._run_dir = run_dir
         self._ready_timeout_s = ready_timeout_s
         self._on_ready = on_ready
         self._say = say
@@ -84,7 +90,10 @@ class Supervisor:
             raise _StopAsked
 
     def _await_answers(self, server: TritonServer) -> None:
-        """Wait until Triton calls both models ready and both have answered a real request."""
+        """Wait until Triton calls both models ready and both front ends say how they are.
+
+        Whoever else answers on its port is not believed.
+        """
         deadline = time.monotonic() + self._ready_timeout_s
         waiting = list(MODELS)
         num_bad_looks = 0
@@ -101,22 +110,25 @@ class Supervisor:
                     f"{' and '.join(waiting)} not ready in {self._ready_timeout_s:.0f} s\n{server.log_tail()}"
                 )
             self._pause(LOOK_INTERVAL_S)
-            waiting = [model for model in waiting if not is_ready(self._address, model)]
+            found = server_id(self._address)
+            if found and found != server.id:
+                raise UnavailableError(f"another server, {found!r}, answers on {self._address}")
+            if found:
+                waiting = [model for model in waiting if not is_ready(self._address, model)]
         for model in MODELS:
             self._await_answer(server, model, deadline)
         server.remember_stubs()
 
     def _await_answer(self, server: TritonServer, model: str, deadline: float) -> None:
-        probe = Probe(self._address, model)
+        probe = Probe(health_path(self._run_dir, model))
         try:
-            while (answer := probe.poll(LOOK_INTERVAL_S)) is None and time.monotonic() < deadline:
+            while not (is_over := probe.poll(LOOK_INTERVAL_S)) and time.monotonic() < deadline:
                 self._pause(0)
         finally:
             probe.close()
-        if answer is not Answer.RIGHT:
-            raise UnavailableError(
-                f"{model} is ready but gives no answer: {probe.text or 'none in time'}\n{server.log_tail()}"
-            )
+        if not probe.answer:
+            why = probe.failure or ("it hangs up" if is_over else "none in time")
+            raise UnavailableError(f"{model} is ready but gives no answer: {why}\n{server.log_tail()}")
 
     def _watch(self, server: TritonServer) -> str:
         """Look at the server until something is wrong with it.
@@ -124,7 +136,17 @@ class Supervisor:
         Returns: what is wrong.
         """
         self._close_watches()
-        self._watches = [ModelWatch(self._address, model, self._say) for model in MODELS]
+        self._watches = [
+            ModelWatch(
+                model,
+                health=health_path(self._run_dir, model),
+                http=self._address,
+                metrics=self._metrics_address,
+                is_full=lambda: server.is_full,
+                say=self._say,
+            )
+            for model in MODELS
+        ]
         while True:
             problem = server.problem()
             for watch in self._watches:

@@ -9,13 +9,14 @@ import secrets
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from manylora.process_state import is_stopped
-from manylora.serve import processes
+from manylora.serve import limits, processes
 from manylora.serve.installation import Installation
 from manylora.serve.ports import Ports
+from manylora.serve.server_log import ServerLog
 
 SHARED_MEMORY = Path("/dev/shm")
 UNLOAD_GRACE_S = 10
@@ -26,14 +27,23 @@ CHILDREN_GRACE_S = 5.0
 MAX_STOPPED_LOOKS = 12
 """Looks in a row at a process that a signal holds. Where all were stopped, we too, not all go on at once."""
 
+MIN_FREE_DESCRIPTORS = 4
+"""By which a server counts as able to accept a connection: others come and go while they are counted."""
+
 ENGINE = "manylora.engine.process"
 """In the command line of the engine."""
 MAX_LINE = 400
 """Characters of a log line that are shown."""
 
-_CHATTER = re.compile(r"[|+]|I\d{4} |\s*<frozen ")
-"""Tables, lines of the level INFO, frames of the import system."""
-_OWN_ERROR = re.compile(r"\[(?:INVALID_ARG|NOT_FOUND|UNSUPPORTED|UNAVAILABLE|INTERNAL)\] .+")
+_CHATTER = re.compile(
+    r"[|+]|I\d{4} |\s*<frozen |Loading weights:|Error: Failed to initialize NVML"
+    r"|W\d{4} .*(?:pinned|DCGM)|E\d{4} .*CudaDriverHelper"
+)
+"""Tables, lines of the level INFO, frames of the import system, progress, and that there is no GPU."""
+_OWN_ERROR = re.compile(
+    r"\[(?:INVALID_ARG|NOT_FOUND|UNSUPPORTED|UNAVAILABLE|INTERNAL)\] .+?(?=\\n\\nAt:|\s*\||$)", re.MULTILINE
+)
+"""Up to where Triton goes on."""
 
 
 class TritonServer:
@@ -44,19 +54,30 @@ class TritonServer:
         installation: Installation,
         *,
         env: Mapping[str, str],
+        backends: Path,
         repository: Path,
         ports: Ports,
         log_path: Path,
         exit_timeout_s: int,
+        restrictions: Sequence[str],
+        shared_memory_bytes: int,
     ) -> None:
-        self._log_path = log_path
-        self._log_start = log_path.stat().st_size if log_path.exists() else 0
+        """Start it.
+
+        Args:
+            restrictions: words of its command line that close its interfaces for the operator.
+            shared_memory_bytes: to which requests may make a model's region of shared memory grow.
+        """
+        self._log = ServerLog(log_path)
         self._exit_timeout_s = exit_timeout_s
         self._shm_prefix = f"manylora_{secrets.token_hex(6)}_"
+        self.id = secrets.token_hex(16)
+        """By which it is told from another server on its ports."""
         command = [
             str(installation.binary),
+            f"--id={self.id}",
             f"--model-repository={repository}",
-            f"--backend-directory={installation.backends}",
+            f"--backend-directory={backends}",
             "--model-control-mode=none",
             # Both configurations are complete; completing them would start each front end twice.
             "--disable-auto-complete-config",
@@ -68,21 +89,27 @@ class TritonServer:
             f"--metrics-port={ports.metrics}",
             f"--exit-timeout-secs={exit_timeout_s + UNLOAD_GRACE_S}",
             f"--backend-config=python,shm-region-prefix-name={self._shm_prefix}",
+            *restrictions,
         ]
-        with log_path.open("ab") as log:
-            self._process = subprocess.Popen(
-                command,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                env=dict(env),
-                cwd=installation.working_directory,
-                # Ctrl-C goes to the terminal's whole foreground group; only we stop tritonserver.
-                start_new_session=True,
-                # Nothing else would stop it when we are killed. No other Python thread runs here that could
-                # hold a lock at the fork.
-                preexec_fn=processes.end_with_parent,
-            )
+
+        def prepare() -> None:
+            # Nothing else would stop it when we are killed.
+            processes.end_with_parent()
+            limits.bound_files(shared_memory_bytes)
+
+        self._process = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=self._log.write_end,
+            stderr=subprocess.STDOUT,
+            env=dict(env),
+            cwd=installation.working_directory,
+            # Ctrl-C goes to the terminal's whole foreground group; only we stop tritonserver.
+            start_new_session=True,
+            # No other Python thread runs here that could hold a lock at the fork.
+            preexec_fn=prepare,
+        )
+        self._log.close_write_end()
         self._stubs: set[int] = set()
         self._num_stopped_looks = 0
 
@@ -99,10 +126,13 @@ class TritonServer:
 
         tritonserver itself notices no dead stub.
         """
+        self._log.look()
         code = self._process.poll()
         if code is not None:
             return f"tritonserver has ended with {_describe(code)}"
-        dead = [pid for pid in self._stubs if not processes.is_alive(pid)]
+        dead = {pid for pid in self._stubs if not processes.is_alive(pid)}
+        # Also one that ended before it was first looked at.
+        dead.update(processes.dead_children(self._process.pid))
         if dead:
             return f"a model's process has died (pid {', '.join(map(str, sorted(dead)))})"
         stopped = [pid for pid in (self._process.pid, *sorted(self._stubs)) if is_stopped(pid)]
@@ -110,6 +140,11 @@ class TritonServer:
         if self._num_stopped_looks < MAX_STOPPED_LOOKS:
             return ""
         return f"a signal has stopped a process (pid {', '.join(map(str, stopped))})"
+
+    @property
+    def is_full(self) -> bool:
+        """Say whether it holds so many connections that it cannot accept another one."""
+        return limits.num_free_descriptors(self._process.pid) < MIN_FREE_DESCRIPTORS
 
     def stop(self, is_urgent: Callable[[], bool]) -> None:
         """Stop in order: what is in flight may finish until the exit timeout, and then ends with UNAVAILABLE.
@@ -154,14 +189,15 @@ class TritonServer:
         processes.end_children(CHILDREN_GRACE_S)
         for region in SHARED_MEMORY.glob(f"{self._shm_prefix}*"):
             region.unlink(missing_ok=True)
+        self._log.close()
 
     def log_tail(self, max_lines: int = 25) -> str:
         """The end of this server's log; its errors in our own words come first, where there are any."""
-        with self._log_path.open("rb") as log:
-            log.seek(self._log_start)
-            text = log.read().decode(errors="replace")
+        text = self._log.tail()
         own = list(dict.fromkeys(_OWN_ERROR.findall(text)))
         lines = [line[:MAX_LINE] for line in text.splitlines() if line.strip() and not _CHATTER.match(line)]
+        # Triton says each of them several times.
+        lines = [line for line in lines if not any(error[:MAX_LINE] in line for error in own)]
         return "\n".join([*own[:3], *lines[-max_lines:]])
 
 

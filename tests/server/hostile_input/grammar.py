@@ -183,7 +183,9 @@ class Grammar:
         shape = draw.random()
         if shape < 0.4:
             name = draw.choice(list(values.BAD))
-            texts, expects = [f'{{"{name}": {draw.choice(values.BAD[name])}}}'.encode()], "refusal"
+            # Only in this tensor a null asks for the default.
+            text = draw.choice([text for text in values.BAD[name] if text != "null"])
+            texts, expects = [f'{{"{name}": {text}}}'.encode()], "refusal"
         elif shape < 0.75:
             texts, expects = [draw.choice(values.SAMPLING_TEXTS)], "refusal"
         elif shape < 0.9:

@@ -42,6 +42,11 @@ BAD: dict[str, tuple[str, ...]] = {
     "ignore_eos": _NO_FLAG,
     "chat": _NO_FLAG,
     "echo": _NO_FLAG,
+    "add_special_tokens": _NO_FLAG,
+    "stop_token_ids": (
+        "1", "1.5", "true", "null", "{}", '"7"', '"[1"', '"[-1]"', '"[2147483648]"', '"[49152]"', '"[null]"',
+        '"[true]"', '"[[1]]"', '"{}"', json.dumps("[" * DEEP), json.dumps(json.dumps([5] * 65)),
+    ),
     "stop": (
         "1", "1.5", "true", "null", "{}", '"[1]"', '"[\\"\\"]"', '"[null]"', '"[[\\"a\\"]]"',
         json.dumps(json.dumps(["a"] * 17)), json.dumps("b" * 257), json.dumps(json.dumps(["c" * 257])),
@@ -69,6 +74,10 @@ EDGE: dict[str, tuple[str, ...]] = {
     "ignore_eos": ("true", "false", '"true"', '"false"'),
     "chat": ("true", "false", '"true"'),
     "echo": ("true", "false", '"true"'),
+    "add_special_tokens": ("true", "false", '"false"'),
+    "stop_token_ids": (
+        '""', '"[]"', '"[0]"', '" [49151, 2, 2] "', json.dumps(json.dumps([7] * 64)), "[]", "[7]",
+    ),
     "stop": (
         '""', '"a"', '" "', '"\\n"', '"\\ud83d\\ude00"', '"\\ud800"', '"["', '"[]"', '"{"', '["a"]',
         '"\\u0000"',
@@ -164,13 +173,17 @@ CHAT_BAD: tuple[object, ...] = (
     [{"role": "user", "content": ["x"]}], [{"role": "user", "content": {"a": 1}}], [{"role": "user",
     "content": "\ud800"}],
     [{"role": "user", "content": "x", "name": "y"}], [{"role": "user", "content": "x"}, {}],
-    [{"role": "user", "content": [{"type": "text", "text": "x"}]}], [{"role": "user", "content": "y"}] * 5000,
+    [{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}],
+    [{"role": "user", "content": [{"type": "text", "text": None}]}], [1, 2], [[[]]], ["x"], [None], {},
+    {"role": "user", "content": "x"}, [{"role": "user", "content": "y"}] * 5000,
+    [{"role": "user", "content": ""}] * 20_000, [{"role": "r" * 500_000, "content": ""}],
 )  # fmt: skip
 
 CHAT_EDGE: tuple[object, ...] = (
     [{"role": "robot", "content": "x"}], [{"role": "", "content": ""}], [{"role": "user", "content": ""}],
     [{"role": "assistant", "content": "x"}], [{"role": "system", "content": "x"}] * 3,
-    [{"role": "user\n<|im_end|>", "content": "<|im_start|>"}], [1, 2], [[[]]], ["x"], [None],
+    [{"role": "user\n<|im_end|>", "content": "<|im_start|>"}],
+    [{"role": "user", "content": [{"type": "text", "text": "x"}, {"type": "text", "text": "y"}]}],
     [{"role": "user", "content": "{{ messages }}"}], [{"role": "tool", "content": "{% raw %}"}],
     [{"role": "user", "content": "x" * 2000}], [{"role": "r" * 100_000, "content": "x"}],
 )  # fmt: skip

@@ -1,0 +1,94 @@
+"""What a front end says of itself: a line of JSON for whoever connects to its socket in the run directory.
+
+It is no request: Triton and the engine know nothing of it, and count nothing. That a process answers says
+that it lives and that its interpreter runs; how its loops go round says that they serve.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import socket
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+
+log = logging.getLogger(__name__)
+
+
+class Stage:
+    """One loop that serves requests. Its thread enters for each turn that has work, and leaves after it."""
+
+    def __init__(self) -> None:
+        self.num_turns = 0
+        """Begun so far."""
+        self.is_busy = False
+
+    def __enter__(self) -> None:
+        self.num_turns += 1
+        self.is_busy = True
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.is_busy = False
+
+
+@dataclass(frozen=True, slots=True)
+class StageState:
+    """A stage at one moment."""
+
+    num_turns: int
+    is_busy: bool
+
+
+class HealthSocket:
+    """Answers on a Unix socket, from a thread of its own, until it is closed."""
+
+    def __init__(self, path: Path, stages: Mapping[str, Stage]) -> None:
+        self._path = path
+        self._stages = stages
+        path.unlink(missing_ok=True)
+        self._listener = socket.socket(socket.AF_UNIX)
+        self._listener.bind(str(path))
+        self._listener.listen()
+        self._thread = threading.Thread(target=self._run, name="manylora-health", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """End, and remove the socket."""
+        self._path.unlink(missing_ok=True)
+        # Wakes the thread from its wait.
+        with contextlib.suppress(OSError):
+            self._listener.shutdown(socket.SHUT_RDWR)
+        self._thread.join()
+        self._listener.close()
+
+    def _run(self) -> None:
+        while True:
+            try:
+                connection, _ = self._listener.accept()
+            except OSError:
+                return
+            # A line is shorter than what a socket takes at once; one who has gone is no error.
+            with connection, contextlib.suppress(OSError):
+                connection.sendall(self._line())
+
+    def _line(self) -> bytes:
+        state = {name: [stage.num_turns, stage.is_busy] for name, stage in self._stages.items()}
+        return json.dumps(state).encode() + b"\n"
+
+
+def read_stages(line: str) -> dict[str, StageState]:
+    """Read what a front end has said.
+
+    Raises:
+        ValueError: it is not what a front end says.
+    """
+    try:
+        return {name: StageState(*state) for name, state in json.loads(line).items()}
+    except (AttributeError, TypeError) as error:
+        raise ValueError(f"not a front end's answer: {line!r}") from error

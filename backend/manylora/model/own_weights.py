@@ -1,0 +1,65 @@
+"""A model's own copy of weights that were mapped from files.
+
+transformers maps safetensors files where no dtype is converted. A file that is cut short afterwards would end
+the process with SIGBUS, and one that is rewritten in place would change the model while it serves.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import itertools
+import mmap
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+_SUFFIX = ".safetensors"
+_MADV_DONTNEED = 4  # from Linux's mman-common.h
+
+
+def take_weights(module: torch.nn.Module) -> int:
+    """Copy each tensor of a CPU module that lies in a mapped file into memory of the process.
+
+    One by one; the pages of each are given back once it is copied, so no more than one tensor is held twice.
+    The files are unmapped when nothing else holds a tensor of them.
+
+    Returns:
+        Bytes copied.
+    """
+    ranges = mapped_ranges()
+    num_bytes = 0
+    for tensor in _tensors(module):
+        start, size = tensor.data_ptr(), tensor.numel() * tensor.element_size()
+        if any(begin <= start < end for begin, end in ranges):
+            own = tensor.clone()
+            tensor.data = own
+            _give_back(start, size)
+            num_bytes += size
+    return num_bytes
+
+
+def mapped_ranges() -> list[tuple[int, int]]:
+    """Addresses at which this process has mapped safetensors files: (begin, end)."""
+    found = []
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        # address perms offset device inode path, and "(deleted)" behind a file that is gone
+        words = line.split(maxsplit=5)
+        if len(words) == 6 and words[5].removesuffix(" (deleted)").endswith(_SUFFIX):
+            begin, _, end = words[0].partition("-")
+            found.append((int(begin, 16), int(end, 16)))
+    return found
+
+
+def _tensors(module: torch.nn.Module) -> Iterator[torch.Tensor]:
+    """Each parameter and buffer once, however often it is tied."""
+    yield from itertools.chain(module.parameters(), module.buffers())
+
+
+def _give_back(start: int, size: int) -> None:
+    """Let go of the whole pages of a file's mapping that nobody reads again. They are as in the file, so one
+    that is read after all comes from there."""
+    begin = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE
+    end = (start + size) // mmap.PAGESIZE * mmap.PAGESIZE
+    if begin < end:
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), _MADV_DONTNEED)
