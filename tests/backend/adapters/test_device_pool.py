@@ -87,7 +87,7 @@ def test_only_adapters_that_hold_what_lacks_are_evicted() -> None:
     residents.try_place("o only", make_weights((0, 16, 0)))
     residents.try_place("q only", make_weights((32, 0, 0)))
     assert residents.try_place("new", make_weights((16, 16, 0)))
-    assert residents.names() == ["o only", "new"]
+    assert list(residents) == ["o only", "new"]
     assert residents.num_evictions == 1
 
 
@@ -97,7 +97,7 @@ def test_nothing_is_evicted_when_that_would_not_suffice() -> None:
     residents.try_place("used", make_weights((16, 0, 0)))
     residents.use("used")
     assert not residents.try_place("new", make_weights((32, 0, 0)))
-    assert residents.names() == ["idle", "used"]
+    assert list(residents) == ["idle", "used"]
 
 
 def test_check_sees_pages_that_are_given_back_too_early() -> None:
@@ -131,18 +131,18 @@ class Machine(RuleBasedStateMachine):
         if not any(ranks) or name in self.residents:
             return
         self.count += 1
-        before = self.residents.names()
+        before = list(self.residents)
         free = self.residents.pool.num_free
         if self.residents.try_place(name, make_weights(ranks, self.count)):
             self.values[name] = self.count
         else:
-            assert self.residents.names() == before
+            assert list(self.residents) == before
             assert self.residents.pool.num_free == free
 
     @precondition(lambda self: len(self.residents))
     @rule(data=st.data())
     def use(self, data: st.DataObject) -> None:
-        name = data.draw(st.sampled_from(self.residents.names()))
+        name = data.draw(st.sampled_from(list(self.residents)))
         self.residents.use(name)
         self.uses.append(name)
 
@@ -154,9 +154,9 @@ class Machine(RuleBasedStateMachine):
     @invariant()
     def used_adapters_are_whole(self) -> None:
         assert self.residents.check() == []
-        for name in self.residents.names():
+        for name in list(self.residents):
             assert holds(self.residents.pool, self.residents[name].placement, self.values[name])
-        assert set(self.uses) <= set(self.residents.names())
+        assert set(self.uses) <= set(list(self.residents))
 
 
 Machine.TestCase.settings = settings(max_examples=40, stateful_step_count=30, deadline=None)
