@@ -156,7 +156,7 @@ class Machine(RuleBasedStateMachine):
         assert self.residents.check() == []
         for name in list(self.residents):
             assert holds(self.residents.pool, self.residents[name].placement, self.values[name])
-        assert set(self.uses) <= set(list(self.residents))
+        assert set(self.uses) <= set(self.residents)
 
 
 Machine.TestCase.settings = settings(max_examples=40, stateful_step_count=30, deadline=None)
