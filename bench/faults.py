@@ -22,7 +22,7 @@ from manylora.serve.background import running_server
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / "examples"), str(ROOT / "tests" / "server")]
-from faults import base_weights, freezing, scenarios  # noqa: E402  # lies in tests/server/, which is no package
+from faults import base_weights, doors, freezing, scenarios  # noqa: E402  # lies in tests/server/, no package
 from faults.load import HUNG, WRONG, Bed, Report  # noqa: E402
 from make_adapters import make_adapter  # noqa: E402
 
@@ -30,6 +30,8 @@ PROMISED_S = 2.0
 """Within which clients of a killed engine have their error."""
 ADAPTERS = ("one", "two", "three")
 EXTRA = "four"
+IDLE_S = 120.0
+"""Longer than a hung server is given."""
 SMALL = ("--set=max_waiting=4", "--set=max_num_seqs=4")
 """Of a server whose queue the load fills."""
 
@@ -57,6 +59,11 @@ def faults(bed: Bed, root: Path, base_model: Path) -> list[Callable[[], Report]]
         lambda: scenarios.clients_leave(bed),
         lambda: scenarios.slow_reader(bed),
         lambda: scenarios.deadlines_pass(bed),
+        lambda: doors.shared_memory_is_read_and_written(bed),
+        lambda: doors.region_is_opened_by_others(bed),
+        lambda: doors.body_is_huge(bed),
+        lambda: doors.connections_are_idle(bed, hold_s=IDLE_S),
+        lambda: doors.ports_are_taken(bed, base_model),
         lambda: scenarios.engine_killed(bed),
         lambda: scenarios.engine_stopped(bed),
         lambda: scenarios.engine_killed_while_it_loads(bed, root, EXTRA),

@@ -4,6 +4,8 @@
     python bench/gpu_suite.py --save                 all parts; rows, goals and a plot go to bench/results
     python bench/gpu_suite.py --quick                our kernels at the goals' steps, in about a minute
     python bench/gpu_suite.py --cpu-logic            the same logic on tiny shapes in triton's interpreter
+    python bench/gpu_suite.py --fetch-lease          once, where there is a network, for a GPU that is lent:
+    python bench/gpu_suite.py --lease --out DIR      all parts, and the tests, each in its own process
 
 Every form is compared with float64 before it is timed. Forms take turns, each in a CUDA graph over more
 layers of different weights than the caches hold; times are medians with the least and the most. Parts run in
@@ -14,11 +16,13 @@ short has what it has found. The status is 1 where a form or a proof failed.
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import FrameType
@@ -26,6 +30,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from gpu.budget import Budget
+from gpu.lease_files import peers_folder
 from gpu.peer_modules import FOLDER
 from gpu.suite_parts import QUICK, RESERVED_S, SHARES, compile_all, parts
 from loadtest import environment
@@ -36,27 +41,34 @@ if TYPE_CHECKING:
 
 _COMPILE_SHARE = 0.3
 """Of the time, at most, for compiling beforehand."""
+_LEASE_S = 570.0
+"""Of all stages: a command on a lent machine has 600 s, and the last process has to end before."""
 _SLOW_IN_INTERPRETER = frozenset({"vllm", "vllm, batch invariant"})
 """Thousands of programs that do nothing: half a minute for a tiny step."""
 
 
-def make_context(arguments: argparse.Namespace) -> Context:
-    """Look at the device and measure its bandwidth."""
+def make_context(arguments: argparse.Namespace, device_name: str = "") -> Context:
+    """Look at the device and measure its bandwidth.
+
+    Args:
+        device_name: then the device is not touched, and no bandwidth known.
+    """
     from gpu.clock import measured_bandwidth
+    from gpu.floors import Bandwidth
     from gpu.rows import Context, label_of
     from gpu.shapes import LLAMA_LAYER, TINY_LAYER
 
     tiny = bool(arguments.cpu_logic)
     device = torch.device("cpu" if tiny else "cuda")
-    name = "interpreter" if tiny else environment.device_name()
+    name = device_name or ("interpreter" if tiny else environment.device_name())
     return Context(
-        origin=Origin.now("" if tiny else label_of(name), device=name),
+        origin=replace(Origin.now("" if tiny else label_of(name), device=name), **arguments.origin),
         triton=environment.package_version("triton"),
         device=device,
         # The interpreter computes bfloat16 wrongly.
         dtype=torch.float16 if tiny else torch.bfloat16,
         layer=TINY_LAYER if tiny else LLAMA_LAYER,
-        bandwidth=measured_bandwidth(device),
+        bandwidth=Bandwidth(0.0, 0.0) if device_name else measured_bandwidth(device),
         peers=arguments.peers,
         repeats=1 if tiny else 7 if arguments.quick else 15,
         proofs=3 if tiny else 1000,
@@ -127,25 +139,42 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns: the exit status.
     """
     arguments = _parse(argv)
+    if arguments.fetch_lease:
+        from gpu import lease_files
+
+        return lease_files.fetch(lease_files.LEASE)
     if arguments.cpu_logic:
         os.environ["TRITON_INTERPRET"] = "1"
     elif not torch.cuda.is_available():
         print("no GPU here: nothing to measure (--cpu-logic runs the logic on a CPU)")
         return 0
+    # Whoever ends the run by a signal gets what it has found.
+    signal.signal(signal.SIGTERM, _end)
+    if arguments.lease:
+        from gpu import lease
+
+        name = "interpreter" if arguments.cpu_logic else lease.device_name() or "unknown"
+        return lease.run(arguments, make_context(arguments, name), arguments.out or RESULTS)
+    return _run_here(arguments)
+
+
+def _run_here(arguments: argparse.Namespace) -> int:
+    """All parts in this process."""
     from gpu.suite_report import Report
 
     context = make_context(arguments)
     _introduce(context)
     out: Path | None = arguments.out or (RESULTS if arguments.save and not context.is_tiny else None)
-    report = Report(context, out)
-    # Whoever ends the run by a signal gets what it has found.
-    signal.signal(signal.SIGTERM, _end)
+    report = Report(context, out, writes_goals=not arguments.origin)
+    budget_s = arguments.until - time.time() if arguments.until else arguments.budget_s
     begin = time.monotonic()
     try:
         if arguments.compilers:
-            compile_all(context, arguments.parts, arguments.compilers, _COMPILE_SHARE * arguments.budget_s)
-        left_s = arguments.budget_s - (time.monotonic() - begin)
-        run(context, arguments.parts, left_s, report.keep, report.write)
+            share = 1.0 if arguments.compile_only else _COMPILE_SHARE
+            compile_all(context, arguments.parts, arguments.compilers, share * budget_s)
+        if not arguments.compile_only:
+            left_s = budget_s - (time.monotonic() - begin)
+            run(context, arguments.parts, left_s, report.keep, report.write)
     finally:
         report.tell()
         report.write()
@@ -172,10 +201,22 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--cpu-logic", action="store_true", help="tiny shapes in triton's interpreter")
     parser.add_argument("--quick", action="store_true", help=f"only {', '.join(QUICK)}, in about a minute")
     parser.add_argument("--parts", nargs="+", choices=list(SHARES), help="these parts only")
-    parser.add_argument("--budget-s", type=float, help="seconds, then nothing more is begun; 430, quick 50")
-    parser.add_argument("--peers", type=Path, default=FOLDER, help="where bench/peers.py has put its files")
+    parser.add_argument(
+        "--budget-s", type=float, help="seconds, then nothing more is begun; 430, quick 50, lease 570"
+    )
+    parser.add_argument("--peers", type=Path, help="where bench/peers.py has put its files")
     parser.add_argument("--save", action="store_true", help="rows, goals and plot into bench/results")
     parser.add_argument("--out", type=Path, metavar="DIR", help="into this folder instead")
+    parser.add_argument(
+        "--lease", action="store_true", help="each part in a process that is killed at its limit"
+    )
+    parser.add_argument(
+        "--fetch-lease", action="store_true", help="fetch what --lease needs, into .cache/lease"
+    )
+    # Of the processes of a lease: when they are to end, what their rows share, and to compile only.
+    parser.add_argument("--until", type=float, help=argparse.SUPPRESS)
+    parser.add_argument("--origin", type=json.loads, default={}, help=argparse.SUPPRESS)
+    parser.add_argument("--compile-only", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument(
         "--compilers", type=int, help="processes that compile first; by the processors at hand"
     )
@@ -187,7 +228,11 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     if arguments.parts is None:
         arguments.parts = QUICK if arguments.quick else tuple(SHARES)
     if arguments.budget_s is None:
-        arguments.budget_s = 50.0 if arguments.quick else 430.0
+        arguments.budget_s = _LEASE_S if arguments.lease else 50.0 if arguments.quick else 430.0
+    if arguments.peers is None:
+        arguments.peers = peers_folder() if arguments.lease else FOLDER
+    if arguments.cpu_logic and arguments.lease and not arguments.out:
+        parser.error("--lease --cpu-logic: needs --out")
     if arguments.cpu_logic and arguments.out and arguments.out.resolve() == RESULTS.resolve():
         parser.error("--out: an interpreter's times are no results")
     return arguments

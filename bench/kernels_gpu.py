@@ -60,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     from gpu import part_kernels  # imports what imports triton
 
-    arguments.quick = False
+    arguments.quick, arguments.origin = False, {}
     context = gpu_suite.make_context(arguments)
     chosen = {"few": few_points, "all": all_points}[arguments.points]()
     rows = []

@@ -30,8 +30,8 @@ def read_messages(text: str, max_messages: int) -> Sequence[Message]:
     message of the user.
 
     Raises:
-        InvalidArgumentError: not JSON (the message says where), no messages, more messages or parts of content
-            than `max_messages`, or one that is no object of `role` and `content`.
+        InvalidArgumentError: not JSON (the message says where), no messages, more messages or parts than
+            `max_messages`, or one that is no object of `role` and `content`.
         UnsupportedError: a part of a content that is no text.
     """
     reader = _Reader(text, max_messages)

@@ -62,9 +62,11 @@ class EngineConfig:
     tensor_parallel_size: int = 1
     """Devices the model is split over. Above 1 is not served yet."""
     max_model_len: int = 0
-    """Most tokens of a sequence, prompt and generated. 0: the base model's, at most 8192."""
+    """Most tokens of a sequence, prompt and generated. 0: the base model's, at most 8192, and as much as
+    its rope scaling can be served for."""
     eos_token_ids: tuple[int, ...] = ()
-    """Ids of the tokens that end a sequence, in place of those that the base model's files name."""
+    """Ids with commas: the tokens that end a sequence. Empty: all that generation_config.json, config.json
+    and the tokenizer name."""
     compile_model: str = "auto"
     """Whether torch compiles the model's small operators at start: auto (on CUDA), true or false. Costs a
     minute or two of the first start."""
@@ -76,8 +78,11 @@ class EngineConfig:
     max_batched_tokens: int = 2048
     """Tokens of one step: prefill chunks and decodes together."""
     kv_cache_bytes: int = 0
-    """Memory of the KV cache, in bytes or with K, M, G, T. 0: what max_num_seqs sequences of 1024 tokens
-    take, and at least one of max_model_len."""
+    """Memory of the KV cache, in bytes or with K, M, G, T; holds at least one whole sequence. 0: on a CPU
+    max_num_seqs x 1024 tokens, on CUDA what gpu_memory_utilization leaves."""
+    gpu_memory_utilization: float = 0.9
+    """Share of a CUDA device's memory that this engine may take for all it holds, up to 1. What weights,
+    device pool, steps and graphs leave of it is the KV cache, unless kv_cache_bytes gives its size."""
     kv_block_size: int = 16
     """Tokens of one KV block."""
     max_waiting: int = 1024
@@ -132,9 +137,8 @@ def _parse(key: str, text: str, kind: Any) -> Any:
             return text.lower() == "true"
         raise InvalidArgumentError(f"{key}={text!r}: expected true or false")
     if kind is int:
-        size = _SIZE.fullmatch(text) if key.endswith("_bytes") else None
-        if size:
-            return int(size[1]) * _SIZE_UNITS[(size[2] or "").upper()[:1]]
+        if key.endswith("_bytes"):
+            return parse_size(key, text)
         try:
             return int(text)
         except ValueError:
@@ -149,6 +153,18 @@ def _parse(key: str, text: str, kind: Any) -> Any:
             raise InvalidArgumentError(f"{key}={text!r}: expected integers, separated by commas")
         return tuple(map(int, parts))
     return text
+
+
+def parse_size(key: str, text: str) -> int:
+    """Bytes, of a number with or without K, M, G, T.
+
+    Raises:
+        InvalidArgumentError: it is none.
+    """
+    size = _SIZE.fullmatch(text)
+    if not size:
+        raise InvalidArgumentError(f"{key}={text!r}: expected bytes, as a number with or without K, M, G, T")
+    return int(size[1]) * _SIZE_UNITS[(size[2] or "").upper()[:1]]
 
 
 def _parse_float(key: str, text: str) -> float:
@@ -176,6 +192,10 @@ def _check(config: EngineConfig) -> None:
     ):
         if getattr(config, name) < 1:
             raise InvalidArgumentError(f"{name}={getattr(config, name)}: must be at least 1")
+    if not 0 < config.gpu_memory_utilization <= 1:
+        raise InvalidArgumentError(
+            f"gpu_memory_utilization={config.gpu_memory_utilization:g}: must be above 0 and at most 1"
+        )
     if not config.base_model:
         raise InvalidArgumentError("base_model is empty: give the directory of the base model")
     if config.max_cpu_loras and config.max_cpu_loras < config.max_loras:

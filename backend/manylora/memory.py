@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import math
+from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import torch
+
+from manylora import cgroup
+from manylora.errors import UnavailableError
 
 # mallopt's options, from glibc's malloc.h.
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8
@@ -40,3 +46,27 @@ def keep_freed_memory() -> None:
     # One arena, since those of other threads are trimmed by rules of their own.
     for option, value in ((_M_ARENA_MAX, 1), (_M_MMAP_THRESHOLD, 32 << 20), (_M_TRIM_THRESHOLD, 1 << 30)):
         mallopt(option, value)
+
+
+def host_memory() -> int:
+    """Bytes that processes may hold here, swapped ones with them, within the control group's limit.
+
+    Not what is free: that changes, and much of what others hold can be had.
+    """
+    found = {}
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        name, _, value = line.partition(":")
+        found[name] = int(value.split()[0]) * 1024
+    total = found["MemTotal"] + found.get("SwapTotal", 0)
+    limit = cgroup.memory_limit()
+    return total if limit is None else min(total, limit)
+
+
+@contextlib.contextmanager
+def missing_memory_told() -> Iterator[None]:
+    """Raise UnavailableError, in one line, for memory of host or device that is not to be had."""
+    try:
+        yield
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        reason = (str(error) or "out of memory").splitlines()[0]
+        raise UnavailableError(f"there is too little memory to start: {reason}") from error

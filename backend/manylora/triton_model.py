@@ -20,7 +20,7 @@ import triton_python_backend_utils as pb_utils
 sys.modules.setdefault("torch", None)  # type: ignore[arg-type]
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 
-from manylora import paths, protocol, run_dir  # noqa: E402
+from manylora import paths, protocol, run_dir, stub_process  # noqa: E402
 from manylora.config import EngineConfig  # noqa: E402
 from manylora.errors import InternalError, InvalidArgumentError, ManyloraError, UnavailableError  # noqa: E402
 from manylora.front_end import FrontEnd  # noqa: E402
@@ -45,6 +45,8 @@ class TritonResponder:
         self.request_id = request_id
 
     def send(self, outputs: Tensors, *, is_last: bool) -> None:
+        # Triton takes a reply that finds no room for a sent one, and the client would wait for ever.
+        stub_process.check_room(outputs)
         tensors = [pb_utils.Tensor(name, values) for name, values in outputs.items()]
         flags = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL if is_last else 0
         self._sender.send(pb_utils.InferenceResponse(tensors), flags=flags)
@@ -69,6 +71,8 @@ class _Model:
         logging.basicConfig(
             level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
         )
+        stub_process.shut_region()
+        stub_process.lift_file_limit()
         self._name = args["model_name"]
         self._numbers = itertools.count(1)
         self._executing = Stage()

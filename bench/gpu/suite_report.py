@@ -14,6 +14,7 @@ from gpu.rows import Context, Row
 from gpu.suite_parts import whole_run
 
 INTERPRETER = "interpreter"
+ROWS = "gpu_suite.csv"
 
 
 class Report:
@@ -21,17 +22,18 @@ class Report:
 
     Args:
         out: the folder of the files; None: nothing is written.
+        writes_goals: False: a run's goals are judged by whoever has all of its rows.
     """
 
-    def __init__(self, context: Context, out: Path | None) -> None:
-        self.context, self.out = context, out
+    def __init__(self, context: Context, out: Path | None, writes_goals: bool = True) -> None:
+        self.context, self.out, self._writes_goals = context, out, writes_goals
         self.rows: list[Row] = []
 
     def keep(self, row: Row) -> None:
         """One more."""
         self.rows.append(row)
         if self.out is not None:
-            append_csv(self.out / "gpu_suite.csv", [row])
+            append_csv(self.out / ROWS, [row])
 
     def judged(self) -> list[tuple[str, str, str, str, str]]:
         """The goals by the rows so far."""
@@ -39,7 +41,7 @@ class Report:
 
     def write(self) -> None:
         """The goals' file and the plot, in place of those that this run has written before."""
-        if self.out is None or not self.rows:
+        if self.out is None or not self.rows or not self._writes_goals:
             return
         origin, out = self.context.origin, self.out
         verdict_file.write(out / "gpu_goals.csv", origin, self.judged())
@@ -55,5 +57,7 @@ class Report:
 
     def tell(self) -> None:
         """Print the goals."""
+        if not self._writes_goals:
+            return
         header = ["goal", "wanted", "floor", "found", "verdict"]
         print(Table(header, [list(found) for found in self.judged()]).plain(), flush=True)

@@ -76,6 +76,9 @@ _TAG = re.compile(rf"\[({'|'.join(BY_CODE)})\]\s?(.*)", re.DOTALL)
 
 # Triton's own words where its code says another thing, or is lost.
 _TRITON_UNAVAILABLE = re.compile(r"Stub process '.*' is not healthy|is not ready|no available versions")
+_TRITON_CLOSED = re.compile(r"This (API|protocol) is restricted")
+# It names the server's shared memory, and gives advice for whoever started the server.
+_TRITON_NO_ROOM = re.compile(r"shared memory (pool|region)|shm_open|/dev/shm|\bmanylora_[0-9a-f]{12}_")
 _TRITON_NOT_FOUND = re.compile(r"unknown model: .* is not found")
 
 # gRPC's words for a connection that broke, under codes that also mean other things.
@@ -122,6 +125,10 @@ def from_message(text: str, fallback: type[ManyloraClientError]) -> ManyloraClie
     tagged = _TAG.search(text)
     if tagged:
         return BY_CODE[tagged[1]](tagged[2])
+    if _TRITON_CLOSED.search(text):
+        return Unsupported("the server does not open this interface to clients")
+    if _TRITON_NO_ROOM.search(text):
+        return Unavailable("the server has no room for the request: it is too long, or others take the room")
     if _TRITON_NOT_FOUND.search(text):
         return NotFound(text)
     if _TRITON_UNAVAILABLE.search(text):

@@ -47,8 +47,9 @@ sys.exit(cli.main())
 
 # What the commands say that they know, in this order.
 SETTABLE = (
-    "adapter_scale, max_tokens, min_tokens, stop, ignore_eos, temperature, top_p, top_k, min_p, seed, "
-    "repetition_penalty, presence_penalty, frequency_penalty, logprobs, echo, deadline_ms, request_priority"
+    "adapter_scale, max_tokens, min_tokens, stop, stop_token_ids, ignore_eos, add_special_tokens, "
+    "temperature, top_p, top_k, min_p, seed, repetition_penalty, presence_penalty, frequency_penalty, "
+    "logprobs, echo, deadline_ms, request_priority"
 )
 
 Run = Callable[..., tuple[int, str, str]]

@@ -97,7 +97,15 @@ def front_end(tmp_path: Path) -> Iterator[FrontEnd]:
 
 @pytest.fixture
 def watch(triton: Triton, front_end: FrontEnd) -> Iterator[ModelWatch]:
-    watch = ModelWatch("llm", health=front_end.path, http=triton.address, metrics=triton.address)
+    address = triton.address
+    watch = ModelWatch(
+        "llm",
+        health=front_end.path,
+        http=address,
+        metrics=address,
+        is_full=lambda: False,
+        say=pytest.fail,
+    )
     yield watch
     watch.close()
 

@@ -10,6 +10,7 @@ import torch
 from manylora import Engine, EngineConfig
 from manylora.engine.runner import Runner
 from manylora.errors import InvalidArgumentError, UnsupportedError
+from manylora.model.outline import outline_model
 from transformers import AutoModelForCausalLM
 
 SERVED = ["llama", "qwen3", "gemma3", "gemma2", "phi3", "mistral", "gpt_oss", "qwen3_moe", "cohere", "gpt2"]
@@ -132,9 +133,30 @@ def test_rope_that_looks_at_the_whole_step_is_served_only_below_its_switch(
     with Engine(EngineConfig(base_model=str(directory), max_model_len=limit)) as engine:
         found = engine.generate(prompts(), max_tokens=8)
     assert [c.token_ids for c in found] == own_generate(directory, 8)
+    # A default is what can be served, and only what is asked for by name is refused.
+    with Engine(EngineConfig(base_model=str(directory))) as engine:
+        assert engine.info.max_model_len == limit
     if limit < 256:
-        with pytest.raises(UnsupportedError, match="at most 64 is"):
-            Engine(EngineConfig(base_model=str(directory), max_model_len=65))
+        asked = EngineConfig(base_model=str(directory), max_model_len=65)
+        for make in (Engine, outline_model):
+            with pytest.raises(UnsupportedError, match="at most 64 is"):
+                make(asked)
+
+
+def test_a_default_that_the_model_does_not_allow_is_lowered_and_told(
+    tiny_model: Callable[..., Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    rope = {
+        "rope_type": "longrope",
+        "rope_theta": 10000.0,
+        "short_factor": [1.0] * 6,
+        "long_factor": [2.0] * 6,
+    }
+    # As Phi-3.5's configuration has it: beside the scaling.
+    directory = tiny_model("phi3", rope_parameters=rope, original_max_position_embeddings=64)
+    config = EngineConfig(base_model=str(directory))
+    assert outline_model(config).max_model_len == 64
+    assert "max_model_len is 64 in place of 256: the base model's rope_type 'longrope'" in caplog.text
 
 
 def test_limits_of_the_model_and_the_cache_are_told(tiny_model: Callable[..., Path], tmp_path: Path) -> None:

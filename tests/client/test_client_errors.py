@@ -84,6 +84,12 @@ def test_every_http_status_is_mapped(status: int):
     ("status", "text", "expected"),
     [
         (400, "unexpected shape for input", InvalidArgument),
+        (403, "This API is restricted, expecting header 'x'", Unsupported),
+        (
+            400,
+            "Failed to increase the shared memory pool size for key 'manylora_0_1' to 9 bytes.",
+            Unavailable,
+        ),
         (404, "Request for unknown model: 'x' is not found", NotFound),
         (500, "oops", Internal),
         (501, "decoupled", Unsupported),
@@ -132,3 +138,27 @@ def test_every_socket_and_http_error_is_mapped(cls: type):
     error = errors.from_connection(lower, "host:1")
     assert type(error) is (Timeout if isinstance(lower, TimeoutError) else ConnectionFailed)
     assert "host:1" in error.message
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Failed to increase the shared memory pool size for key 'manylora_0123456789ab_7' to 9 bytes. If you "
+        "are running Triton inside docker, use '--shm-size' flag to control the shared memory region size.",
+        "Failed to initialize Python stub: No such file 'manylora_0123456789ab_7'",
+        "Unable to open shared memory region: '/dev/shm/x'",
+    ],
+    ids=["full", "stub", "region"],
+)
+def test_tritons_text_about_the_servers_memory_is_not_passed_on(text: str):
+    for error in (errors.from_http_status(400, text), errors.from_grpc("INTERNAL", text)):
+        assert type(error) is Unavailable
+        assert "manylora_" not in error.message
+        assert "shm" not in error.message
+
+
+def test_a_protocol_that_is_closed_is_not_taken_for_a_broken_connection():
+    text = "This protocol is restricted, expecting header 'triton-grpc-protocol-x'"
+    error = errors.from_grpc("UNAVAILABLE", text)
+    assert type(error) is Unsupported
+    assert error.message == "the server does not open this interface to clients"

@@ -429,7 +429,9 @@ def test_all_options_are_sent(serve, connect):
         "max_tokens": 1,
         "min_tokens": 2,
         "stop": ["x"],
+        "stop_token_ids": [3],
         "ignore_eos": True,
+        "add_special_tokens": False,
         "temperature": 0.25,
         "top_p": 0.75,
         "top_k": 3,
@@ -448,7 +450,12 @@ def test_all_options_are_sent(serve, connect):
     with connect(server.url) as client:
         client.stream("x", **options, unheard_of=[1]).collect()
     body = json.loads(server.requests[0][1].partition(b"\r\n\r\n")[2])
-    assert body["parameters"] == {**options, "stop": '["x"]', "unheard_of": "[1]"}
+    assert body["parameters"] == {
+        **options,
+        "stop": '["x"]',
+        "stop_token_ids": "[3]",
+        "unheard_of": "[1]",
+    }
 
 
 def test_an_old_connection_is_not_used_again(serve, monkeypatch):

@@ -65,10 +65,12 @@ class Variant:
     floats: str
     max_pages: int = 4
     batch_invariant: bool = False
+    chained: bool = True
+    """Whether expand may start early, where the device can; not for a shrink beside the base product."""
 
     def name(self, kernel: str) -> str:
-        invariant = "-invariant" if self.batch_invariant else ""
-        return f"{kernel}-{self.step}-{self.site}-{self.floats}-{self.max_pages}_pages{invariant}"
+        more = ("-invariant" if self.batch_invariant else "") + ("" if self.chained else "-unchained")
+        return f"{kernel}-{self.step}-{self.site}-{self.floats}-{self.max_pages}_pages{more}"
 
 
 def variants(target: str) -> list[Variant]:
@@ -78,6 +80,12 @@ def variants(target: str) -> list[Variant]:
         found += [Variant(step, site, "bf16") for step in STEPS for site in ("gate_up", "down")]
         found += [Variant("decode", "qkv", "bf16", 1), Variant("decode", "qkv", "fp16")]
         found += [Variant("decode", "qkv", "bf16", batch_invariant=True)]
+        # Graphs have the base product between the two, in steps that are not prompts' alone.
+        found += [
+            Variant(step, site, "bf16", max_pages, chained=False)
+            for step in ("decode", "chunk")
+            for site, max_pages in (("qkv", 4), ("gate_up", 4), ("down", 1))
+        ]
     else:
         found += [Variant("prefill", "gate_up", "bf16")]
     if target == "sm_80":
@@ -125,8 +133,8 @@ def sources(target: str) -> Sources:
         chosen = plan.choose(
             STEPS[variant.step], site, variant.max_pages, dtype, device, variant.batch_invariant
         )
-        chained = {"CHAINED": device.has_dependent_launch}
-        common = {"NUM_SPLITS": chosen.num_splits, "MAX_PAGES": variant.max_pages, **chained}
+        chained = device.has_dependent_launch and variant.chained
+        common = {"NUM_SPLITS": chosen.num_splits, "MAX_PAGES": variant.max_pages, "CHAINED": chained}
         common["BLOCK_T"] = chosen.block_rows
         of_shrink = {"NUM_INPUTS": site.num_inputs, "NUM_LINEARS": site.num_linears, **common}
         of_shrink |= {"BLOCK_K": chosen.shrink.width, "PAGES": chosen.shrink.pages}
@@ -143,7 +151,7 @@ def sources(target: str) -> Sources:
             kernels["silu_mul"] = (expand_silu_mul._expand_silu_mul_kernel, fused, tile)
         for name, (kernel, constexprs, tile) in kernels.items():
             options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
-            if device.has_dependent_launch:
+            if chained:
                 options["launch_pdl"] = True
             found[variant.name(name)] = (source(kernel, variant.floats, constexprs), options)
     of_base = {"WIDTH": SITES["gate_up"].widths[0], "BLOCK_N": activation._BLOCK_N}

@@ -37,18 +37,27 @@ def run_in_interpreter(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.slow
-def test_every_part_runs_and_leaves_its_rows_its_goals_and_its_plot(tmp_path: Path) -> None:
-    done = run_in_interpreter(
-        str(BENCH / "gpu_suite.py"), "--cpu-logic", "--out", str(tmp_path), "--peers", str(tmp_path)
-    )
+def test_a_lease_runs_every_part_and_leaves_its_rows_its_goals_and_its_plot(tmp_path: Path) -> None:
+    """All stages in order, each in a process of its own."""
+    suite = [str(BENCH / "gpu_suite.py"), "--cpu-logic", "--lease", "--out", str(tmp_path)]
+    done = run_in_interpreter(*suite, "--peers", str(tmp_path), "--budget-s", "2000")
     assert done.returncode == 0, done.stdout + done.stderr
+    stages = [line for line in done.stdout.splitlines() if line.startswith("# stage") and "took" in line]
+    assert [line.split()[2].rstrip(":") for line in stages] == [
+        "goals", "tests", "model", "exposed", "proofs", "copy", "peers",
+    ]  # fmt: skip
     with (tmp_path / "gpu_suite.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert {row["device"] for row in rows} == {"interpreter"}
+    # All processes' rows are of one run.
+    assert len({(row["run"], row["command"]) for row in rows}) == 1
     assert {row["part"] for row in rows} == {
         "kernels alone", "kernels", "exposed", "exposed, with peers", "pool rank", "decode", "prefill",
-        "copy", "proofs", "peft",
+        "copy", "proofs", "peft", "tests",
     }  # fmt: skip
+    tests = {row["form"].rpartition("/")[2]: row["result"] for row in rows if row["part"] == "tests"}
+    assert tests.pop("test_route.py").startswith("ok: ")
+    assert set(tests.values()) == {"missing: needs a CUDA device"}
     measured = {row["form"] for row in rows if row["part"] == "kernels" and row["median_us"]}
     assert measured == {OURS, "per-adapter products"}
     # The peers were not fetched to there: they are missing by name.

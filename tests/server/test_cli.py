@@ -40,6 +40,17 @@ def test_generate_gives_the_answer_of_each_adapter(server: RunningServer, form: 
     )
 
 
+def test_a_chat_prompt_that_begins_with_a_bracket_is_a_message_and_a_list_of_messages_a_conversation(
+    server: RunningServer,
+) -> None:
+    messages = [{"role": "user", "content": "[1, 2] and {3} summed?"}]
+    with Client(server.http) as client:
+        answer = client.chat(messages[0]["content"], max_tokens=4).text
+    for prompt in (messages[0]["content"], json.dumps(messages)):
+        found = run(server, "generate", "--chat", "--max-tokens=4", prompt)
+        assert (found.returncode, found.stdout) == (0, f"{answer}\n"), found.stderr
+
+
 def test_generate_reads_standard_input_and_writes_json(server: RunningServer) -> None:
     found = run(server, "generate", "--json", "--max-tokens=3", "--logprobs=2", stdin="The sea is\n")
     answer = json.loads(found.stdout)

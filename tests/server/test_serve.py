@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import socket
+import stat
 import subprocess
 import sys
 import sysconfig
@@ -20,7 +21,7 @@ from manylora.errors import UnavailableError
 from manylora.serve import processes, repository
 from manylora.serve.background import RunningServer, running_server
 from manylora.serve.installation import Installation, find_installation
-from manylora.serve.ports import Ports, resolve
+from manylora.serve.ports import Ports, hold
 from tritonclient.grpc import model_config_pb2
 
 TIMEOUT_S = 180
@@ -105,18 +106,22 @@ def test_a_run_directory_that_others_can_open_is_refused(tmp_path):
 
 
 def test_free_ports_differ_and_are_kept_where_given():
-    first = resolve(Ports(host="127.0.0.1", http=0, grpc=0, metrics=0))
+    with hold(Ports(host="127.0.0.1", http=0, grpc=0, metrics=0)) as first:
+        pass
     assert len({first.http, first.grpc, first.metrics}) == 3
-    again = resolve(first)
-    assert again == first
+    with hold(first) as again:
+        assert again == first
     assert again.address(1) == "127.0.0.1:1"
     assert Ports(host="::", http=0, grpc=0, metrics=0).address(8000) == "[::1]:8000"
 
 
 def test_the_same_port_twice_is_refused():
-    port = resolve(Ports(host="127.0.0.1", http=0, grpc=0, metrics=0)).http
-    with pytest.raises(UnavailableError, match=f"--grpc-port {port} on 127.0.0.1: Address already in use"):
-        resolve(Ports(host="127.0.0.1", http=port, grpc=port, metrics=0))
+    with hold(Ports(host="127.0.0.1", http=0, grpc=0, metrics=0)) as free:
+        port = free.http
+    twice = Ports(host="127.0.0.1", http=port, grpc=port, metrics=0)
+    in_use = f"--grpc-port {port} on 127.0.0.1: Address already in use"
+    with pytest.raises(UnavailableError, match=in_use), hold(twice):
+        pass
 
 
 def test_settings_stand_in_the_engines_model_only(tmp_path):
@@ -369,6 +374,7 @@ def test_a_killed_front_end_is_restarted_and_answers(base_model, adapter_root):
             assert after == before
             assert [pid for pid in below if processes.is_alive(pid)] == []
             assert [region for region in regions if region.exists()] == []
+            assert {stat.S_IMODE(region.stat().st_mode) for region in shared_memory_of(server)} == {0o600}
 
 
 def test_status_shows_the_adapters_that_were_used(server):

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from manylora import settings_table
 from manylora.commands.table import render, size
-from manylora.config import EngineConfig
+from manylora.config import EngineConfig, parse_size
 from manylora.serve.command import read_settings
 
 if TYPE_CHECKING:
@@ -19,6 +19,7 @@ EXAMPLES = """\
 examples:
   manylora plan --base-model models/base
   manylora plan --base-model models/base --set max_loras=32 --set dtype=bfloat16
+  manylora plan --base-model models/base --set device=cuda --device-memory 80G
 """
 RANKS = (8, 16, 32, 64, 128, 256)
 
@@ -62,6 +63,8 @@ class Plan:
     max_model_len: int
     device_bytes: int
     """Weights, pool and KV cache together; a step's own temporaries come on top."""
+    step_bytes: int
+    """About what these take."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -69,6 +72,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--base-model", default="", metavar="DIR", help="base model in Hugging Face format")
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="a setting, as of `manylora serve`"
+    )
+    parser.add_argument(
+        "--device-memory", default="", metavar="SIZE", help="of a CUDA device, e.g. 80G: sizes the KV cache"
     )
     parser.add_argument("--json", action="store_true", help="as one line of JSON")
     parser.set_defaults(adapter_root="")
@@ -88,19 +94,25 @@ def main(arguments: argparse.Namespace) -> int:
     from manylora.model.outline import outline_model
 
     config = EngineConfig.from_strings(read_settings(arguments))
-    plan = make_plan(config, outline_model(config))
+    device_bytes = parse_size("--device-memory", arguments.device_memory) if arguments.device_memory else 0
+    plan = make_plan(config, outline_model(config), device_bytes)
     print(json.dumps(asdict(plan)) if arguments.json else describe(plan))
+    if not arguments.json and _is_cuda(config.device) and not (device_bytes or config.kv_cache_bytes):
+        print("With --device-memory SIZE the KV cache is what such a device has left.")
     return 0
 
 
-def make_plan(config: EngineConfig, model: ModelOutline) -> Plan:
+def make_plan(config: EngineConfig, model: ModelOutline, device_bytes: int = 0) -> Plan:
     """What the engine will take with this configuration.
+
+    Args:
+        device_bytes: memory of a CUDA device, all of it free; 0: not known, and the KV cache is a CPU's.
 
     Raises:
         InvalidArgumentError: the KV cache is too small to start.
     """
     from manylora.adapters.device_pool import num_pages_of, pool_dtype, staging_elements
-    from manylora.engine.capacity import num_kv_blocks
+    from manylora.engine import capacity
 
     lora_dtype = pool_dtype(config, model.dtype)
     largest = num_pages_of(config.max_lora_rank)
@@ -112,12 +124,23 @@ def make_plan(config: EngineConfig, model: ModelOutline) -> Plan:
     ]
     page_set = sum(kind.page_bytes for kind in kinds)
     ranks = sorted({*(r for r in RANKS if r <= config.max_lora_rank), config.max_lora_rank})
-    num_blocks = num_kv_blocks(config, model.max_model_len, model.cache_bytes_per_token)
-    kv_tokens = num_blocks * config.kv_block_size
     staging = staging_elements(model.spec.kinds, config.max_lora_rank, lora_dtype)
-    staging_bytes = itemsize * staging if _is_cuda(config.device) else 0
+    staging_bytes = itemsize * staging if device_bytes or _is_cuda(config.device) else 0
     host_bytes = 1 << (staging_bytes - 1).bit_length() if staging_bytes else largest * page_set
-    pool_bytes = num_pages * page_set + staging_bytes
+    pool_bytes = capacity.pool_bytes(model.spec.kinds, config, itemsize) + staging_bytes
+    step_bytes = capacity.step_bytes(model.spec.kinds, config, model.dtype.itemsize, model.vocab_size)
+    limits = (config, model.max_model_len, model.cache_bytes_per_token)
+    if device_bytes and not config.kv_cache_bytes:
+        memory = capacity.DeviceMemory(
+            total_bytes=device_bytes,
+            free_bytes=max(0, device_bytes - model.weight_bytes - pool_bytes),
+            own_bytes=model.weight_bytes + pool_bytes,
+            step_bytes=step_bytes,
+        )
+        num_blocks = capacity.num_kv_blocks_of_device(*limits, memory, graphs=not config.enforce_eager)
+    else:
+        num_blocks = capacity.num_kv_blocks(*limits)
+    kv_tokens = num_blocks * config.kv_block_size
     kv_bytes = kv_tokens * model.cache_bytes_per_token
     return Plan(
         base_model=str(model.directory),
@@ -138,6 +161,7 @@ def make_plan(config: EngineConfig, model: ModelOutline) -> Plan:
         kv_bytes_per_token=model.cache_bytes_per_token,
         max_model_len=model.max_model_len,
         device_bytes=model.weight_bytes + pool_bytes + kv_bytes,
+        step_bytes=step_bytes,
     )
 
 
@@ -162,7 +186,7 @@ def describe(plan: Plan) -> str:
         ("device pool", size(plan.pool_bytes), f"{plan.lora_dtype}, {plan.max_loras} adapters in one step"),
         *([("  to copy through", size(plan.staging_bytes), "of it")] if plan.staging_bytes else []),
         ("KV cache", size(plan.kv_bytes), f"{plan.kv_tokens} tokens: {', '.join(sequences)} tokens"),
-        ("on the device", size(plan.device_bytes), "and a step's temporaries"),
+        ("on the device", size(plan.device_bytes), f"and about {size(plan.step_bytes)} for a step"),
         (
             "host cache",
             size(plan.host_cache_bytes),

@@ -19,19 +19,19 @@ from manylora.adapters.device_pool import DevicePool, pool_dtype
 from manylora.adapters.registry import Registry
 from manylora.config import EngineConfig
 from manylora.engine import report
-from manylora.engine.dry_run import dry_run
 from manylora.engine.generate import Completion, Prompt, generate
 from manylora.engine.kernel_check import prove_kernels
 from manylora.engine.kv_cache import BlockPool
 from manylora.engine.limits import Limits
 from manylora.engine.notes import Notes
+from manylora.engine.room import Room
 from manylora.engine.runner import Runner
 from manylora.engine.scheduler import Finished, Scheduler
 from manylora.engine.sequence import Sequence, State
 from manylora.engine.session import Asked, Closed, Deliver, Note, Sent, Session, Wake
 from manylora.engine.steps import Steps
 from manylora.errors import CancelledRequestError, InternalError, ManyloraError, UnavailableError
-from manylora.memory import keep_freed_memory
+from manylora.memory import keep_freed_memory, missing_memory_told
 from manylora.messages import EngineInfo, Generate, Status, Tokens
 from manylora.model.loading import LoadedModel, load_model, use_device
 from manylora.protocol import check_input_ids, check_stop_token_ids
@@ -130,7 +130,8 @@ class Engine:
     def _run(self, built: Future[None], strict_preload: bool) -> None:
         try:
             use_device(self.config)
-            self._build(self.config, strict_preload)
+            with missing_memory_told():
+                self._build(self.config, strict_preload)
         except BaseException as error:
             built.set_exception(error)
             return
@@ -144,7 +145,9 @@ class Engine:
         there are more of those than processors, none waits actively for the next operator, and a decode step
         is made of some hundred.
         """
+        room = Room(config)
         self.model: LoadedModel = load_model(config)
+        num_blocks = room.num_first_blocks(self.model)
         dtype = pool_dtype(config, self.model.dtype)
         self.pool = DevicePool(
             self.model.spec,
@@ -153,9 +156,9 @@ class Engine:
             dtype,
             self.model.device,
         )
-        self.runner = Runner(self.model, config, self.pool)
+        self.runner = Runner(self.model, config, self.pool, num_blocks=num_blocks)
         prove_kernels(self.model, self.runner.builder)
-        dry_run(self.runner, config)
+        room.fill(self.runner)
         self.runner.prove_packing()
         self.runner.capture_graphs(config)
         self.registry = Registry(

@@ -36,23 +36,26 @@ class Runner:
 
     Args:
         paged: whether attention and adapters go through Triton's kernels; None: on CUDA, for heads that fit.
+        num_blocks: of the KV cache; None: what `capacity.num_kv_blocks` says.
     """
 
     def __init__(
-        self, model: LoadedModel, config: EngineConfig, pool: DevicePool, paged: bool | None = None
+        self,
+        model: LoadedModel,
+        config: EngineConfig,
+        pool: DevicePool,
+        paged: bool | None = None,
+        num_blocks: int | None = None,
     ) -> None:
         self.model = model
         self.runs_ahead = _runs_ahead(model)
         """Whether a step is launched before the one in front of it has landed."""
         self.graphs: StepGraphs | None = None
         """Recorded decode steps, from `capture_graphs`."""
-        self.num_blocks = num_kv_blocks(config, model.max_model_len, model.cache_bytes_per_token())
+        if num_blocks is None:
+            num_blocks = num_kv_blocks(config, model.max_model_len, model.cache_bytes_per_token())
         paged = _serves_paged(model) if paged is None else paged
         prepare_kernels(model, config, pool.dtype, paged)
-        caches = {
-            layer: _layer_cache(model, shape, self.num_blocks * config.kv_block_size)
-            for layer, shape in model.layers.items()
-        }
         for site in model.sites:
             kind = model.spec.kinds[site.kind]
             tensors = pool.kinds[site.kind]
@@ -60,13 +63,24 @@ class Runner:
         self.builder = BatchBuilder(
             device=model.device,
             block_size=config.kv_block_size,
-            caches=caches,
+            caches={},
             max_loras=config.max_loras,
             max_pages=num_pages_of(config.max_lora_rank),
             num_kinds=len(model.spec.kinds),
             paged=paged,
             triton=paged or None,
         )
+        self.make_caches(num_blocks)
+
+    def make_caches(self, num_blocks: int) -> None:
+        """Give each layer a KV cache of so many blocks, in the place of the one that it has. Graphs that read
+        that one must not be replayed any more."""
+        self.num_blocks = num_blocks
+        caches = self.builder.caches
+        # Before the new ones: both may be more than there is.
+        caches.clear()
+        for layer, shape in self.model.layers.items():
+            caches[layer] = _layer_cache(self.model, shape, num_blocks * self.builder.block_size)
 
     @torch.inference_mode()
     def launch(self, batch: Batch, previous: Flight | None = None) -> Flight:

@@ -26,17 +26,16 @@ from manylora.model.compiling import compile_forward
 from manylora.model.end_tokens import resolve_end_tokens
 from manylora.model.gated import find_gated_units, put_gates_first
 from manylora.model.lora_layers import MixHolder, Site, find_sites, replace_linears
+from manylora.model.model_len import resolve_max_model_len
 from manylora.model.own_weights import take_weights
 from manylora.model.spec import ModelSpec
 from manylora.threads import num_step_threads
 
 log = logging.getLogger(__name__)
 
-DEFAULT_MAX_MODEL_LEN = 8192
 PROBE_LENGTHS = (19, 1, 8)
 """Tokens of the sequences that are compared at start."""
 _PROBE_TOKENS = 7
-_STEP_WIDE_ROPE = ("dynamic", "longrope")
 
 
 @dataclass(slots=True, kw_only=True)
@@ -53,6 +52,7 @@ class LoadedModel:
     attention: frozenset[AttentionShape]
     """What decides which attention kernels the layers use."""
     dtype: torch.dtype
+    weight_bytes: int
     device: torch.device
     vocab_size: int
     max_model_len: int
@@ -81,9 +81,8 @@ def load_model(config: EngineConfig) -> LoadedModel:
     if device.type == "cpu":
         torch.set_num_threads(num_step_threads(config.num_threads))
     hf_config = read_config(directory)
-    module = _read_model(directory, config, device)
     max_model_len = resolve_max_model_len(config, hf_config)
-    _refuse_step_wide_rope(hf_config, max_model_len)
+    module = _read_model(directory, config, device)
     model = convert_model(module, directory, hf_config, max_model_len, device)
     model.eos_token_ids = resolve_end_tokens(config.eos_token_ids, directory, hf_config, model.vocab_size)
     if device.type == "cuda":
@@ -107,6 +106,7 @@ def convert_model(
         UnsupportedError: the model does not call its attention, or has no linears in layers.
     """
     probe_ids = _probe_ids(_text_config(hf_config).vocab_size)
+    weight_bytes = sum(p.numel() * p.element_size() for p in module.parameters())
     with torch.inference_mode():
         probe_logits = [_whole_logits(module, ids) for ids in probe_ids]
         use_our_attention(module)
@@ -124,6 +124,7 @@ def convert_model(
         layers=probe.layers,
         attention=frozenset(probe.shapes),
         dtype=next(module.parameters()).dtype,
+        weight_bytes=weight_bytes,
         device=device,
         vocab_size=_text_config(hf_config).vocab_size,
         max_model_len=max_model_len,
@@ -208,43 +209,6 @@ def require_attention_seam(module: torch.nn.Module) -> None:
 
 def _text_config(hf_config: Any) -> Any:
     return hf_config.get_text_config(decoder=True)
-
-
-def resolve_max_model_len(config: EngineConfig, hf_config: Any) -> int:
-    """`max_model_len` with its default resolved.
-
-    Raises:
-        InvalidArgumentError: it is more than the base model has positions for.
-    """
-    limit = getattr(_text_config(hf_config), "max_position_embeddings", None)
-    if config.max_model_len:
-        if limit and config.max_model_len > limit:
-            raise InvalidArgumentError(
-                f"max_model_len={config.max_model_len}: the base model has max_position_embeddings={limit}"
-            )
-        return config.max_model_len
-    return min(limit or DEFAULT_MAX_MODEL_LEN, DEFAULT_MAX_MODEL_LEN)
-
-
-def _refuse_step_wide_rope(hf_config: Any, max_model_len: int) -> None:
-    """Some scalings pick factors by the longest position of a step: neighbours would change a sequence."""
-    text = _text_config(hf_config)
-    parameters = getattr(text, "rope_parameters", None) or getattr(text, "rope_scaling", None) or {}
-    nested = [p for p in parameters.values() if isinstance(p, dict)]
-    for rope in nested or [parameters]:
-        kind = rope.get("rope_type") or rope.get("type")
-        if kind not in _STEP_WIDE_ROPE:
-            continue
-        original = (
-            rope.get("original_max_position_embeddings")
-            or getattr(text, "original_max_position_embeddings", None)
-            or text.max_position_embeddings
-        )
-        if max_model_len > original:
-            raise UnsupportedError(
-                f"rope_type {kind!r} changes its factors once a step has positions past {original}, "
-                f"for all its sequences; max_model_len={max_model_len} is not served, at most {original} is"
-            )
 
 
 def _probe_ids(vocab_size: int) -> list[list[int]]:

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 from manylora.config import EngineConfig, resolve_directory
 from manylora.errors import InvalidArgumentError
 from manylora.model import loading
+from manylora.model.model_len import resolve_max_model_len
 from manylora.model.spec import ModelSpec
 
 log = logging.getLogger(__name__)
@@ -28,6 +29,7 @@ class ModelOutline:
     spec: ModelSpec
     dtype: torch.dtype
     max_model_len: int
+    vocab_size: int
     weight_bytes: int
     cache_bytes_per_token: int
     """Keys and values of one token over all layers."""
@@ -44,7 +46,7 @@ def outline_model(config: EngineConfig) -> ModelOutline:
     """
     directory = resolve_directory(config.base_model, "base_model")
     hf_config = loading.read_config(directory)
-    max_model_len = loading.resolve_max_model_len(config, hf_config)
+    max_model_len = resolve_max_model_len(config, hf_config)
     dtype = _dtype(config, hf_config)
     fake = FakeTensorMode()
     try:
@@ -73,6 +75,7 @@ def outline_model(config: EngineConfig) -> ModelOutline:
         spec=spec,
         dtype=dtype,
         max_model_len=max_model_len,
+        vocab_size=hf_config.get_text_config(decoder=True).vocab_size,
         weight_bytes=weight_bytes,
         cache_bytes_per_token=dtype.itemsize * sum(v * (dk + dv) for v, dk, dv in layers.values()),
     )

@@ -10,11 +10,12 @@ import sys
 from dataclasses import fields
 
 from manylora import paths
-from manylora.config import EngineConfig, resolve_directory
+from manylora.config import EngineConfig, parse_size, resolve_directory
 from manylora.errors import InvalidArgumentError
-from manylora.serve import preflight, processes, repository
+from manylora.serve import limits, preflight, processes, repository
 from manylora.serve.installation import environment, find_installation
-from manylora.serve.ports import Ports, resolve
+from manylora.serve.ports import Ports, hold
+from manylora.serve.restrictions import RESTRICTABLE, read_allowed, restriction_arguments
 from manylora.serve.stop_signals import StopSignals
 from manylora.serve.supervisor import Supervisor
 from manylora.serve.triton_server import TritonServer
@@ -44,6 +45,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             metavar="N",
             help="0: a free one (default: %(default)s)",
         )
+    add(
+        "--allow",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="open to all clients what is closed to them: "
+        f"{', '.join(RESTRICTABLE)}; may be given several times",
+    )
+    add(
+        "--shared-memory-bytes",
+        default="0",
+        metavar="N",
+        help="most that requests to one model may take of /dev/shm; takes K, M, G (default: "
+        "what 64 prompts of max_model_len take, at least 64M)",
+    )
     add("--stop-with-parent", action="store_true", help="stop when the program that started this one ends")
     add("--run-dir", metavar="DIR", help="for sockets and the log (default: a temporary one)")
     add(
@@ -74,16 +90,20 @@ def main(arguments: argparse.Namespace) -> int:
     if arguments.stop_with_parent:
         processes.end_with_parent()
     settings = read_settings(arguments)
-    ports = resolve(
-        Ports(
-            host=arguments.host,
-            http=arguments.http_port,
-            grpc=arguments.grpc_port,
-            metrics=arguments.metrics_port,
-        )
+    restrictions = restriction_arguments(read_allowed(arguments.allow))
+    shared_memory_bytes = limits.region_bytes(
+        parse_size("--shared-memory-bytes", arguments.shared_memory_bytes),
+        max_model_len=int(settings.get("max_model_len", 0)),
     )
     installation = find_installation()
-    with workspace(arguments.run_dir) as space:
+    limits.raise_descriptors()
+    asked = Ports(
+        host=arguments.host,
+        http=arguments.http_port,
+        grpc=arguments.grpc_port,
+        metrics=arguments.metrics_port,
+    )
+    with hold(asked) as ports, workspace(arguments.run_dir) as space:
         preflight.check(settings, space.path)
         env = environment(installation, space.libraries)
         backends = space.plain_backends(installation.backends)
@@ -99,6 +119,8 @@ def main(arguments: argparse.Namespace) -> int:
                 ports=ports,
                 log_path=space.log,
                 exit_timeout_s=arguments.exit_timeout,
+                restrictions=restrictions,
+                shared_memory_bytes=shared_memory_bytes,
             ),
             address=ports.address(ports.http),
             metrics_address=ports.address(ports.metrics),

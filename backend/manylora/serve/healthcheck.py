@@ -41,10 +41,14 @@ def _problem(run_dir: Path, http: str, model: str) -> str:
     return "" if is_ready(http, model) else f"tritonserver does not call {model} ready"
 
 
+def _warn(text: str) -> None:
+    print(text, file=sys.stderr)
+
+
 def main(words: Sequence[str]) -> int:
     """Returns: 0 where there is a server and each one is well, else 1."""
     try:
-        run_dirs = [Path(word) for word in words] or find_running()
+        run_dirs = [Path(word) for word in words] or find_running(_warn)
         found = [text for run_dir in run_dirs for text in problems(run_dir)]
     except ManyloraError as error:
         run_dirs, found = [], [error.message]

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from manylora.health import StageState, read_stages
-from manylora.serve.probe import HttpProbe, Probe, http_status, ready_path
+from manylora.serve.probe import HttpProbe, Line, LineProbe, Probe, http_status, ready_path
 
 LOOKS_BETWEEN = 20
 """Looks from one answer to the next question."""
@@ -32,12 +32,22 @@ _PENDING = r'^nv_inference_pending_request_count\{{[^}}]*model="{}"[^}}]*\}} (\d
 class ModelWatch:
     """Counts its looks, four a second, and compares no times: a pause of the whole machine is one look."""
 
-    def __init__(self, model: str, *, health: Path, http: str, metrics: str) -> None:
+    def __init__(
+        self,
+        model: str,
+        *,
+        health: Path,
+        http: str,
+        metrics: str,
+        is_full: Callable[[], bool],
+        say: Callable[[str], None],
+    ) -> None:
         """
         Args:
             health: socket of the model's front end.
             http: host:port of tritonserver.
             metrics: host:port of its metrics.
+            is_full: whether it has so many connections that it can accept no other one.
         """
         self._model = model
         self._pending = re.compile(_PENDING.format(re.escape(model)), re.MULTILINE)
@@ -49,6 +59,10 @@ class ModelWatch:
         """Answers in a row with requests in Triton and no turn of `execute` since the one before."""
         self._num_executed: int | None = None
         """Turns of `execute` by the answer before."""
+        self._is_full = is_full
+        self._say = say
+        self._has_told_full = False
+        self._line = Line(http)
         self._questions = (
             _Question(
                 lambda: Probe(health),
@@ -57,10 +71,11 @@ class ModelWatch:
                 dead=f"{model} does not say how it is",
             ),
             _Question(
-                lambda: HttpProbe(http, ready_path(model)),
+                lambda: LineProbe(self._line, ready_path(model)),
                 _judge_ready,
                 silent=f"tritonserver hangs: it does not say whether {model} is ready",
                 dead=f"tritonserver does not call {model} ready",
+                is_excused=self._cannot_ask,
             ),
             # Metrics that do not come say nothing.
             _Question(lambda: HttpProbe(metrics, "/metrics"), self._judge_pending),
@@ -78,6 +93,20 @@ class ModelWatch:
         """Give up what is on its way."""
         for question in self._questions:
             question.close()
+        self._line.close()
+
+    def _cannot_ask(self) -> bool:
+        """Whether tritonserver may be silent since it cannot accept our connection, not since it hangs."""
+        if self._line.is_accepted or not self._is_full():
+            self._has_told_full = False
+            return False
+        if not self._has_told_full:
+            self._say(
+                f"{self._model} cannot be asked: tritonserver has as many connections as it may have open "
+                "files; bound them with a proxy in front, or raise the limit (ulimit -n)"
+            )
+        self._has_told_full = True
+        return True
 
     def _judge_health(self, answer: str) -> str:
         stages = read_stages(answer)
@@ -106,16 +135,24 @@ class _Question:
     """Asked again and again."""
 
     def __init__(
-        self, ask: Callable[[], Probe], judge: Callable[[str], str], *, silent: str = "", dead: str = ""
+        self,
+        ask: Callable[[], Probe],
+        judge: Callable[[str], str],
+        *,
+        silent: str = "",
+        dead: str = "",
+        is_excused: Callable[[], bool] = lambda: False,
     ) -> None:
         """
         Args:
             judge: says what an answer shows to be wrong, empty for nothing; ValueError where it is no answer.
             silent: what is wrong when no answer comes; empty: nothing.
             dead: what is wrong when there is nobody, or what comes is no answer; empty: nothing.
+            is_excused: asked before either is said; true: nothing is wrong as yet.
         """
         self._ask = ask
         self._judge = judge
+        self._is_excused = is_excused
         self._silent = silent
         self._dead = dead
         self._probe: Probe | None = None
@@ -131,7 +168,7 @@ class _Question:
                 self._num_looks = 0
             return ""
         if not self._probe.poll(0):
-            return self._silent if self._num_looks >= HUNG_LOOKS else ""
+            return self._give_up()
         probe = self._probe
         self.close()
         self._num_looks = 0
@@ -150,7 +187,18 @@ class _Question:
             self._probe.close()
         self._probe = None
 
+    def _give_up(self) -> str:
+        """On an answer that does not come, after so many looks."""
+        if self._num_looks < HUNG_LOOKS:
+            return ""
+        if self._is_excused():
+            self._num_looks = 0
+            return ""
+        return self._silent
+
     def _bad(self, why: str) -> str:
+        if self._is_excused():
+            return ""
         self._num_bad += 1
         return f"{self._dead}: {why}" if self._dead and self._num_bad >= MAX_BAD_ANSWERS else ""
 

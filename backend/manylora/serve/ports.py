@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import socket
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from manylora.errors import UnavailableError
+
+MAX_CHOICES = 20
+"""Free ports that are tried in the place of a 0; one may be taken between its choice and its use."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -25,37 +30,69 @@ class Ports:
         return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
-def resolve(asked: Ports) -> Ports:
-    """Choose free ports for those that are 0, and make sure that the others are free.
+@contextlib.contextmanager
+def hold(asked: Ports) -> Iterator[Ports]:
+    """Choose free ports for those that are 0, and keep all three for one server while the block runs.
+
+    tritonserver itself listens on them only when its models are loaded.
 
     Raises:
         UnavailableError: a port is in use, or the host is not an address of this machine.
     """
     chosen = {}
-    # All are held until the last one is chosen, or two of them could be the same.
     with contextlib.ExitStack() as held:
         for name in ("http", "grpc", "metrics"):
             port = getattr(asked, name)
             try:
-                listener = held.enter_context(_listen(asked.host, port))
+                chosen[name] = _hold_port(held, asked.host, port) if port else _hold_any(held, asked.host)
             except OSError as error:
                 raise UnavailableError(
                     f"--{name}-port {port} on {asked.host}: {error.strerror or error}; "
                     "give another port, or 0 for a free one"
                 ) from error
-            chosen[name] = listener.getsockname()[1]
-    return Ports(host=asked.host, **chosen)
+        yield Ports(host=asked.host, **chosen)
 
 
-def _listen(host: str, port: int) -> socket.socket:
+def _hold_any(held: contextlib.ExitStack, host: str) -> int:
+    for choice in range(MAX_CHOICES):
+        try:
+            return _hold_port(held, host, 0)
+        except OSError as error:
+            if error.errno != errno.EADDRINUSE or choice == MAX_CHOICES - 1:
+                raise
+    raise AssertionError
+
+
+def _hold_port(held: contextlib.ExitStack, host: str, port: int) -> int:
+    """Keep one port from everybody but a tritonserver of this process.
+
+    Raises:
+        OSError: somebody else has it.
+    """
+    with contextlib.ExitStack() as fresh:
+        bound = fresh.enter_context(_bind(host, port))
+        port = bound.getsockname()[1]
+        # Two such sockets do not meet, so another `manylora serve` would find the port free. A name in
+        # Linux's abstract namespace ends with this process, and is one network's, as a port is.
+        name = fresh.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM))
+        try:
+            name.bind(f"\0manylora-{host}-{port}")
+        except OSError as error:
+            raise OSError(error.errno, f"{error.strerror} (another `manylora serve` has it)") from error
+        held.push(fresh.pop_all())
+    return port
+
+
+def _bind(host: str, port: int) -> socket.socket:
+    """A socket that keeps the port without listening: the system gives it to nobody as a free one."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    listener = socket.socket(family, socket.SOCK_STREAM)
+    bound = socket.socket(family, socket.SOCK_STREAM)
     try:
-        # As tritonserver does: connections of an earlier server that linger are no obstacle, a listener is.
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind((host, port))
-        listener.listen(1)
+        # As tritonserver does, which can listen beside it: only a listener is an obstacle, connections of an
+        # earlier server that linger are none.
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        bound.bind((host, port))
     except BaseException:
-        listener.close()
+        bound.close()
         raise
-    return listener
+    return bound

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import json
 import os
 import re
 import select
@@ -13,25 +15,29 @@ REPLY_TIMEOUT_S = 5.0
 MAX_ANSWER_BYTES = 1 << 22
 """More than tritonserver's metrics take."""
 
+_LENGTH = re.compile(rb"\r\nContent-Length: *(\d+)", re.IGNORECASE)
 _STATUS = re.compile(r"HTTP/1\.[01] (\d{3})\b")
 
 
 class Probe:
     """One question, on its way. It is over when there is an answer, or a reason why there is none."""
 
-    def __init__(self, address: str | Path, ask: bytes = b"") -> None:
+    def __init__(
+        self, address: str | Path, ask: bytes = b"", *, connection: socket.socket | None = None
+    ) -> None:
         """Connect, and send once there is a connection.
 
         Args:
             address: host:port, or the path of a Unix socket.
             ask: what to send. The other side closes the connection after its answer.
+            connection: one to this address that there is already.
         """
         self.answer = b""
         self.failure: OSError | None = None
         self._ask = ask
-        self._socket: socket.socket | None = None
+        self._socket = connection
         try:
-            self._socket = _connect(address)
+            self._socket = connection or _connect(address)
         except OSError as error:
             self.failure = error
 
@@ -81,6 +87,63 @@ class HttpProbe(Probe):
         super().__init__(address, head.encode())
 
 
+class Line:
+    """A connection to tritonserver that stays open from one question to the next: a server whose other
+    connections are so many that it can accept no more still answers on it."""
+
+    def __init__(self, address: str) -> None:
+        self.address = address
+        self.is_accepted = False
+        """An answer has come over it. Until then it may only wait for the server to take it."""
+        self._connection: socket.socket | None = None
+        # The first question finds it taken, whatever comes in between.
+        with contextlib.suppress(OSError):
+            self._connection = _connect(address)
+
+    def take(self) -> socket.socket | None:
+        """The connection, for one question; None where there is none any more."""
+        connection, self._connection = self._connection, None
+        # Nothing has been asked, so what there is to read is its end.
+        if connection and self.is_accepted and select.select([connection], [], [], 0)[0]:
+            connection.close()
+            connection = None
+        if connection is None:
+            self.is_accepted = False
+        return connection
+
+    def give_back(self, connection: socket.socket) -> None:
+        """After an answer that has come whole."""
+        self._connection = connection
+        self.is_accepted = True
+
+    def close(self) -> None:
+        if self._connection:
+            self._connection.close()
+
+
+class LineProbe(Probe):
+    """A GET over a line."""
+
+    def __init__(self, line: Line, path: str) -> None:
+        self._line = line
+        head = f"GET {path} HTTP/1.1\r\nHost: {line.address}\r\n\r\n"
+        super().__init__(line.address, head.encode(), connection=line.take())
+
+    def close(self) -> None:
+        if self._socket and not self.failure and self._is_whole():
+            self._line.give_back(self._socket)
+        else:
+            super().close()
+
+    def _receive(self, connection: socket.socket) -> bool:
+        return super()._receive(connection) and not self._is_whole()
+
+    def _is_whole(self) -> bool:
+        head, is_there, body = self.answer.partition(b"\r\n\r\n")
+        length = _LENGTH.search(head)
+        return bool(is_there) and len(body) >= (int(length[1]) if length else 0)
+
+
 def http_status(answer: str) -> int:
     """The status in an answer over HTTP; 0 where it is none."""
     found = _STATUS.match(answer)
@@ -92,6 +155,20 @@ def is_ready(address: str, model: str) -> bool:
     probe = HttpProbe(address, ready_path(model))
     try:
         return probe.poll(REPLY_TIMEOUT_S) and http_status(probe.answer.decode(errors="replace")) == 200
+    finally:
+        probe.close()
+
+
+def server_id(address: str) -> str:
+    """The `--id` of the tritonserver that answers; empty where none does, or something else."""
+    probe = HttpProbe(address, "/v2")
+    try:
+        if not probe.poll(REPLY_TIMEOUT_S):
+            return ""
+        body = probe.answer.decode(errors="replace").partition("\r\n\r\n")[2]
+        return str(json.loads(body)["name"])
+    except (ValueError, TypeError, KeyError):
+        return ""
     finally:
         probe.close()
 

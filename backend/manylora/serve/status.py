@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import msgspec
@@ -29,7 +30,7 @@ def print_status(run_dir: Path | None, *, as_json: bool = False) -> int:
 
 
 def _only_one() -> Path:
-    found = find_running()
+    found = find_running(lambda text: print(f"manylora status: {text}", file=sys.stderr))
     if not found:
         raise NotFoundError("no server of yours runs in the usual place; name its directory with --run-dir")
     if len(found) > 1:

@@ -9,7 +9,7 @@ from pathlib import Path
 from manylora.errors import UnavailableError
 from manylora.run_dir import health_path
 from manylora.serve.model_watch import ModelWatch
-from manylora.serve.probe import Probe, is_ready
+from manylora.serve.probe import Probe, is_ready, server_id
 from manylora.serve.repository import MODELS
 from manylora.serve.stop_signals import StopSignals
 from manylora.serve.triton_server import TritonServer
@@ -90,7 +90,10 @@ class Supervisor:
             raise _StopAsked
 
     def _await_answers(self, server: TritonServer) -> None:
-        """Wait until Triton calls both models ready and both front ends say how they are."""
+        """Wait until Triton calls both models ready and both front ends say how they are.
+
+        Whoever else answers on its port is not believed.
+        """
         deadline = time.monotonic() + self._ready_timeout_s
         waiting = list(MODELS)
         num_bad_looks = 0
@@ -107,7 +110,11 @@ class Supervisor:
                     f"{' and '.join(waiting)} not ready in {self._ready_timeout_s:.0f} s\n{server.log_tail()}"
                 )
             self._pause(LOOK_INTERVAL_S)
-            waiting = [model for model in waiting if not is_ready(self._address, model)]
+            found = server_id(self._address)
+            if found and found != server.id:
+                raise UnavailableError(f"another server, {found!r}, answers on {self._address}")
+            if found:
+                waiting = [model for model in waiting if not is_ready(self._address, model)]
         for model in MODELS:
             self._await_answer(server, model, deadline)
         server.remember_stubs()
@@ -135,6 +142,8 @@ class Supervisor:
                 health=health_path(self._run_dir, model),
                 http=self._address,
                 metrics=self._metrics_address,
+                is_full=lambda: server.is_full,
+                say=self._say,
             )
             for model in MODELS
         ]

@@ -9,13 +9,14 @@ import secrets
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from manylora.process_state import is_stopped
-from manylora.serve import processes
+from manylora.serve import limits, processes
 from manylora.serve.installation import Installation
 from manylora.serve.ports import Ports
+from manylora.serve.server_log import ServerLog
 
 SHARED_MEMORY = Path("/dev/shm")
 UNLOAD_GRACE_S = 10
@@ -25,6 +26,9 @@ CHILDREN_GRACE_S = 5.0
 
 MAX_STOPPED_LOOKS = 12
 """Looks in a row at a process that a signal holds. Where all were stopped, we too, not all go on at once."""
+
+MIN_FREE_DESCRIPTORS = 4
+"""By which a server counts as able to accept a connection: others come and go while they are counted."""
 
 ENGINE = "manylora.engine.process"
 """In the command line of the engine."""
@@ -55,13 +59,23 @@ class TritonServer:
         ports: Ports,
         log_path: Path,
         exit_timeout_s: int,
+        restrictions: Sequence[str],
+        shared_memory_bytes: int,
     ) -> None:
-        self._log_path = log_path
-        self._log_start = log_path.stat().st_size if log_path.exists() else 0
+        """Start it.
+
+        Args:
+            restrictions: words of its command line that close its interfaces for the operator.
+            shared_memory_bytes: to which requests may make a model's region of shared memory grow.
+        """
+        self._log = ServerLog(log_path)
         self._exit_timeout_s = exit_timeout_s
         self._shm_prefix = f"manylora_{secrets.token_hex(6)}_"
+        self.id = secrets.token_hex(16)
+        """By which it is told from another server on its ports."""
         command = [
             str(installation.binary),
+            f"--id={self.id}",
             f"--model-repository={repository}",
             f"--backend-directory={backends}",
             "--model-control-mode=none",
@@ -75,21 +89,27 @@ class TritonServer:
             f"--metrics-port={ports.metrics}",
             f"--exit-timeout-secs={exit_timeout_s + UNLOAD_GRACE_S}",
             f"--backend-config=python,shm-region-prefix-name={self._shm_prefix}",
+            *restrictions,
         ]
-        with log_path.open("ab") as log:
-            self._process = subprocess.Popen(
-                command,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                env=dict(env),
-                cwd=installation.working_directory,
-                # Ctrl-C goes to the terminal's whole foreground group; only we stop tritonserver.
-                start_new_session=True,
-                # Nothing else would stop it when we are killed. No other Python thread runs here that could
-                # hold a lock at the fork.
-                preexec_fn=processes.end_with_parent,
-            )
+
+        def prepare() -> None:
+            # Nothing else would stop it when we are killed.
+            processes.end_with_parent()
+            limits.bound_files(shared_memory_bytes)
+
+        self._process = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=self._log.write_end,
+            stderr=subprocess.STDOUT,
+            env=dict(env),
+            cwd=installation.working_directory,
+            # Ctrl-C goes to the terminal's whole foreground group; only we stop tritonserver.
+            start_new_session=True,
+            # No other Python thread runs here that could hold a lock at the fork.
+            preexec_fn=prepare,
+        )
+        self._log.close_write_end()
         self._stubs: set[int] = set()
         self._num_stopped_looks = 0
 
@@ -106,6 +126,7 @@ class TritonServer:
 
         tritonserver itself notices no dead stub.
         """
+        self._log.look()
         code = self._process.poll()
         if code is not None:
             return f"tritonserver has ended with {_describe(code)}"
@@ -119,6 +140,11 @@ class TritonServer:
         if self._num_stopped_looks < MAX_STOPPED_LOOKS:
             return ""
         return f"a signal has stopped a process (pid {', '.join(map(str, stopped))})"
+
+    @property
+    def is_full(self) -> bool:
+        """Say whether it holds so many connections that it cannot accept another one."""
+        return limits.num_free_descriptors(self._process.pid) < MIN_FREE_DESCRIPTORS
 
     def stop(self, is_urgent: Callable[[], bool]) -> None:
         """Stop in order: what is in flight may finish until the exit timeout, and then ends with UNAVAILABLE.
@@ -163,12 +189,11 @@ class TritonServer:
         processes.end_children(CHILDREN_GRACE_S)
         for region in SHARED_MEMORY.glob(f"{self._shm_prefix}*"):
             region.unlink(missing_ok=True)
+        self._log.close()
 
     def log_tail(self, max_lines: int = 25) -> str:
         """The end of this server's log; its errors in our own words come first, where there are any."""
-        with self._log_path.open("rb") as log:
-            log.seek(self._log_start)
-            text = log.read().decode(errors="replace")
+        text = self._log.tail()
         own = list(dict.fromkeys(_OWN_ERROR.findall(text)))
         lines = [line[:MAX_LINE] for line in text.splitlines() if line.strip() and not _CHATTER.match(line)]
         # Triton says each of them several times.

@@ -8,8 +8,9 @@ import json
 import os
 import re
 import shutil
+import stat
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import IO
 
@@ -20,6 +21,7 @@ from manylora.serve.repository import MODELS
 
 RECORD = "serve.json"
 """What the server is, for `manylora status` and other programs."""
+MAX_RECORD_BYTES = 1 << 16
 
 
 PLAIN = re.compile(r"[A-Za-z0-9_./+@%=,-]+")
@@ -40,11 +42,15 @@ class Workspace:
         self.libraries = plain / "lib"
         self._backends = plain / "backends"
         self.log = path / "server.log"
+        self.earlier_log = path / "server.log.1"
+        """What was in the log before it was full."""
         self.record = path / RECORD
 
     def write_record(self, facts: Mapping[str, str | int]) -> None:
         fresh = self.record.with_suffix(".new")
-        fresh.write_text(json.dumps(facts))
+        fresh.unlink(missing_ok=True)
+        with os.fdopen(os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+            json.dump(facts, file)
         fresh.replace(self.record)
 
     def plain_backends(self, folder: Path) -> Path:
@@ -86,7 +92,8 @@ def workspace(asked: str | None) -> Iterator[Workspace]:
         with _plain_directory(path) as plain:
             space = Workspace(path, plain)
             space.clear()
-            space.log.unlink(missing_ok=True)
+            for log in (space.log, space.earlier_log):
+                log.unlink(missing_ok=True)
             has_ended_well = False
             try:
                 yield space
@@ -143,11 +150,61 @@ def _plain_place() -> str:
     )
 
 
-def find_running() -> list[Path]:
-    """The run directories in the usual place whose server is up, of this user."""
-    records = Path(tempfile.gettempdir()).glob(f"{Path(_prefix()).name}*/{RECORD}")
-    # A server that was killed leaves its record.
-    return sorted(path.parent for path in records if processes.is_alive(json.loads(path.read_text())["pid"]))
+def find_running(warn: Callable[[str], None]) -> list[Path]:
+    """The run directories in the usual place whose server is up, of this user.
+
+    Args:
+        warn: told of each one that is passed over since others may have made it, or since it cannot be read.
+    """
+    found = []
+    # Everybody may make a directory of that name there.
+    for folder in sorted(Path(tempfile.gettempdir()).glob(f"{_prefix()}*")):
+        try:
+            pid = _read_pid(folder)
+        except FileNotFoundError:
+            # Of a server that is not ready, or has stopped.
+            continue
+        except (OSError, ValueError, RecursionError) as error:
+            warn(f"{folder}: passed over: {error}")
+            continue
+        # A server that was killed leaves its record.
+        if processes.is_alive(pid):
+            found.append(folder)
+    return found
+
+
+def _read_pid(folder: Path) -> int:
+    """The process that a run directory's record names.
+
+    Raises:
+        FileNotFoundError: there is no record.
+        OSError, ValueError: directory or record may be another user's work, or it is no record of ours.
+    """
+    with contextlib.ExitStack() as opened:
+        # Each is looked at as it was opened, so that nothing can take its place in between. O_NONBLOCK: a
+        # pipe of that name would hold us up.
+        flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+        at = os.open(folder, flags | os.O_DIRECTORY)
+        opened.callback(os.close, at)
+        _check_own(os.fstat(at), "the directory", stat.S_IRWXG | stat.S_IRWXO)
+        fd = os.open(RECORD, flags, dir_fd=at)
+        opened.callback(os.close, fd)
+        found = os.fstat(fd)
+        _check_own(found, RECORD, stat.S_IWGRP | stat.S_IWOTH)
+        if not stat.S_ISREG(found.st_mode):
+            raise ValueError(f"{RECORD} is no file")
+        record = json.loads(os.read(fd, MAX_RECORD_BYTES))
+    pid = record.get("pid") if isinstance(record, dict) else None
+    if type(pid) is not int or pid < 1:
+        raise ValueError(f"{RECORD} names no process")
+    return pid
+
+
+def _check_own(found: os.stat_result, what: str, forbidden: int) -> None:
+    if found.st_uid != os.getuid():
+        raise ValueError(f"{what} belongs to user {found.st_uid}, this is user {os.getuid()}")
+    if found.st_mode & forbidden:
+        raise ValueError(f"{what} has mode {stat.S_IMODE(found.st_mode):04o}; others must be shut out")
 
 
 def _prefix() -> str:

@@ -33,6 +33,7 @@ TRITON_REFUSALS = tuple(
         r"string correlation ID cannot be longer than ",
         r"inference header size should be in range ",
         r"Unsupported content-encoding, only 'identity' is supported\.",
+        r"This (API|protocol) is restricted, expecting header ",
         r"(Not Found|Method Not Allowed|Bad Request)$",
         # models
         r"Request for unknown model: '.*' (version .* )?is not found",
