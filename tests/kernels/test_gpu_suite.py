@@ -40,7 +40,7 @@ def run_in_interpreter(*arguments: str) -> subprocess.CompletedProcess[str]:
 def test_a_lease_runs_every_part_and_leaves_its_rows_its_goals_and_its_plot(tmp_path: Path) -> None:
     """All stages in order, each in a process of its own."""
     suite = [str(BENCH / "gpu_suite.py"), "--cpu-logic", "--lease", "--out", str(tmp_path)]
-    done = run_in_interpreter(*suite, "--peers", str(tmp_path))
+    done = run_in_interpreter(*suite, "--peers", str(tmp_path), "--budget-s", "2000")
     assert done.returncode == 0, done.stdout + done.stderr
     stages = [line for line in done.stdout.splitlines() if line.startswith("# stage") and "took" in line]
     assert [line.split()[2].rstrip(":") for line in stages] == [
