@@ -66,6 +66,15 @@ def ask(server: RunningServer, model: str = "llm", **parameters: object) -> dict
             ["--adapter-root", "/no/such"], "adapter_root='/no/such': no such directory", id="no-adapters"
         ),
         pytest.param(["--host", "192.0.2.1"], "--http-port 8000 on 192.0.2.1: ", id="foreign-host"),
+        pytest.param(
+            ["--allow", "trace,nosuch"],
+            "--allow 'nosuch': allowed are shared-memory, trace, logging, model-repository",
+            id="no-interface",
+        ),
+        pytest.param(
+            ["--shared-memory-bytes", "1K"], "--shared-memory-bytes 1024: must be at least", id="no-memory"
+        ),
+        pytest.param(["--shared-memory-bytes", "lots"], "='lots': expected ", id="no-size"),
         pytest.param(["--http-port", "65536"], "65536 is no port: 0 to 65535", id="no-port"),
         pytest.param(["--run-dir", "/tmp/" + "x" * 100], "allowed are 107", id="long-run-dir"),
     ],

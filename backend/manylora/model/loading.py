@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import transformers
 from manylora_kernels import AttentionShape
+from safetensors import SafetensorError
 from transformers import (
     AttentionInterface,
     AutoConfig,
@@ -184,7 +185,7 @@ def _read_model(directory: Path, config: EngineConfig, device: torch.device) -> 
         module: torch.nn.Module = AutoModelForCausalLM.from_pretrained(
             directory, dtype=dtype, local_files_only=True, use_safetensors=True
         )
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise InvalidArgumentError(f"base_model={str(directory)!r}: cannot be loaded: {error}") from error
     require_attention_seam(module)
     module = module.eval().requires_grad_(False)

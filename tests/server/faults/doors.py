@@ -22,7 +22,8 @@ from manylora.serve.background import RunningServer
 from tritonclient.utils import InferenceServerException
 
 from faults.anatomy import DONE_S, shared_memory_of, stub_of, tritonserver_of
-from faults.load import Bed, Report
+from faults.load import MAX_TOKENS, Bed, Report
+from faults.scenarios import LONG
 
 FEW_DESCRIPTORS = 256
 NUM_IDLE = 500
@@ -162,7 +163,12 @@ def connections_are_idle(bed: Bed, hold_s: float) -> Report:
         assert sum(sizes) < MAX_LOG_BYTES
         assert tritonserver_of(bed.server) == pid
 
-    return bed.suffer(f"{NUM_IDLE} idle connections, {FEW_DESCRIPTORS} descriptors, {hold_s:g} s", inject)
+    return bed.suffer(
+        f"{NUM_IDLE} idle connections, {FEW_DESCRIPTORS} descriptors, {hold_s:g} s",
+        inject,
+        # Some must be in flight for as long.
+        max_tokens=LONG if hold_s else MAX_TOKENS,
+    )
 
 
 @contextlib.contextmanager

@@ -1,0 +1,42 @@
+"""What `--allow` leaves closed. That it is closed is asked of a real server in tests/server/test_doors.py."""
+
+from __future__ import annotations
+
+import pytest
+from manylora.serve import limits
+from manylora.serve.restrictions import RESTRICTABLE, read_allowed, restriction_arguments
+
+
+@pytest.mark.parametrize(
+    ("allowed", "closed"),
+    [
+        ([], RESTRICTABLE),
+        (["shared-memory"], ("trace", "logging", "model-repository")),
+        (["trace, logging", "shared-memory"], ("model-repository",)),
+    ],
+    ids=["nothing", "one", "several"],
+)
+def test_what_is_not_allowed_is_closed(allowed: list[str], closed: tuple[str, ...]) -> None:
+    arguments = restriction_arguments(read_allowed(allowed))
+    assert [argument.partition(":")[0] for argument in arguments] == [
+        f"--http-restricted-api={','.join(closed)}",
+        f"--grpc-restricted-protocol={','.join(closed)}",
+    ]
+    names = [argument.partition(":")[2].partition("=")[0] for argument in arguments]
+    assert ["\n" in name for name in names] == [True, True]
+
+
+def test_where_all_is_allowed_nothing_is_closed() -> None:
+    assert restriction_arguments(read_allowed(RESTRICTABLE)) == []
+
+
+def test_two_servers_have_two_keys() -> None:
+    assert restriction_arguments(frozenset()) != restriction_arguments(frozenset())
+
+
+@pytest.mark.parametrize(
+    ("max_model_len", "wanted"), [(0, 64 << 20), (8192, 64 << 20), (131072, 128 << 20)], ids=str
+)
+def test_a_whole_batch_of_the_longest_prompts_finds_room(max_model_len: int, wanted: int) -> None:
+    assert limits.region_bytes(0, max_model_len=max_model_len) == wanted
+    assert limits.region_bytes(5 << 20, max_model_len=max_model_len) == 5 << 20
