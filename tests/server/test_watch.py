@@ -38,7 +38,14 @@ def watches(server: RunningServer) -> Iterator[dict[str, ModelWatch]]:
 
 def watch_of(server: RunningServer, model: str) -> ModelWatch:
     health = run_dir.health_path(server.run_dir, model)
-    return ModelWatch(model, health=health, http=server.http, metrics=server.metrics)
+    return ModelWatch(
+        model,
+        health=health,
+        http=server.http,
+        metrics=server.metrics,
+        is_full=lambda: False,
+        say=lambda text: pytest.fail(f"the watch says: {text}"),
+    )
 
 
 def test_a_server_that_is_watched_has_had_no_request(base_model, adapter_root):
