@@ -49,9 +49,9 @@ def test_help_shows_every_key_of_set(command: str, capsys: pytest.CaptureFixture
 
 def test_the_template_of_the_model_shows_every_key_with_its_default() -> None:
     text = (ROOT / "model_repository" / "llm" / "config.pbtxt").read_text()
-    shown = dict(
-        re.findall(r'^#? ?parameters \{ key: "(\w+)" value: \{ string_value: "(.*)" \} \}$', text, re.M)
-    )
+    lines = re.findall(r'^#? ?parameters \{ key: "(\w+)" value: \{ string_value: "(.*)" \} \}$', text, re.M)
+    shown = dict(lines)
+    assert len(shown) == len(lines)
     not_served_yet = {"lora_extra_vocab_size", "fully_sharded_loras", "tensor_parallel_size"}
     for setting in settings_table.settings():
         if setting.key not in {*settings_table.DIRECTORIES, *not_served_yet}:
