@@ -28,6 +28,10 @@ class FakeLease:
     def __post_init__(self) -> None:
         self.version = f"hash of {self.name}"
 
+    @property
+    def entry(self) -> str:
+        return self.name
+
 
 @dataclass
 class FakeRegistry:

@@ -166,8 +166,16 @@ class Intake:
         if weights is None or error is not None or loaded.is_torn:
             self._give_up(entry, loaded, error, was_read=was_read)
             return
-        self.num_loads += 1
+        assert self._versions.current.get(entry.name) is entry, f"{entry} is read for nobody"
         self._failures.forget(entry.name)
+        # Files may be put back as they were while sequences still run under that version.
+        old = self._versions.find_outdated(entry.name, weights.version)
+        if old is not None:
+            self._versions.take_back(old, entry)
+            old.sight = loaded.sight
+            self.report.on_loaded(old)
+            return
+        self.num_loads += 1
         entry.sight = loaded.sight
         if entry in self._host:
             self._versions.fill(entry, weights)

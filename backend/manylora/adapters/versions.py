@@ -89,6 +89,19 @@ class Versions:
         else:
             self.forget(old)
 
+    def take_back(self, old: Entry, found: Entry) -> None:
+        """Let those that wait for what was read, and all that come, have the same version as it is held."""
+        leases = list(found.leases.values())
+        for lease in leases:
+            found.drop(lease)
+            old.add(lease)
+        if found in self.host:
+            self.host.abandon(found)
+        if leases and old in self.host:
+            self.host.acquire(old, len(leases))
+        del self.outdated[old]
+        self.current[old.name] = old
+
     def hold(self, entry: Entry, weights: AdapterWeights) -> None:
         """Keep in hand what has been read, until it has a slot."""
         entry.stage = Stage.QUEUED

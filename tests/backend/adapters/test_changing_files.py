@@ -252,6 +252,36 @@ def test_files_put_back_as_they_were_find_their_version_again(bench: Bench) -> N
     registry.release(first)
 
 
+@pytest.mark.usefixtures("old_files")
+@pytest.mark.parametrize("way", ["gone and back", "put back after an eviction"])
+def test_a_version_that_is_read_again_while_it_runs_is_there_once(bench: Bench, way: str) -> None:
+    bench.write("a", "b", seed=1)
+    registry = bench.registry(max_loras=1, max_cpu_loras=2, adapter_check_s=0.0)
+    running = bench.ready(registry, "a")
+    assert registry.try_activate(running)
+    if way == "gone and back":
+        (bench.root / "a").rename(bench.root / "away")
+        with pytest.raises(NotFoundError):
+            bench.ask(registry, "a")
+        (bench.root / "away").rename(bench.root / "a")
+    else:
+        bench.write("a", seed=2)
+        registry.release(bench.ready(registry, "a"))
+        bench.rest(registry)
+        registry.release(bench.ready(registry, "b"))
+        bench.write("a", seed=1)
+    again = bench.ready(registry, "a")
+    assert registry.check() == []
+    assert again.entry is running.entry
+    assert registry.try_activate(again)
+    assert again.placement is running.placement
+    registry.release(running)
+    assert [s.outdated for s in registry.states() if s.name == "a"] == [False]
+    registry.release(again)
+    # The slot of what was read twice is free again.
+    registry.release(bench.ready(registry, "b"))
+
+
 def test_a_read_that_hangs_fails_those_who_wait_and_stops_no_other(bench: Bench) -> None:
     """Two of them, with one slot: the slot is given back before the error comes."""
     bench.write("hung", "stuck", "a", "b")
