@@ -60,6 +60,8 @@ class Intake:
         self._load = load
         self._updates: dict[str, Entry] = {}
         """New versions that are being read, by name."""
+        self._followed: dict[Entry, Entry] = {}
+        """The version that each of those is to follow."""
         self._reading: dict[Job[Loaded], Entry] = {}
         self._hung: dict[Job[Loaded], str] = {}
         """Reads that have been given up and keep their thread, with the adapters' names."""
@@ -88,6 +90,7 @@ class Intake:
         if self._updates or num_waiting >= self._loader.num_threads or not self._num_idle:
             return False
         entry = self._updates[name] = Entry(name, sight, is_update=True)
+        self._followed[entry] = self._versions.current[name]
         self._begin(entry)
         return True
 
@@ -203,9 +206,10 @@ class Intake:
 
     def _finish_update(self, entry: Entry, loaded: Loaded) -> None:
         del self._updates[entry.name]
-        current = self._versions.current.get(entry.name)
-        if current is None:
-            # It has left the cache meanwhile, or its directory the disk.
+        current = self._followed.pop(entry)
+        if self._versions.current.get(entry.name) is not current or not current.is_whole:
+            # It has left the cache meanwhile, or its directory the disk. If it is wanted again, it is read
+            # later than this was.
             return
         if loaded.is_torn:
             self.report.on_torn(loaded, entry.name, [])

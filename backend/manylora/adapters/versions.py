@@ -73,7 +73,8 @@ class Versions:
 
     def supersede(self, old: Entry, new: Entry) -> None:
         """Let those that have not begun, and all that come, have the new version instead of the old one."""
-        log.info("adapter %r: version %s takes the place of %s", new.name, new.version, old.version or "none")
+        assert old.is_whole, f"{old} has not been read"
+        log.info("adapter %r: version %s takes the place of %s", new.name, new.version, old.version)
         self.outdated.pop(new, None)
         self.unpin(old)
         moving = [lease for lease in old.leases.values() if not lease.used_version]
