@@ -136,6 +136,7 @@ class Lookout:
             ]
             if any(lease.entry is not current for lease in watch.leases):
                 wrong.append(f"a lease that waits for {name} holds another version of it")
+            wrong += [f"lease {n} waits for no look at {name}" for n in self._left_asking(watch)]
             if watch.settling and watch.job is None and watch.relook_s == math.inf:
                 wrong.append(f"{name} is waited for and is not looked at again")
             if (watch.is_asked_for or watch.relook_s < math.inf) != (watch in self._todo):
@@ -143,6 +144,13 @@ class Lookout:
             if (watch.job is not None) != (watch in self._looking.values()):
                 wrong.append(f"{name} has lost its look")
         return wrong
+
+    def _left_asking(self, watch: Watch) -> list[int]:
+        """Leases that wait for a look that never comes."""
+        current = self._versions.current.get(watch.name)
+        leases = current.leases.values() if current is not None else ()
+        waiting = {lease.number for lease in watch.leases}
+        return [lease.number for lease in leases if lease.is_asking and lease.number not in waiting]
 
     # What the intake reports.
 

@@ -101,7 +101,8 @@ class Verdicts:
                 watch.forget(lease)
             if leases:
                 waiting = list(watch.asking.values())
-                watch.asking.clear()
+                for lease in waiting:
+                    watch.forget(lease)
                 self._intake.enter(name, sight, [*leases, *waiting])
             self._note(watch)
         elif self._clock() >= watch.give_up_s:

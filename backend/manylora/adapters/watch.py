@@ -54,5 +54,6 @@ class Watch:
 
     def forget(self, lease: Lease) -> None:
         """A lease waits no more."""
+        lease.is_asking = False
         for leases in (self.asking, self.asked, self.settling):
             leases.pop(lease.number, None)

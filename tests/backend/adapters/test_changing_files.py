@@ -282,6 +282,75 @@ def test_a_version_that_is_read_again_while_it_runs_is_there_once(bench: Bench, 
     registry.release(bench.ready(registry, "b"))
 
 
+@pytest.mark.usefixtures("old_files")
+def test_an_update_that_ends_while_its_adapter_is_read_anew_is_dropped(bench: Bench) -> None:
+    bench.write("a", "b", seed=1)
+    begun, may_end = threading.Semaphore(0), [threading.Semaphore(0), threading.Semaphore(0)]
+    waits = iter([None, *may_end])
+
+    def read(directory: Path) -> AdapterWeights:
+        weights, _ = read_adapter(directory, bench.spec, max_lora_rank=16, dtype=torch.float32, pin=False)
+        if directory.name == "a" and (wait := next(waits)) is not None:
+            begun.release()
+            assert wait.acquire(timeout=PATIENCE_S)
+        return weights
+
+    registry = bench.registry(read, max_loras=1, max_cpu_loras=1, adapter_check_s=0.0)
+    registry.release(bench.ready(registry, "a"))
+    bench.write("a", seed=2)
+    asked = registry.acquire("a")
+    bench.poll(registry)
+    assert begun.acquire(timeout=PATIENCE_S)
+    registry.release(asked)
+    registry.release(bench.ready(registry, "b"))
+    again = registry.acquire("a")
+    bench.poll(registry)
+    assert begun.acquire(timeout=PATIENCE_S)
+    may_end[0].release()
+    while registry._intake.is_updating("a"):
+        assert bench.wakes.acquire(timeout=PATIENCE_S)
+        bench.poll(registry)
+    assert (again.state, registry.check()) == ("loading", [])
+    may_end[1].release()
+    bench.settle(registry, again)
+    assert again.state == "ready"
+    registry.release(again)
+
+
+@pytest.mark.usefixtures("old_files")
+@pytest.mark.parametrize("settle_s", [0.0, 1.0])
+def test_who_asks_while_a_look_finds_nothing_is_served_when_the_directory_is_back(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, settle_s: float
+) -> None:
+    bench.write("a", seed=1)
+    registry = bench.registry(adapter_settle_s=settle_s, adapter_check_s=0.0)
+    registry.release(bench.ready(registry, "a"))
+    begun, may_look, real = threading.Semaphore(0), threading.Semaphore(0), registry._lookout._look
+
+    def look(name: str) -> Any:
+        begun.release()
+        assert may_look.acquire(timeout=PATIENCE_S)
+        return real(name)
+
+    monkeypatch.setattr(registry._lookout, "_look", look)
+    early = registry.acquire("a")
+    registry.poll()
+    assert begun.acquire(timeout=PATIENCE_S)
+    late = registry.acquire("a")
+    (bench.root / "a").rename(bench.root / "away")
+    may_look.release()
+    assert bench.looks.acquire(timeout=PATIENCE_S)
+    (bench.root / "away").rename(bench.root / "a")
+    may_look.release(100)
+    for _ in range(3):
+        bench.now_s += settle_s
+        bench.rest(registry)
+    assert type(early.error) is NotFoundError
+    assert (late.state, registry.check()) == ("ready", [])
+    registry.release(early)
+    registry.release(late)
+
+
 def test_a_read_that_hangs_fails_those_who_wait_and_stops_no_other(bench: Bench) -> None:
     """Two of them, with one slot: the slot is given back before the error comes."""
     bench.write("hung", "stuck", "a", "b")
