@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
@@ -100,14 +100,18 @@ class HostCache(Generic[K, V]):
     def unpin(self, key: K) -> None:
         self._slots[key].is_pinned = False
 
-    def try_evict(self) -> K | None:
-        """Drop the least recently used adapter that nobody refers to; its key, or None if there is none."""
-        for key, slot in self._slots.items():
-            if slot.is_idle:
-                del self._slots[key]
-                self.num_evictions += 1
-                return key
-        return None
+    def try_evict(self, spare: Callable[[K], bool] = lambda _: False) -> K | None:
+        """Drop the least recently used adapter that nobody refers to; its key, or None if there is none.
+
+        Args:
+            spare: those that go only when no other can.
+        """
+        idle = [key for key, slot in self._slots.items() if slot.is_idle]
+        key = next((key for key in idle if not spare(key)), idle[0] if idle else None)
+        if key is not None:
+            del self._slots[key]
+            self.num_evictions += 1
+        return key
 
     def evict(self, key: K) -> None:
         """Drop an adapter that its references can do without."""

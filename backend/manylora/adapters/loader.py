@@ -115,6 +115,12 @@ class Loader(Generic[T]):
             return sum(worker.is_lost for worker in self._workers)
 
     @property
+    def is_blocked(self) -> bool:
+        """Whether no thread is left that would begin a job now."""
+        with self._lock:
+            return all(worker.is_lost for worker in self._workers)
+
+    @property
     def next_s(self) -> float:
         """When `take` should be called, though nothing may have ended; infinity: no need to."""
         with self._lock:
@@ -206,6 +212,7 @@ class Loader(Generic[T]):
                     job.is_hung = True
                     hung.append(job)
             num_working = sum(not worker.is_lost for worker in self._workers)
+            are_hung = all(worker.job is not None and worker.job.is_hung for worker in self._workers)
             max_new = self.num_threads + MAX_LOST - len(self._workers)
         num_new = min(self.num_threads - num_working, max_new)
         for _ in range(num_new):
@@ -215,7 +222,7 @@ class Loader(Generic[T]):
                 f"adapter {job.what!r}: its files have given no answer for {HUNG_S:g} s"
             )
             log.error("%s; a thread is lost to them", job.error.message)
-        return hung + ([] if num_working + num_new else self._refuse_waiting())
+        return hung + (self._refuse_waiting() if are_hung and not num_new else [])
 
     def _refuse_waiting(self) -> list[Job[T]]:
         """All threads hang, and there have been enough of them."""

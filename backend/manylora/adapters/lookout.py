@@ -116,8 +116,9 @@ class Lookout:
         """Take the looks that have ended and begin those that are due. At each turn of the engine's loop."""
         for job in self._looker.take():
             self._take(job)
+        is_blocked = self._looker.is_blocked
         for job, watch in self._looking.items():
-            if job.is_stalled:
+            if job.is_stalled or is_blocked:
                 self._let_go(watch)
         now_s = self._clock()
         for watch in list(self._todo):

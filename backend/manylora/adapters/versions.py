@@ -118,8 +118,9 @@ class Versions:
         entry.stage = Stage.READY
 
     def try_evict(self) -> bool:
-        """Free the slot of the least recently used version that nobody holds."""
-        evicted = self.host.try_evict()
+        """Free the slot of the least recently used version that nobody holds; of one that could not be read
+        again only if there is no other."""
+        evicted = self.host.try_evict(spare=lambda entry: entry.is_stale)
         if evicted is not None:
             self._leave_device(evicted)
             del self.current[evicted.name]
@@ -144,7 +145,7 @@ class Versions:
         """Drop a version, not active, that no longer finds room beside the pinned ones."""
         for lease in list(entry.leases.values()):
             self.fail(lease, no_room(entry.name))
-        if entry in self.host:
+        if entry in self.host or entry in self.queued:
             self.forget(entry)
 
     def forget(self, entry: Entry) -> None:

@@ -499,3 +499,73 @@ def test_file_links_inside_the_root_are_followed_and_swapped_ones_never_read_out
     finally:
         over.set()
         swapper.join()
+
+
+@pytest.mark.usefixtures("old_files")
+@pytest.mark.parametrize("change", ["invalid", "unsettled"])
+def test_a_version_that_could_not_be_read_again_is_not_evicted_before_others(
+    bench: Bench, change: str
+) -> None:
+    bench.write("a", "b", "c", seed=1)
+    registry = bench.registry(max_cpu_loras=2, adapter_settle_s=1.0, adapter_check_s=0.0)
+    old = bench.ready(registry, "a")
+    version = old.version
+    registry.release(old)
+    bench.write("a", **({"use_dora": True} if change == "invalid" else {"seed": 2}))
+    for _ in range(2 if change == "invalid" else 1):
+        registry.release(bench.ready(registry, "a"))
+        bench.now_s += 1.0 if change == "invalid" else 0.1
+        bench.rest(registry)
+    for name in ("b", "c", "b"):
+        registry.release(bench.ready(registry, name))
+    again = bench.ready(registry, "a")
+    assert again.version == version
+    registry.release(again)
+
+
+@pytest.mark.parametrize("which", ["looks", "reads"])
+def test_a_pause_of_the_file_server_fails_nobody(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, which: str
+) -> None:
+    """More names are asked for than there are threads, for longer than any of them may stall."""
+    names = [f"n{number}" for number in range(loader.MAX_LOST + 5)]
+    bench.write("a", *names)
+    registry = bench.registry(max_cpu_loras=len(names) + 1, adapter_check_s=0.0)
+    registry.release(bench.ready(registry, "a"))
+    goes_on, begun = threading.Event(), threading.Semaphore(0)
+    part, attribute = (registry._lookout, "_look") if which == "looks" else (registry._intake, "_load")
+    real = getattr(part, attribute)
+
+    def work(*args: Any) -> Any:
+        begun.release()
+        assert goes_on.wait(PATIENCE_S)
+        return real(*args)
+
+    monkeypatch.setattr(part, attribute, work)
+    leases = [registry.acquire(name) for name in names]
+    pool = registry._looker if which == "looks" else registry._loader
+    for num_begun in range(1, pool.num_threads + loader.MAX_LOST + 1):
+        while not begun.acquire(blocking=False):
+            registry.poll()
+        while num_begun >= pool.num_threads and pool.num_lost <= num_begun - pool.num_threads:
+            registry.poll()
+            bench.now_s += pool._stall_s / 2
+    while not pool.is_blocked:
+        registry.poll()
+        bench.now_s += pool._stall_s / 2
+    for _ in range(5):
+        registry.poll()
+        bench.now_s += 0.3
+    # What is loaded is served meanwhile, and no look is waited for.
+    loaded = registry.acquire("a")
+    while loaded.state != "ready":
+        registry.poll()
+    assert [lease.error for lease in leases] == [None] * len(names)
+    goes_on.set()
+    while pool.num_lost:
+        registry.poll()
+    bench.now_s += pool._stall_s
+    bench.settle(registry, *leases)
+    assert [lease.state for lease in leases] == ["ready"] * len(names)
+    for lease in (loaded, *leases):
+        registry.release(lease)
