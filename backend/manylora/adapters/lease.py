@@ -100,6 +100,7 @@ class Lease:
         "adapter_id",
         "entry",
         "error",
+        "give_up_s",
         "is_active",
         "is_asking",
         "is_released",
@@ -118,6 +119,8 @@ class Lease:
         """None while the adapter's files are looked for, and once the lease has failed or ended."""
         self.error: ManyloraError | None = None
         """Why it failed."""
+        self.give_up_s = math.inf
+        """Until when it waits for the files to be left alone, once they have been found in change."""
         self.is_asking = False
         """It waits for a look at the adapter's files."""
         self.is_active = False

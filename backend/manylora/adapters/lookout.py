@@ -159,7 +159,6 @@ class Lookout:
         """See `Reported`."""
         watch = self._watch(entry.name)
         watch.looked_s = self._clock()
-        watch.give_up_s = math.inf
         self._verdicts.set_clear(watch, entry)
 
     def on_invalid(self, loaded: Loaded, name: str) -> None:
@@ -172,7 +171,8 @@ class Lookout:
         watch = self._watch(name)
         watch.seen = None
         watch.settling |= {lease.number: lease for lease in leases}
-        watch.give_up_s = min(watch.give_up_s, self._clock() + self._settle_s + MAX_SETTLE_S)
+        for lease in leases:
+            lease.give_up_s = min(lease.give_up_s, self._clock() + self._settle_s + MAX_SETTLE_S)
         self._verdicts.look_again(watch, self._clock())
         self._drop_if_idle(watch)
 

@@ -105,18 +105,21 @@ class Verdicts:
                     watch.forget(lease)
                 self._intake.enter(name, sight, [*leases, *waiting])
             self._note(watch)
-        elif self._clock() >= watch.give_up_s:
-            self.fail_all(
-                watch,
-                UnavailableError(
-                    f"adapter {name!r}: its files keep changing; they are read once they have been left "
-                    f"alone for {self._settle_s:g} s"
-                ),
-            )
         else:
-            watch.settling = {lease.number: lease for lease in leases}
-            watch.asked = {}
-            watch.give_up_s = min(watch.give_up_s, self._clock() + self._settle_s + MAX_SETTLE_S)
+            self._wait_on(watch)
+
+    def _wait_on(self, watch: Watch) -> None:
+        """Files are in change: fail those who have waited long enough for that to end."""
+        now_s = self._clock()
+        for lease in [*watch.asked.values(), *watch.settling.values()]:
+            watch.forget(lease)
+            if now_s >= lease.give_up_s:
+                reason = "its files keep changing; they are read once they have been left alone for"
+                error = UnavailableError(f"adapter {watch.name!r}: {reason} {self._settle_s:g} s")
+                self._versions.fail(lease, error)
+            else:
+                watch.settling[lease.number] = lease
+                lease.give_up_s = min(lease.give_up_s, now_s + self._settle_s + MAX_SETTLE_S)
 
     def judge_present(self, watch: Watch, sight: Sight) -> None:
         """Have changed files read as a new version once they have been left alone."""
@@ -180,7 +183,6 @@ class Verdicts:
 
     def fail_all(self, watch: Watch, error: ManyloraError) -> None:
         """Fail those who wait for the look, or for the files to be left alone."""
-        watch.give_up_s = math.inf
         for lease in [*watch.asked.values(), *watch.settling.values()]:
             watch.forget(lease)
             # An object for each: it is raised in several places.

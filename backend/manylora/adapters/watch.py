@@ -33,8 +33,6 @@ class Watch:
     """Since when they have stood so."""
     relook_s: float = math.inf
     """When to look again, whoever asks."""
-    give_up_s: float = math.inf
-    """Until when `settling` waits."""
     is_hung: bool = False
     """The look that goes on has been given up."""
     fault: str = ""

@@ -217,6 +217,24 @@ def test_who_waits_for_files_that_are_written_without_end_gets_an_error(bench: B
     registry.release(lease)
 
 
+def test_who_asks_later_for_files_in_change_waits_as_long_as_others(bench: Bench) -> None:
+    registry = bench.registry(adapter_settle_s=1.0)
+    bench.write("a", seed=0)
+    early = registry.acquire("a")
+    leases, ends = [early], {}
+    for seed in range(60):
+        bench.rest(registry)
+        ends |= {lease: bench.now_s for lease in leases if lease.error is not None and lease not in ends}
+        if len(leases) == 1 and bench.now_s >= 9.0:
+            leases.append(registry.acquire("a"))
+        bench.write("a", seed=seed)
+        bench.now_s += 0.5
+    assert ends[early] == pytest.approx(11.0, abs=1.0)
+    assert ends[leases[1]] == pytest.approx(20.0, abs=1.0)
+    for lease in leases:
+        registry.release(lease)
+
+
 def test_a_half_uploaded_adapter_is_served_once_it_is_whole_however_often_it_was_wanted(
     bench: Bench,
 ) -> None:
