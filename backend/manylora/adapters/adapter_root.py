@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 import errno
+import logging
+import threading
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeoutError
 from pathlib import Path
 
 from manylora.adapters.adapter_files import Sight, look_at
 from manylora.adapters.reasons import quote
 from manylora.config import ADAPTER_NAME, resolve_directory
 from manylora.errors import InvalidArgumentError, NotFoundError, UnavailableError
+
+log = logging.getLogger(__name__)
+
+RESOLVE_S = 5.0
+"""Longest that the engine's start waits for the file system of adapter_root."""
 
 _ABSENT = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG)
 """What the system says of a path that leads nowhere. All else says that it cannot tell."""
@@ -22,7 +31,27 @@ class AdapterRoot:
     """
 
     def __init__(self, path: str) -> None:
-        self.path: Path | None = resolve_directory(path, "adapter_root") if path else None
+        self._given = path
+        self.path: Path | None = None
+        """Links followed. None: there is none, or its file system has given no answer so far."""
+        if path:
+            self._resolve_aside()
+
+    def _resolve_aside(self) -> None:
+        """Resolve the path on a thread that may hang; if it does, `find` tries again where it may."""
+        found: Future[Path] = Future()
+
+        def resolve() -> None:
+            try:
+                found.set_result(resolve_directory(self._given, "adapter_root"))
+            except BaseException as error:
+                found.set_exception(error)
+
+        threading.Thread(target=resolve, name="manylora-root", daemon=True).start()
+        try:
+            self.path = found.result(RESOLVE_S)
+        except FutureTimeoutError:
+            log.error("adapter_root=%r has given no answer for %g s", self._given, RESOLVE_S)
 
     def check_name(self, name: str) -> None:
         """Refuse a name that none of its directories can have, without looking at the disk.
@@ -33,7 +62,7 @@ class AdapterRoot:
         """
         if not ADAPTER_NAME.fullmatch(name):
             raise InvalidArgumentError(f"adapter name {quote(name)}: must match {ADAPTER_NAME.pattern}")
-        if self.path is None:
+        if not self._given:
             raise NotFoundError(f"adapter {name!r} is not found: this server has no adapter_root")
 
     def find(self, name: str) -> Path:
@@ -45,7 +74,8 @@ class AdapterRoot:
             UnavailableError: whether there is one cannot be seen now.
         """
         self.check_name(name)
-        assert self.path is not None, "a name that was checked has a root"
+        if self.path is None:
+            self.path = resolve_directory(self._given, "adapter_root")
         try:
             directory = (self.path / name).resolve(strict=True)
             if self.path not in directory.parents:

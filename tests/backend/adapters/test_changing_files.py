@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from manylora.adapters import adapter_files, loader
+from manylora.adapters import adapter_files, adapter_root, loader
 from manylora.adapters.adapter_root import AdapterRoot
 from manylora.adapters.peft_format import read_adapter
 from manylora.adapters.weights import AdapterWeights
@@ -587,3 +587,29 @@ def test_a_pause_of_the_file_server_fails_nobody(
     assert [lease.state for lease in leases] == ["ready"] * len(names)
     for lease in (loaded, *leases):
         registry.release(lease)
+
+
+def test_a_root_that_hangs_stops_no_start_and_is_found_later(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench.write("a")
+    gate, real = threading.Event(), adapter_root.resolve_directory
+
+    def resolve(path: str, what: str) -> Path:
+        assert gate.wait(PATIENCE_S)
+        return real(path, what)
+
+    monkeypatch.setattr(adapter_root, "resolve_directory", resolve)
+    monkeypatch.setattr(adapter_root, "RESOLVE_S", 0.01)
+    registry = bench.registry()
+    lease = registry.acquire("a")
+    while lease.error is None:
+        registry.poll()
+        bench.now_s += 0.3
+    assert "its files have given no answer for 30 s" in lease.error.message
+    registry.release(lease)
+    gate.set()
+    while registry._looker.num_lost:
+        registry.poll()
+    bench.now_s += 1.0
+    registry.release(bench.ready(registry, "a"))
