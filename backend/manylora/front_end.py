@@ -1,7 +1,7 @@
 """What both Triton models do with a request, without Triton: read it, tokenise it, send it to the engine.
 
 Short prompts are read and tokenised on the caller's thread, long ones on a thread of their own: the caller is
-Triton's one thread for all requests, and a prompt of a megabyte takes it a second.
+Triton's one thread for all requests, and a prompt of a megabyte takes it a second. So are long parameters.
 """
 
 from __future__ import annotations
@@ -26,20 +26,25 @@ from manylora.protocol import Prompt
 from manylora.reply_loop import Lost, Refused, ReplyLoop, public_error
 from manylora.text import Tokenizer
 from manylora.text_stream import TextStream
-from manylora.tokenising import check_size, echo, size_of, tokenise
+from manylora.tokenising import check_size, echo, size_of, size_of_parameters, size_of_tensors, tokenise
 
 LONG_BYTES = 8192
-"""Of a request, over all its prompts, above which it is read and tokenised apart: some 10 ms."""
+"""Of a request, its prompts and parameters, above which it is read and tokenised apart: some 10 ms."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(kw_only=True, slots=True)
 class _Job:
-    """A request whose prompts are to be tokenised and sent."""
+    """A request that is to be read, tokenised and sent."""
 
-    call: Call
-    prompts: Sequence[Prompt]
+    tensors: Mapping[str, npt.NDArray[Any]]
+    parameters_json: str
+    arrived_s: float
     info: EngineInfo
     tokenizer: Tokenizer
+    call: Call
+    """Its rows are filled with the prompts."""
+    prompts: Sequence[Prompt] = ()
+    """Filled by `_read`."""
 
 
 class FrontEnd:
@@ -96,7 +101,7 @@ class FrontEnd:
             arrived_s: on the monotonic clock; deadlines count from it.
         """
         try:
-            self._begin(responder, protocol.decode(tensors, parameters_json), arrived_s)
+            self._begin(responder, tensors, parameters_json, arrived_s)
         except BaseException as error:
             self.refuse(responder, public_error(responder, error))
 
@@ -110,23 +115,40 @@ class FrontEnd:
         self._long.close()
         self._connection.close()
 
-    def _begin(self, responder: Responder, prompts: Sequence[Prompt], arrived_s: float) -> None:
+    def _begin(
+        self,
+        responder: Responder,
+        tensors: Mapping[str, npt.NDArray[Any]],
+        parameters_json: str,
+        arrived_s: float,
+    ) -> None:
+        num_sequences = protocol.count_sequences(tensors)
+        num_bytes = size_of_parameters(tensors, parameters_json)
         info, tokenizer = self._connection.info, self._tokenizer
         if info is None or tokenizer is None:
             raise UnavailableError("the engine is not running; try again in a while")
-        if self._is_streaming and len(prompts) != 1:
+        if self._is_streaming and num_sequences != 1:
             raise InvalidArgumentError(
-                f"got a batch of {len(prompts)} sequences; a stream is for 1, send each by itself"
+                f"got a batch of {num_sequences} sequences; a stream is for 1, send each by itself"
             )
-        for prompt in prompts:
-            check_size(prompt, tokenizer, info)
-            protocol.check_stop_token_ids(prompt.params, info)
-        num_bytes = sum(map(size_of, prompts))
+        # Until it is read, a row has what its call needs to end.
+        rows = [Row(id=next(self._ids), stream=TextStream(tokenizer)) for _ in range(num_sequences)]
+        job = _Job(
+            tensors=tensors,
+            parameters_json=parameters_json,
+            arrived_s=arrived_s,
+            info=info,
+            tokenizer=tokenizer,
+            call=Call(responder, rows),
+        )
+        if num_bytes > LONG_BYTES:
+            num_bytes += size_of_tensors(tensors)
+        else:
+            _read(job)
+            num_bytes += sum(map(size_of, job.prompts))
         is_long = num_bytes > LONG_BYTES
         if is_long:
             self._long.require_room(num_bytes)
-        rows = [_row(next(self._ids), prompt, tokenizer, arrived_s) for prompt in prompts]
-        job = _Job(Call(responder, rows), prompts, info, tokenizer)
         # The call goes first: it is looked after while it waits, and events find it. From here on its errors
         # go the way of its events.
         self._replies.put(job.call)
@@ -136,9 +158,13 @@ class FrontEnd:
             self._start(job)
 
     def _start(self, job: _Job) -> None:
-        """Read and tokenise a call's prompts and send them to the engine. Never raises."""
+        """Tokenise a call's prompts, read before or not, and send them to the engine. Never raises."""
         call = job.call
         try:
+            if call.has_ended:
+                return
+            if not job.prompts:
+                _read(job)
             messages = []
             for row, prompt in zip(call.rows, job.prompts, strict=True):
                 if call.has_ended:
@@ -155,6 +181,20 @@ class FrontEnd:
         except BaseException as error:  # a tokenizer's panic is no Exception
             failure = public_error(call.responder, error)
             self._replies.put([Failed(row.id, failure.code, failure.message) for row in call.rows])
+
+
+def _read(job: _Job) -> None:
+    """Read a request's parameters, and look at the sizes of its prompts."""
+    prompts = protocol.decode(job.tensors, job.parameters_json)
+    for prompt in prompts:
+        check_size(prompt, job.tokenizer, job.info)
+        protocol.check_stop_token_ids(prompt.params, job.info)
+    # At one stroke: the reply loop may be looking at them.
+    job.call.rows[:] = [
+        _row(row.id, prompt, job.tokenizer, job.arrived_s)
+        for row, prompt in zip(job.call.rows, prompts, strict=True)
+    ]
+    job.prompts = prompts
 
 
 def _row(row_id: int, prompt: Prompt, tokenizer: Tokenizer, arrived_s: float) -> Row:

@@ -70,9 +70,24 @@ def decode(tensors: Mapping[str, npt.NDArray[Any]], parameters_json: str) -> lis
     Raises:
         InvalidArgumentError: the request breaks the contract; the message names the parameter or the input.
     """
-    # Both kinds of parameters are bounded before they are parsed, which holds up every other thread.
-    _require_short(len(parameters_json), "parameters", "characters")
+    num_sequences = count_sequences(tensors)
+    count_parameter_bytes(tensors, parameters_json)
     given = parameters.parse(json.loads(parameters_json or "{}"), "parameter")
+    prompts = []
+    for row in range(num_sequences):
+        values = given
+        if "sampling_parameters" in tensors:
+            values = {**_row_parameters(tensors["sampling_parameters"], row, num_sequences), **given}
+        prompts.append(_prompt(tensors, row, values))
+    return prompts
+
+
+def count_sequences(tensors: Mapping[str, npt.NDArray[Any]]) -> int:
+    """The sequences of a request, before anything of it is read.
+
+    Raises:
+        InvalidArgumentError: none, or inputs that are no batch of prompts.
+    """
     has_text, has_ids = "text_input" in tensors, "input_ids" in tensors
     if has_text == has_ids:
         found = "both" if has_text else "neither"
@@ -86,13 +101,25 @@ def decode(tensors: Mapping[str, npt.NDArray[Any]], parameters_json: str) -> lis
     num_sequences = len(tensors["text_input" if has_text else "input_ids"])
     if not num_sequences:
         raise InvalidArgumentError("got a batch of no sequences; send at least one")
-    prompts = []
-    for row in range(num_sequences):
-        values = given
-        if "sampling_parameters" in tensors:
-            values = {**_row_parameters(tensors["sampling_parameters"], row, num_sequences), **given}
-        prompts.append(_prompt(tensors, row, values))
-    return prompts
+    return num_sequences
+
+
+def count_parameter_bytes(tensors: Mapping[str, npt.NDArray[Any]], parameters_json: str) -> int:
+    """What is to be parsed for the parameters of all sequences. They are bounded before that, since parsing
+    one holds up every other thread.
+
+    Raises:
+        InvalidArgumentError: a request's parameters, or those of one of its sequences, are too long.
+    """
+    _require_short(len(parameters_json), "parameters", "characters")
+    num_bytes = len(parameters_json)
+    tensor = tensors.get("sampling_parameters")
+    # One of another shape is refused before it is parsed.
+    if tensor is not None and tensor.shape[1] == 1:
+        for cell in tensor[:, 0]:
+            _require_short(len(cell), "sampling_parameters", "bytes")
+            num_bytes += len(cell)
+    return num_bytes
 
 
 def read_text(prompt: Prompt) -> str:
@@ -195,7 +222,6 @@ def _row_parameters(tensor: npt.NDArray[Any], row: int, num_sequences: int) -> d
             f"sampling_parameters: got {len(tensor)} rows for {num_sequences} sequences; send one for each"
         )
     cell = _cell(tensor, row, "sampling_parameters")
-    _require_short(len(cell), "sampling_parameters", "bytes")
     text = _decode_utf8(cell, "sampling_parameters")
     if not text.strip():
         return {}

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from manylora import paths
@@ -48,6 +49,8 @@ class Tokenizer:
         self.max_token_chars = max(map(len, tokenizer.get_vocab()))
         """Characters of the longest token."""
         self._special_names = [name for token_id in sorted(self._special) if (name := self.name(token_id))]
+        self.names_special: Callable[[str], bool] = functools.lru_cache(maxsize=1024)(self._names_special)
+        """Whether a text holds the name of a special token. Some tokenizers have hundreds of them."""
 
     @classmethod
     def load(cls, directory: str) -> Tokenizer:
@@ -113,8 +116,7 @@ class Tokenizer:
             )
         return self._ids(text)
 
-    def names_special(self, text: str) -> bool:
-        """Whether a text holds the name of a special token."""
+    def _names_special(self, text: str) -> bool:
         return any(name in text for name in self._special_names)
 
     def decode(self, token_ids: Sequence[int]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import functools
 from collections import deque
 from collections.abc import Iterable, Sequence
 
@@ -67,7 +68,7 @@ class TextStream:
         """
         self._tokenizer = tokenizer
         special = [text for text in stop if tokenizer.names_special(text)]
-        self._matchers = [StopMatcher(text) for text in stop if text not in special]
+        self._matchers = [StopMatcher(text) for text in stop if not tokenizer.names_special(text)]
         self._special_matchers = [StopMatcher(text) for text in special]
         self._names = SpecialNames(max(map(len, special), default=0))
         self._min_tokens = min_tokens
@@ -194,10 +195,12 @@ class SpecialNames:
         return place - num_hidden
 
 
-def _borders(text: str) -> list[int]:
+# The sequences of a request often have their stop strings in common, as have the requests of an application.
+@functools.lru_cache(maxsize=1024)
+def _borders(text: str) -> tuple[int, ...]:
     """For each beginning of `text`, the length of its longest proper beginning that is also its end.
 
-    `abab` gives [0, 0, 1, 2].
+    `abab` gives (0, 0, 1, 2).
     """
     borders = [0]
     for char in text[1:]:
@@ -205,4 +208,4 @@ def _borders(text: str) -> list[int]:
         while length and text[length] != char:
             length = borders[length - 1]
         borders.append(length + (text[length] == char))
-    return borders
+    return tuple(borders)

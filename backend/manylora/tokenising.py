@@ -5,6 +5,11 @@ Sizes are looked at before anything is read: a prompt that cannot fit costs nobo
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
+import numpy.typing as npt
+
 from manylora import protocol
 from manylora.chat_messages import read_messages
 from manylora.errors import InvalidArgumentError
@@ -20,6 +25,8 @@ _JSON_MESSAGE_BYTES = 256
 """Of what a message has in JSON besides its texts."""
 _IDS_PER_CHAR = 16
 """Ids that are read in the time in which one character is tokenised."""
+_PARAMETER_BYTES_PER_CHAR = 4
+"""Bytes of parameters that are read, and whose stop strings are prepared, in that time."""
 
 
 def size_of(prompt: Prompt) -> int:
@@ -27,6 +34,22 @@ def size_of(prompt: Prompt) -> int:
     if prompt.input_ids is not None:
         return prompt.input_ids.size // _IDS_PER_CHAR
     return len(prompt.text_input or b"")
+
+
+def size_of_parameters(tensors: Mapping[str, npt.NDArray[Any]], parameters_json: str) -> int:
+    """What reading the parameters of a request costs, as bytes of text.
+
+    Raises:
+        InvalidArgumentError: they are longer than allowed.
+    """
+    return protocol.count_parameter_bytes(tensors, parameters_json) // _PARAMETER_BYTES_PER_CHAR
+
+
+def size_of_tensors(tensors: Mapping[str, npt.NDArray[Any]]) -> int:
+    """What reading all prompts of a request costs, as bytes of text, before its parameters are read."""
+    if "input_ids" in tensors:
+        return tensors["input_ids"].size // _IDS_PER_CHAR
+    return sum(map(len, tensors["text_input"].flat))
 
 
 def check_size(prompt: Prompt, tokenizer: Tokenizer, info: EngineInfo) -> None:

@@ -1,18 +1,22 @@
-"""Long prompts are read and tokenised apart: nobody waits for them, and they end like any other request."""
+"""Long prompts and parameters are read apart: nobody waits for them, and they end like any other request."""
 
 from __future__ import annotations
 
+import json
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 from manylora import front_end as module
 from manylora import long_prompts
 from manylora.errors import CancelledRequestError, InvalidArgumentError, UnavailableError
 from manylora.front_end import FrontEnd
+from manylora.protocol import Tensors
+from manylora.tokenising import size_of_parameters
 
-from .front_end_setting import WAIT_S, Recorder, Setting, running_setting, wait_until
+from .front_end_setting import WAIT_S, Recorder, Setting, running_setting, tensors, wait_until
 
 LONG = "long " * 8
 
@@ -76,6 +80,48 @@ def test_others_are_answered_while_a_long_prompt_is_tokenised(
     assert long.ids == setting.begin(is_streaming, setting.tokenizer.encode(LONG), max_tokens=4).wait().ids
 
 
+def with_parameters(prompt: str, num_rows: int = 1, **last: object) -> Tensors:
+    """A batch of prompts, each with long parameters that say nothing, but for what the last one says."""
+    rows: list[dict[str, object]] = [{"triton_x": [[]] * 200} for _ in range(num_rows)]
+    rows[-1].update(last)
+    tensor = np.empty((num_rows, 1), dtype=np.object_)
+    tensor[:, 0] = [json.dumps(row).encode() for row in rows]
+    return {**tensors([prompt] * num_rows), "sampling_parameters": tensor}
+
+
+def test_long_parameters_are_not_read_on_the_thread_of_all_requests(
+    setting: Setting, is_streaming: bool, gate: Gate
+) -> None:
+    held(setting, is_streaming, gate)
+    num_rows = 1 if is_streaming else 64
+    right = setting.begin(is_streaming, with_parameters("hi", num_rows, max_tokens=4), max_tokens=2)
+    wrong = setting.begin(is_streaming, with_parameters("hi", num_rows, top_k=-1))
+    gone = setting.begin(is_streaming, with_parameters("hi", num_rows))
+    gone.client_has_gone = True
+    assert isinstance(gone.wait().error, CancelledRequestError)
+    short = setting.begin(is_streaming, "hi", max_tokens=2).wait()
+    # Refusals are sent in the order in which they are found: before this answer, had it been read.
+    assert [wrong.num_finals, right.num_finals] == [0, 0]
+    gate.is_open.set()
+    assert isinstance(wrong.wait().error, InvalidArgumentError)
+    assert wrong.error is not None
+    assert wrong.error.message.startswith("sampling_parameters key top_k: got -1, allowed is")
+    assert right.wait().error is None
+    # Each row has been given its own stream.
+    assert [reply["output_ids"].shape[0] for reply in right.replies] == [num_rows] * len(right.replies)
+    assert right.ids == short.ids
+
+
+def test_long_parameters_are_measured_over_all_sequences() -> None:
+    batch = with_parameters("hi", 64)
+    alone = with_parameters("hi", 1)
+    assert size_of_parameters(alone, "") < module.LONG_BYTES // 16
+    num_bytes = 64 * len(alone["sampling_parameters"][0, 0])
+    assert size_of_parameters(batch, "") == num_bytes // 4
+    assert size_of_parameters(batch, "x" * 400) == (num_bytes + 400) // 4
+    assert size_of_parameters(with_parameters("hi", 64, triton_x=[[]] * 16_000), "") > module.LONG_BYTES
+
+
 def test_a_client_that_leaves_ends_what_waits_and_it_never_reaches_the_engine(
     setting: Setting, is_streaming: bool, gate: Gate
 ) -> None:
@@ -130,6 +176,7 @@ def test_closing_ends_what_waits(setting: Setting, monkeypatch: pytest.MonkeyPat
     front_end = setting.front_end(False)
     gate = Gate(front_end, monkeypatch)
     answers = [held(setting, False, gate), *(setting.begin(False, LONG) for _ in range(3))]
+    answers.append(setting.begin(False, with_parameters("hi", 2)))
     closing = threading.Thread(target=front_end.close)
     closing.start()
     for answer in answers:
