@@ -1,4 +1,4 @@
-"""What others wait while one client sends chats without end, beside what they wait without it, in one run.
+"""What others wait while one client sends long requests without end, beside what they wait without it.
 
 Some clients ask for 16 tokens again and again; one more sends, one after the other, requests of one kind that
 are as large as they can be. Phases without and with it alternate; each row has the worst wait of either.
@@ -42,6 +42,26 @@ def _empty_messages(count: int) -> bytes:
     return _chat([{"role": "user", "content": ""}] * count)
 
 
+def _path(kind: str) -> str:
+    """Only `/infer` takes a batch."""
+    return "/v2/models/llm/" + ("infer" if kind.startswith("64 sequences") else "generate")
+
+
+def _infer(**inputs: list[str]) -> bytes:
+    tensors = [
+        {"name": name, "datatype": "BYTES", "shape": [len(rows), 1], "data": rows}
+        for name, rows in inputs.items()
+    ]
+    return json.dumps({"inputs": tensors}).encode()
+
+
+def _batch(parameters: dict[str, object]) -> bytes:
+    """The last sequence asks for what is not allowed, so that none runs."""
+    rows = [json.dumps(parameters, separators=(",", ":"))] * 63
+    wrong = json.dumps({**parameters, "top_k": -1}, separators=(",", ":"))
+    return _infer(text_input=["x"] * 64, sampling_parameters=[*rows, wrong])
+
+
 KINDS: dict[str, Callable[[], bytes]] = {
     "1,000,000 empty messages": lambda: _empty_messages(1_000_000),
     "a role of 16 MB": lambda: _chat([{"role": "r" * 16_000_000, "content": "x"}]),
@@ -49,8 +69,12 @@ KINDS: dict[str, Callable[[], bytes]] = {
     "8,000 messages, below all limits but that of tokens": lambda: _empty_messages(8000),
     "600,000 characters in one message": lambda: _chat([{"role": "user", "content": "long " * 120_000}]),
     "600,000 characters without chat": lambda: json.dumps({"text_input": "long " * 120_000}).encode(),
+    "64 sequences with 63 KB of empty lists as parameters": lambda: _batch({"triton_x": [[]] * 21_000}),
+    "64 sequences with 16 stop strings of 256 characters": lambda: _batch(
+        {"stop": [f"{i:02}" + "a" * 254 for i in range(16)]}
+    ),
 }
-"""Bodies for `/generate`, all of which are refused."""
+"""Requests, all of which are refused."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -111,15 +135,15 @@ def ask(server: RunningServer, duration_s: float, waits: Waits) -> None:
 
 
 @contextmanager
-def sending(server: RunningServer, body: bytes) -> Iterator[list[int]]:
-    """Send a body again and again. Yields the answers' statuses."""
+def sending(server: RunningServer, path: str, body: bytes) -> Iterator[list[int]]:
+    """Post a body again and again. Yields the answers' statuses."""
     statuses: list[int] = []
     ended = threading.Event()
 
     def send() -> None:
         connection = http.client.HTTPConnection(server.http, timeout=TIMEOUT_S)
         while not ended.is_set():
-            connection.request("POST", "/v2/models/llm/generate", body)
+            connection.request("POST", path, body)
             answer = connection.getresponse()
             answer.read()
             statuses.append(answer.status)
@@ -145,7 +169,7 @@ def measure(server: RunningServer, kind: str, phase_s: float, num_phases: int, o
     num_sent = 0
     for _ in range(num_phases):
         ask(server, phase_s, alone)
-        with sending(server, body) as statuses:
+        with sending(server, _path(kind), body) as statuses:
             ask(server, phase_s, beside)
         assert set(statuses) <= {400}, f"{kind}: answered with {set(statuses)}"
         num_sent += len(statuses)

@@ -16,7 +16,7 @@ from manylora.serve.background import RunningServer
 from manylora_client import InvalidArgument, Unsupported
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from tritonclient.utils import InferenceServerException
-from wire import CLIENTS, check_refused, generate, infer, refusal, stream
+from wire import CLIENTS, GRPC_STATUS, check_refused, generate, infer, refusal, stream
 
 START, START_ID = "<|im_start|>", 1
 TURNS = f"{START}user\nHi<|im_end|>\n{START}assistant\nHello.<|im_end|>\n"
@@ -212,6 +212,28 @@ def test_a_chat_without_end_is_refused_and_others_are_answered_meanwhile(server:
         beside.join()
     assert answers
     assert all(answer == expected for answer in answers)
+
+
+def test_a_full_batch_of_long_parameters_is_read_and_a_wrong_one_refused(server: RunningServer):
+    """The most and longest stop strings, each character two escapes in a list that is text in JSON."""
+    prompts = [PROMPTS[1]] * 64
+    stop = json.dumps([chr(0x1F600 + i) * 256 for i in range(16)])
+    rows = [json.dumps({"stop": stop})] * 64
+    assert len(rows[0]) > 50_000
+    answer = infer(server, "grpc", {"text_input": prompts, "sampling_parameters": rows}, max_tokens=1)
+    first = ids_of(generate(server, text_input=PROMPTS[1], max_tokens=1))
+    assert answer.as_numpy("output_ids").tolist() == [first] * 64
+
+    nothing = json.dumps({"triton_x": [[]] * 15_000})
+    for last, words in (
+        (json.dumps({"top_k": -1}), "sampling_parameters key top_k: got -1, allowed is"),
+        ("[" * 65_537, "sampling_parameters: got 65537 bytes, allowed are 65536"),
+    ):
+        rows = [nothing] * 63 + [last]
+        with pytest.raises(InferenceServerException) as caught:
+            infer(server, "grpc", {"text_input": prompts, "sampling_parameters": rows})
+        assert caught.value.status() == GRPC_STATUS["INVALID_ARG"]
+        assert words in caught.value.message()
 
 
 def test_a_long_chat_is_answered(server: RunningServer):
