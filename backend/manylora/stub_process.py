@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import resource
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -47,8 +47,11 @@ def lift_file_limit() -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
 
 
-def check_room(outputs: Mapping[str, np.ndarray]) -> None:
+def check_room(outputs: Mapping[str, np.ndarray], *, free_in_region: Callable[[], int]) -> None:
     """Make sure that a reply fits into the shared memory, which may have to grow for it.
+
+    Args:
+        free_in_region: bytes that are free in what the shared memory has already; it never shrinks.
 
     Raises:
         UnavailableError: its file system is full.
@@ -57,7 +60,7 @@ def check_room(outputs: Mapping[str, np.ndarray]) -> None:
     if num_bytes <= SMALL_BYTES:
         return
     found = os.statvfs(SHARED_MEMORY)
-    free_bytes = found.f_bavail * found.f_frsize
+    free_bytes = free_in_region() + found.f_bavail * found.f_frsize
     if num_bytes + GROWTH_BYTES > free_bytes:
         raise UnavailableError(
             f"an answer of {num_bytes} bytes finds no room in the server's shared memory, where {free_bytes} "

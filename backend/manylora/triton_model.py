@@ -1,4 +1,4 @@
-"""The two Triton models, `llm` and `llm_stream`. The only file that imports triton_python_backend_utils.
+"""The two Triton models, `llm` and `llm_stream`. The only file that imports the modules of Triton's stub.
 
 `execute` only takes requests in and returns; replies come from the front end's reply thread.
 """
@@ -13,6 +13,7 @@ import sys
 import time
 from typing import Any
 
+import c_python_backend_utils
 import triton_python_backend_utils as pb_utils
 
 # A front end needs a tokenizer, not tensors: without torch, transformers takes half the time to start and a
@@ -46,7 +47,7 @@ class TritonResponder:
 
     def send(self, outputs: Tensors, *, is_last: bool) -> None:
         # Triton takes a reply that finds no room for a sent one, and the client would wait for ever.
-        stub_process.check_room(outputs)
+        stub_process.check_room(outputs, free_in_region=c_python_backend_utils.shared_memory.free_memory)
         tensors = [pb_utils.Tensor(name, values) for name, values in outputs.items()]
         flags = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL if is_last else 0
         self._sender.send(pb_utils.InferenceResponse(tensors), flags=flags)

@@ -128,7 +128,8 @@ def from_message(text: str, fallback: type[ManyloraClientError]) -> ManyloraClie
     if _TRITON_CLOSED.search(text):
         return Unsupported("the server does not open this interface to clients")
     if _TRITON_NO_ROOM.search(text):
-        return Unavailable("the server has no room for the request: it is too long, or others take the room")
+        # Nearly always a request beyond the server's bound, which is refused however often it is sent.
+        return InvalidArgument("the request is too long for the server's request memory; send less at once")
     if _TRITON_NOT_FOUND.search(text):
         return NotFound(text)
     if _TRITON_UNAVAILABLE.search(text):

@@ -65,11 +65,14 @@ def test_an_engine_keeps_its_weights_when_their_file_is_rewritten_and_cut_off(
         process.stop()
 
 
-def test_each_tensor_is_copied_once_and_its_pages_are_given_back(tmp_path: Path) -> None:
+@pytest.mark.parametrize("is_linked", [False, True], ids=["file", "link to a blob"])
+def test_each_tensor_is_copied_once_and_its_pages_are_given_back(tmp_path: Path, is_linked: bool) -> None:
     path = tmp_path / "model.safetensors"
     # Odd sizes: neighbours share pages of the file.
     stored = {name: torch.randn(rows, 1001) for name, rows in (("a", 7), ("b", 1), ("c", 30))}
     save_file(stored, path)
+    if is_linked:
+        path.symlink_to(path.rename(tmp_path / "0f1e2d3c"))
     module = torch.nn.Module()
     mapped = load_file(path)
     for name in stored:
@@ -81,5 +84,7 @@ def test_each_tensor_is_copied_once_and_its_pages_are_given_back(tmp_path: Path)
     assert num_bytes == sum(tensor.numel() * 4 for tensor in stored.values())
     assert module.tied is module.c
     assert all(torch.equal(module.get_parameter(name), tensor) for name, tensor in stored.items())
-    assert [line for line in Path("/proc/self/maps").read_text().splitlines() if str(path) in line] == []
+    assert [
+        line for line in Path("/proc/self/maps").read_text().splitlines() if str(path.resolve()) in line
+    ] == []
     assert take_weights(module) == 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from manylora.errors import InvalidArgumentError
 from manylora.serve import limits
 from manylora.serve.restrictions import RESTRICTABLE, read_allowed, restriction_arguments
 
@@ -38,5 +39,17 @@ def test_two_servers_have_two_keys() -> None:
     ("max_model_len", "wanted"), [(0, 64 << 20), (8192, 64 << 20), (131072, 128 << 20)], ids=str
 )
 def test_a_whole_batch_of_the_longest_prompts_finds_room(max_model_len: int, wanted: int) -> None:
-    assert limits.region_bytes(0, max_model_len=max_model_len) == wanted
-    assert limits.region_bytes(5 << 20, max_model_len=max_model_len) == 5 << 20
+    total = 1 << 30
+    assert limits.region_bytes(0, max_model_len=max_model_len, total_bytes=total) == wanted
+    assert limits.region_bytes(5 << 20, max_model_len=max_model_len, total_bytes=total) == 5 << 20
+
+
+@pytest.mark.parametrize("max_model_len", [0, 10**16], ids=["default", "beyond-any-file"])
+def test_the_default_leaves_room_for_replies_and_the_other_model(max_model_len: int) -> None:
+    assert limits.region_bytes(0, max_model_len=max_model_len, total_bytes=64 << 20) == 16 << 20
+    assert limits.shared_memory_bytes() > 0
+
+
+def test_a_region_longer_than_any_file_is_refused() -> None:
+    with pytest.raises(InvalidArgumentError, match="must be at most 9223372036854775807"):
+        limits.region_bytes(99999999 << 40, max_model_len=0, total_bytes=64 << 20)

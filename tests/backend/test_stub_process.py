@@ -7,16 +7,20 @@ import sys
 
 import pytest
 
-MOUNT = "mount -t tmpfs -o size=3M tmpfs /dev/shm && exec "
+MOUNT = "mount -t tmpfs -o size=8M tmpfs /dev/shm && exec "
 CHECK = """
 import numpy as np
 from manylora import stub_process
 from manylora.errors import UnavailableError
 def reply(num_bytes):
     return {"logprobs": np.array([[b"x" * num_bytes]], dtype=object), "num_output_tokens": np.ones((1, 1))}
-stub_process.check_room(reply(1 << 20))
+with open("/dev/shm/region", "wb") as region:
+    region.write(bytes(5 << 20))
+stub_process.check_room(reply(1 << 20), free_in_region=lambda: 0)
+# The region has grown to most of the file system, and is empty.
+stub_process.check_room(reply(6 << 20), free_in_region=lambda: 5 << 20)
 try:
-    stub_process.check_room(reply(4 << 20))
+    stub_process.check_room(reply(4 << 20), free_in_region=lambda: 0)
 except UnavailableError as error:
     print(error.message)
 """

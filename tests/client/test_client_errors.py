@@ -88,7 +88,7 @@ def test_every_http_status_is_mapped(status: int):
         (
             400,
             "Failed to increase the shared memory pool size for key 'manylora_0_1' to 9 bytes.",
-            Unavailable,
+            InvalidArgument,
         ),
         (404, "Request for unknown model: 'x' is not found", NotFound),
         (500, "oops", Internal),
@@ -152,7 +152,7 @@ def test_every_socket_and_http_error_is_mapped(cls: type):
 )
 def test_tritons_text_about_the_servers_memory_is_not_passed_on(text: str):
     for error in (errors.from_http_status(400, text), errors.from_grpc("INTERNAL", text)):
-        assert type(error) is Unavailable
+        assert type(error) is InvalidArgument
         assert "manylora_" not in error.message
         assert "shm" not in error.message
 

@@ -27,7 +27,7 @@ from manylora.serve.background import RunningServer
 from manylora.serve.model_watch import ModelWatch
 from manylora.serve.ports import Ports, hold
 from manylora.serve.probe import Line, LineProbe, http_status, ready_path
-from manylora_client import Client, Unavailable
+from manylora_client import Client, InvalidArgument
 from tritonclient.utils import InferenceServerException
 
 ALL = NUM_STREAMS + NUM_WHOLE
@@ -211,11 +211,11 @@ def test_a_body_that_is_too_long_is_refused_alone_and_leaves_nothing(bed: Bed) -
 def test_our_client_does_not_pass_on_the_name_of_a_region(bed: Bed, protocol: str) -> None:
     address = bed.server.http if protocol == "http" else bed.server.grpc
     with Client(address, protocol, timeout=DONE_S) as client:  # type: ignore[arg-type]
-        with pytest.raises(Unavailable) as caught:
+        with pytest.raises(InvalidArgument) as caught:
             client.generate("a" * (limits.DEFAULT_BYTES + (8 << 20)), max_tokens=1)
-        with pytest.raises(Unavailable) as streamed:
+        with pytest.raises(InvalidArgument) as streamed:
             client.stream("a" * (limits.DEFAULT_BYTES + (8 << 20)), max_tokens=1).collect()
-    message = "the server has no room for the request: it is too long, or others take the room"
+    message = "the request is too long for the server's request memory; send less at once"
     assert {caught.value.message, streamed.value.message} == {message}
 
 

@@ -14,7 +14,6 @@ from pathlib import Path
 
 import torch
 
-_SUFFIX = ".safetensors"
 _MADV_DONTNEED = 4  # from Linux's mman-common.h
 
 
@@ -40,12 +39,16 @@ def take_weights(module: torch.nn.Module) -> int:
 
 
 def mapped_ranges() -> list[tuple[int, int]]:
-    """Addresses at which this process has mapped safetensors files: (begin, end)."""
+    """Addresses at which this process has mapped files, whatever they are called: (begin, end).
+
+    The kernel names a file by where it lies, not by the link that was opened: in a cache of Hugging Face's
+    hub that is a blob without a suffix.
+    """
     found = []
     for line in Path("/proc/self/maps").read_text().splitlines():
-        # address perms offset device inode path, and "(deleted)" behind a file that is gone
+        # address perms offset device inode path; memory without a file has the inode 0
         words = line.split(maxsplit=5)
-        if len(words) == 6 and words[5].removesuffix(" (deleted)").endswith(_SUFFIX):
+        if words[4] != "0":
             begin, _, end = words[0].partition("-")
             found.append((int(begin, 16), int(end, 16)))
     return found

@@ -58,7 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="0",
         metavar="N",
         help="most that requests to one model may take of /dev/shm; takes K, M, G (default: "
-        "what 64 prompts of max_model_len take, at least 64M)",
+        "what 64 prompts of max_model_len take, at least 64M, at most a quarter of /dev/shm)",
     )
     add("--stop-with-parent", action="store_true", help="stop when the program that started this one ends")
     add("--run-dir", metavar="DIR", help="for sockets and the log (default: a temporary one)")
@@ -94,6 +94,7 @@ def main(arguments: argparse.Namespace) -> int:
     shared_memory_bytes = limits.region_bytes(
         parse_size("--shared-memory-bytes", arguments.shared_memory_bytes),
         max_model_len=int(settings.get("max_model_len", 0)),
+        total_bytes=limits.shared_memory_bytes(),
     )
     installation = find_installation()
     limits.raise_descriptors()

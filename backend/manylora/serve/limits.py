@@ -15,6 +15,9 @@ DEFAULT_BYTES = 64 << 20
 """More than a whole batch of the longest prompts takes with the default `max_model_len`."""
 MIN_ASKED_BYTES = 2 << 20
 """A region begins with half of it."""
+MAX_ASKED_BYTES = (1 << 63) - 1
+"""Of a file, and of a limit on it."""
+SHARED_MEMORY = Path("/dev/shm")
 MAX_BATCH = 64
 """Sequences that come to a front end at once, as `max_batch_size` in config.pbtxt says."""
 TOKEN_BYTES = 16
@@ -42,19 +45,31 @@ def bound_files(max_bytes: int) -> None:
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 
 
-def region_bytes(asked: int, *, max_model_len: int) -> int:
+def region_bytes(asked: int, *, max_model_len: int, total_bytes: int) -> int:
     """To which requests may make the shared memory of a front end grow.
 
     Args:
         asked: by the operator; 0 is what the longest prompts of a whole batch take.
         max_model_len: the longest sequence in tokens; 0 is the base model's, at most 8192.
+        total_bytes: of the file system of shared memory; requests and replies of both models share it.
 
     Raises:
-        InvalidArgumentError: less than tritonserver needs to start.
+        InvalidArgumentError: less than tritonserver needs to start, or more than a file can have.
     """
     if 0 < asked < MIN_ASKED_BYTES:
         raise InvalidArgumentError(f"--shared-memory-bytes {asked}: must be at least {MIN_ASKED_BYTES}")
-    return asked or max(DEFAULT_BYTES, MAX_BATCH * max_model_len * TOKEN_BYTES)
+    if asked > MAX_ASKED_BYTES:
+        raise InvalidArgumentError(f"--shared-memory-bytes {asked}: must be at most {MAX_ASKED_BYTES}")
+    if asked:
+        return asked
+    wanted = max(DEFAULT_BYTES, MAX_BATCH * max_model_len * TOKEN_BYTES)
+    return max(MIN_ASKED_BYTES, min(wanted, total_bytes // 4))
+
+
+def shared_memory_bytes() -> int:
+    """The size of the file system in which tritonserver makes its shared memory, however much is free."""
+    found = os.statvfs(SHARED_MEMORY)
+    return found.f_blocks * found.f_frsize
 
 
 def num_free_descriptors(pid: int) -> int:

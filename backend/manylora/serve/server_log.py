@@ -43,6 +43,8 @@ class ServerLog:
 
     def look(self) -> None:
         """Replace a pump that has ended or been stopped; to be called again and again."""
+        if self._read_end < 0:
+            return
         self._num_stopped_looks = self._num_stopped_looks + 1 if is_stopped(self._pump.pid) else 0
         if self._num_stopped_looks >= MAX_STOPPED_LOOKS:
             self._pump.kill()

@@ -112,6 +112,7 @@ class TritonServer:
         self._log.close_write_end()
         self._stubs: set[int] = set()
         self._num_stopped_looks = 0
+        self._was_killed = False
 
     @property
     def is_running(self) -> bool:
@@ -154,6 +155,8 @@ class TritonServer:
         Args:
             is_urgent: asked all the time; true means to kill at once.
         """
+        if self._was_killed:
+            return
         # With a dead stub, tritonserver would only wait for its exit timeout.
         if not self.problem():
             self._process.send_signal(signal.SIGTERM)
@@ -190,6 +193,7 @@ class TritonServer:
         for region in SHARED_MEMORY.glob(f"{self._shm_prefix}*"):
             region.unlink(missing_ok=True)
         self._log.close()
+        self._was_killed = True
 
     def log_tail(self, max_lines: int = 25) -> str:
         """The end of this server's log; its errors in our own words come first, where there are any."""
