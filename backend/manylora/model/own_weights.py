@@ -6,6 +6,7 @@ the process with SIGBUS, and one that is rewritten in place would change the mod
 
 from __future__ import annotations
 
+import bisect
 import ctypes
 import itertools
 import mmap
@@ -14,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-_SUFFIX = ".safetensors"
+_SHARED_MEMORY = "/dev/zero (deleted)"  # what Linux calls memory without a file that processes share
 _MADV_DONTNEED = 4  # from Linux's mman-common.h
 
 
@@ -31,7 +32,8 @@ def take_weights(module: torch.nn.Module) -> int:
     num_bytes = 0
     for tensor in _tensors(module):
         start, size = tensor.data_ptr(), tensor.numel() * tensor.element_size()
-        if any(begin <= start < end for begin, end in ranges):
+        at = bisect.bisect_right(ranges, start, key=lambda mapped: mapped[0]) - 1
+        if size and at >= 0 and start < ranges[at][1]:
             own = tensor.clone()
             tensor.data = own
             _give_back(start, size)
@@ -40,15 +42,19 @@ def take_weights(module: torch.nn.Module) -> int:
 
 
 def mapped_ranges() -> list[tuple[int, int]]:
-    """Addresses at which this process has mapped safetensors files: (begin, end)."""
+    """Addresses at which this process has mapped files, in ascending order: (begin, end).
+
+    Files of any name: a weights file is often a link to one that is called by its hash. Nor are device and
+    inode compared with the model's files, since those of a mapping are others on some overlaid file systems.
+    """
     found = []
     for line in Path("/proc/self/maps").read_text().splitlines():
-        # address perms offset device inode path, and "(deleted)" behind a file that is gone
+        # address perms offset device inode path; the inode is 0 where there is no file
         words = line.split(maxsplit=5)
-        if len(words) == 6 and words[5].removesuffix(" (deleted)").endswith(_SUFFIX):
+        if words[4] != "0" and words[5:] != [_SHARED_MEMORY]:
             begin, _, end = words[0].partition("-")
             found.append((int(begin, 16), int(end, 16)))
-    return found
+    return sorted(found)
 
 
 def _tensors(module: torch.nn.Module) -> Iterator[torch.Tensor]:
