@@ -46,6 +46,7 @@ class Tokenizer:
         self._pieces: dict[int, bytes | None] = {}
         self._first_pieces: dict[int, bytes | None] = {}
         self._check_pieces()
+        self._prefix, self._num_behind = self._added_tokens()
         self.max_token_chars = max(map(len, tokenizer.get_vocab()))
         """Characters of the longest token."""
         self._special_names = [name for token_id in sorted(self._special) if (name := self.name(token_id))]
@@ -75,14 +76,14 @@ class Tokenizer:
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a prompt, with the special tokens that the tokenizer adds (BOS, where it has one).
 
-        A text that begins with BOS, as chat templates write it, gets no second one.
+        A text that begins with all that the tokenizer puts in front, as by a chat template, gets it once.
         """
         if not add_special_tokens:
             return self._ids(text)
         ids = list(self._tokenizer(text)["input_ids"])
-        bos_id, bos = self._tokenizer.bos_token_id, self._tokenizer.bos_token
-        if bos and text.startswith(bos) and ids[:2] == [bos_id, bos_id]:
-            return ids[1:]
+        size = len(self._prefix)
+        if ids[size : len(ids) - self._num_behind][:size] == self._prefix:
+            return ids[size:]
         return ids
 
     def encode_chat(self, messages: Sequence[Mapping[str, str]], max_chars: int | None = None) -> list[int]:
@@ -176,6 +177,14 @@ class Tokenizer:
                         f"the base model's tokenizer ({type(self._tokenizer).__name__}) is not served: "
                         "its texts are not the join of each token's own text"
                     )
+
+    def _added_tokens(self) -> tuple[list[int], int]:
+        """The ids that the tokenizer puts in front of every text, and how many it puts behind."""
+        plain, whole = self._ids(_SAMPLES[0]), list(self._tokenizer(_SAMPLES[0])["input_ids"])
+        for size in range(len(whole) - len(plain) + 1):
+            if whole[size : size + len(plain)] == plain:
+                return whole[:size], len(whole) - size - len(plain)
+        return [], 0
 
     def _ids(self, text: str) -> list[int]:
         return list(self._tokenizer(text, add_special_tokens=False)["input_ids"])

@@ -380,6 +380,42 @@ def test_a_text_gets_one_bos() -> None:
     assert tokenizer.encode(rendered)[:-1] == tokenizer.encode_chat(messages)
 
 
+@cache
+def with_template(template: str) -> Tokenizer:
+    """One that names no token BOS and writes each text as the template does."""
+    raw = RawTokenizer.from_str(byte_level().backend_tokenizer.to_str())
+    ids = [(token, raw.token_to_id(token)) for token in ("<s>", "</s>")]
+    raw.post_processor = processors.TemplateProcessing(single=template, special_tokens=ids)
+    return Tokenizer(PreTrainedTokenizerFast(tokenizer_object=raw))
+
+
+@pytest.mark.parametrize(
+    ("template", "text", "expected"),
+    [
+        ("</s> <s> $A", "hello", "</s><s>hello"),
+        ("</s> <s> $A", "</s><s>hello", "</s><s>hello"),
+        ("</s> <s> $A", "</s><s>", "</s><s>"),
+        ("</s> <s> $A", "</s><s></s><s>hello", "</s><s></s><s>hello"),
+        ("</s> <s> $A", "<s>hello", "</s><s><s>hello"),
+        ("</s> <s> $A", "</s>hello", "</s><s></s>hello"),
+        ("</s> <s> $A", "", "</s><s>"),
+        ("<s> $A <s>", "", "<s><s>"),
+        ("<s> $A <s>", "<s>", "<s><s>"),
+        ("<s> $A <s>", "hello", "<s>hello<s>"),
+        ("$A </s>", "</s>hello", "</s>hello</s>"),
+        ("$A", "<s><s>hello", "<s><s>hello"),
+    ],
+)
+def test_a_text_gets_what_the_tokenizer_puts_in_front_once(template: str, text: str, expected: str) -> None:
+    tokenizer = with_template(template)
+    assert tokenizer.encode(text) == tokenizer.encode(expected, add_special_tokens=False)
+
+
+def test_a_text_that_begins_with_two_bos_keeps_both_where_none_is_added() -> None:
+    bos = byte_level().bos_token_id
+    assert wrapped(byte_level).encode("<s><s>hello")[:3].count(bos) == 2
+
+
 def test_load_refuses_a_directory_without_a_tokenizer(tmp_path: Path) -> None:
     with pytest.raises(InvalidArgumentError, match="no tokenizer to read"):
         Tokenizer.load(str(tmp_path))

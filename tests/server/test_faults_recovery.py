@@ -33,8 +33,12 @@ def own_root(adapter_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
 
 @pytest.fixture(scope="module")
 def own_base_model(base_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A base model whose files may be harmed."""
-    return Path(shutil.copytree(base_model, tmp_path_factory.mktemp("faults") / "base_model"))
+    """A base model whose files may be harmed. Its weights are linked, as in a download cache."""
+    root = tmp_path_factory.mktemp("faults")
+    own = Path(shutil.copytree(base_model, root / "base_model"))
+    weights = own / base_weights.WEIGHTS
+    weights.symlink_to(weights.rename(root / "0123abcd"))
+    return own
 
 
 @pytest.fixture(scope="module")

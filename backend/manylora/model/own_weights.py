@@ -6,6 +6,7 @@ the process with SIGBUS, and one that is rewritten in place would change the mod
 
 from __future__ import annotations
 
+import bisect
 import ctypes
 import itertools
 import mmap
@@ -14,6 +15,7 @@ from pathlib import Path
 
 import torch
 
+_SHARED_MEMORY = "/dev/zero (deleted)"  # what Linux calls memory without a file that processes share
 _MADV_DONTNEED = 4  # from Linux's mman-common.h
 
 
@@ -30,7 +32,8 @@ def take_weights(module: torch.nn.Module) -> int:
     num_bytes = 0
     for tensor in _tensors(module):
         start, size = tensor.data_ptr(), tensor.numel() * tensor.element_size()
-        if any(begin <= start < end for begin, end in ranges):
+        at = bisect.bisect_right(ranges, start, key=lambda mapped: mapped[0]) - 1
+        if size and at >= 0 and start < ranges[at][1]:
             own = tensor.clone()
             tensor.data = own
             _give_back(start, size)
@@ -39,19 +42,19 @@ def take_weights(module: torch.nn.Module) -> int:
 
 
 def mapped_ranges() -> list[tuple[int, int]]:
-    """Addresses at which this process has mapped files, whatever they are called: (begin, end).
+    """Addresses at which this process has mapped files, in ascending order: (begin, end).
 
-    The kernel names a file by where it lies, not by the link that was opened: in a cache of Hugging Face's
-    hub that is a blob without a suffix.
+    Files of any name: a weights file is often a link to one that is called by its hash. Nor are device and
+    inode compared with the model's files, since those of a mapping are others on some overlaid file systems.
     """
     found = []
     for line in Path("/proc/self/maps").read_text().splitlines():
-        # address perms offset device inode path; memory without a file has the inode 0
+        # address perms offset device inode path; the inode is 0 where there is no file
         words = line.split(maxsplit=5)
-        if words[4] != "0":
+        if words[4] != "0" and words[5:] != [_SHARED_MEMORY]:
             begin, _, end = words[0].partition("-")
             found.append((int(begin, 16), int(end, 16)))
-    return found
+    return sorted(found)
 
 
 def _tensors(module: torch.nn.Module) -> Iterator[torch.Tensor]:
