@@ -69,7 +69,8 @@ def test_front_ends_and_commands_start_without_torch(module: str) -> None:
     """A stub of Triton holds no second copy of torch."""
     script = (
         "import sys, types\n"
-        "sys.modules['triton_python_backend_utils'] = types.ModuleType('triton_python_backend_utils')\n"
+        "for name in ('c_python_backend_utils', 'triton_python_backend_utils'):\n"
+        "    sys.modules[name] = types.ModuleType(name)\n"
         f"import {module}\n"
         "assert sys.modules.get('torch') is None, 'torch was imported'\n"
     )
