@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -51,6 +52,25 @@ for directory in sys.stdin.buffer.read().decode().split("\\0"):
 """
     found = run_as_in_a_stub(program, str(odd), str(real)).split("\n")
     assert found[0] == found[1] == "[19556]"
+
+
+def test_the_end_tokens_that_a_tokenizer_names_are_read(tmp_path: Path) -> None:
+    odd = tmp_path / "bäse"
+    odd.mkdir()
+    # No generation configuration, which would name them as well.
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+        (odd / name).symlink_to(BASE_MODEL / name)
+    program = """
+import sys
+from manylora import paths
+from manylora.model.end_tokens import resolve_end_tokens
+from transformers import PretrainedConfig
+directory = paths.from_text(sys.stdin.buffer.read().decode())
+print(resolve_end_tokens((), directory, PretrainedConfig(), 10**6))
+"""
+    eos = json.loads((BASE_MODEL / "tokenizer_config.json").read_text())["eos_token"]
+    vocab = json.loads((BASE_MODEL / "tokenizer.json").read_text())["model"]["vocab"]
+    assert json.loads(run_as_in_a_stub(program, str(odd))) == [vocab[eos]]
 
 
 def test_a_directory_is_named_in_its_own_letters() -> None:

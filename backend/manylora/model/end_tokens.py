@@ -9,6 +9,7 @@ from typing import Any
 
 from transformers import AutoTokenizer, GenerationConfig
 
+from manylora import paths
 from manylora.errors import InvalidArgumentError
 
 log = logging.getLogger(__name__)
@@ -50,7 +51,8 @@ def _generation_ids(directory: Path) -> list[int]:
 def _try_read_tokenizer(directory: Path) -> Any:
     """None: it has none that can be read, which is for those to say who need one."""
     try:
-        return AutoTokenizer.from_pretrained(directory, local_files_only=True)
+        with paths.readable_directory(directory) as readable:
+            return AutoTokenizer.from_pretrained(readable, local_files_only=True)
     except (OSError, ValueError, KeyError, ImportError):
         return None
 
