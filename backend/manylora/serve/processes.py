@@ -60,13 +60,20 @@ def command(pid: int) -> list[str]:
         return []
 
 
-def end_children(grace_s: float) -> None:
+def end_children(grace_s: float, killed_grace_s: float = 5.0) -> list[int]:
     """Wait for all children to end, then kill those that have not; grandchildren become children in between.
 
     Only for a process that has adopted orphans and owns all its children.
+
+    Args:
+        killed_grace_s: what they get to end once they are killed. One that waits in the kernel, as for a disk
+            that gives no answer, may never end.
+
+    Returns:
+        Those that are left.
     """
     deadline = time.monotonic() + grace_s
-    while alive := children(os.getpid()):
+    while (alive := children(os.getpid())) and time.monotonic() < deadline + killed_grace_s:
         if time.monotonic() > deadline:
             for pid in alive:
                 with contextlib.suppress(ProcessLookupError):
@@ -74,6 +81,7 @@ def end_children(grace_s: float) -> None:
         _reap()
         time.sleep(0.02)
     _reap()
+    return alive
 
 
 def _reap() -> None:

@@ -171,8 +171,8 @@ class Supervisor:
         while failures < MAX_FAILURES:
             pause_s = min(2.0 ** (failures - 1), MAX_PAUSE_S) if failures > 1 else 0.0
             self._say(f"{problem}; starting tritonserver again" + (f" in {pause_s:.0f} s" if pause_s else ""))
-            if self._server:
-                self._server.kill()
+            if self._server and (left := self._server.kill()):
+                self._say(f"left behind, since they cannot be killed: processes {', '.join(map(str, left))}")
             self._pause(pause_s)
             self._server = self._start()
             try:

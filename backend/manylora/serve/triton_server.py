@@ -180,8 +180,12 @@ class TritonServer:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self._process.wait(0.2)
 
-    def kill(self) -> None:
-        """Stop at once. What is in flight is lost. Removes what tritonserver leaves behind."""
+    def kill(self) -> list[int]:
+        """Stop at once. What is in flight is lost. Removes what tritonserver leaves behind.
+
+        Returns:
+            Processes that are left, since they wait in the kernel, where nothing ends them.
+        """
         if self.is_running:
             self._process.kill()
             self._process.wait()
@@ -189,11 +193,12 @@ class TritonServer:
         for pid in _stubs_below(os.getpid()):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
-        processes.end_children(CHILDREN_GRACE_S)
+        left = processes.end_children(CHILDREN_GRACE_S)
         for region in SHARED_MEMORY.glob(f"{self._shm_prefix}*"):
             region.unlink(missing_ok=True)
         self._log.close()
         self._was_killed = True
+        return left
 
     def log_tail(self, max_lines: int = 25) -> str:
         """The end of this server's log; its errors in our own words come first, where there are any."""
