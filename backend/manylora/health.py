@@ -16,6 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
+from manylora import paths
+from manylora.errors import UnavailableError
+
 log = logging.getLogger(__name__)
 
 
@@ -49,11 +52,22 @@ class HealthSocket:
     """Answers on a Unix socket, from a thread of its own, until it is closed."""
 
     def __init__(self, path: Path, stages: Mapping[str, Stage]) -> None:
+        """Begin to answer.
+
+        Raises:
+            UnavailableError: the socket cannot be made.
+        """
         self._path = path
         self._stages = stages
-        path.unlink(missing_ok=True)
         self._listener = socket.socket(socket.AF_UNIX)
-        self._listener.bind(str(path))
+        try:
+            path.unlink(missing_ok=True)
+            self._listener.bind(str(path))
+        except OSError as error:
+            self._listener.close()
+            raise UnavailableError(
+                f"socket {paths.to_text(path)}: cannot be made: {error.strerror}"
+            ) from error
         self._listener.listen()
         self._thread = threading.Thread(target=self._run, name="manylora-health", daemon=True)
         self._thread.start()

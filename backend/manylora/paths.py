@@ -13,6 +13,9 @@ from pathlib import Path
 
 from manylora.errors import InvalidArgumentError
 
+SHARED_MEMORY = Path("/dev/shm")
+"""Where tritonserver makes the files in which requests and replies pass between it and a front end."""
+
 
 def from_text(text: str) -> Path:
     """The path of a text that is UTF-8 everywhere, as this process names it."""

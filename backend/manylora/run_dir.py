@@ -26,6 +26,18 @@ def default_path(server_pid: int) -> Path:
     return Path("/tmp") / f"manylora-{os.getuid()}-{server_pid}"
 
 
+def find_default() -> list[Path]:
+    """Where this user's front ends under a bare tritonserver that runs have met, or are about to."""
+    found = []
+    for path in sorted(Path("/tmp").glob(f"manylora-{os.getuid()}-*")):
+        pid = path.name.rpartition("-")[2]
+        # It may go while it is looked at.
+        with contextlib.suppress(OSError):
+            if pid.isdecimal() and is_alive(int(pid)) and path.lstat().st_uid == os.getuid():
+                found.append(path)
+    return found
+
+
 def prepare(path: Path) -> Path:
     """Create the directory where it is missing, and make sure that nobody else can open it.
 

@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 
 from manylora.errors import UnavailableError
+from manylora.paths import SHARED_MEMORY
 
-SHARED_MEMORY = Path("/dev/shm")
 SMALL_BYTES = 256 << 10
 """Of a reply that finds room in what the shared memory has at the start."""
 GROWTH_BYTES = 1 << 20

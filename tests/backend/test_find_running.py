@@ -4,11 +4,18 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import socket
 from pathlib import Path
 
 import pytest
-from manylora.serve.workspace import RECORD, find_running
+from manylora import run_dir
+from manylora.errors import UnavailableError
+from manylora.health import HealthSocket, Stage
+from manylora.serve import command, healthcheck
+from manylora.serve.ports import Ports
+from manylora.serve.records import RECORD, find_running, read
+from manylora.serve.workspace import workspace
 
 ME = os.getuid()
 
@@ -94,6 +101,63 @@ def test_links_and_other_things_in_the_place_of_a_file_are_passed_over(
         listener.bind(str(make(temporary, "e-socket", None) / RECORD))
         assert find_running(warned.append) == [sound]
     assert len(warned) == 5
+
+
+def test_a_server_whose_run_directory_is_elsewhere_is_found_while_it_runs(
+    temporary: Path, warned: list[str]
+) -> None:
+    elsewhere = temporary / "elsewhere"
+    with workspace(str(elsewhere)) as space:
+        assert find_running(warned.append) == []
+        space.write_record({"pid": os.getpid(), "run_dir": str(elsewhere), "http": "127.0.0.1:1"})
+        assert find_running(warned.append) == [elsewhere]
+        assert read(elsewhere)["http"] == "127.0.0.1:1"
+    assert find_running(warned.append) == warned == []
+    assert [path.name for path in temporary.iterdir()] == ["elsewhere"]
+
+
+def test_a_record_that_cannot_be_written_stops_no_server(
+    temporary: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with workspace(str(temporary / "run")) as space:
+        shutil.rmtree(space.path)
+        command.announce(Ports(host="127.0.0.1", http=1, grpc=2, metrics=3), space)
+    shown = capsys.readouterr()
+    assert shown.out.startswith("ready {")
+    assert "the record for `manylora status` cannot be written: No such file or directory" in shown.err
+
+
+@pytest.mark.parametrize("record", [None, "{", "{}", '{"pid": 1}', '{"pid": 1, "http": 2}'])
+def test_a_health_check_of_what_is_no_server_says_so(
+    temporary: Path, record: str | None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = make(temporary, "named", record)
+    assert healthcheck.main([str(folder)]) == 1
+    assert capsys.readouterr().err.startswith(f"{folder}: no server: ")
+
+
+def test_a_health_check_finds_front_ends_under_a_bare_tritonserver(
+    temporary: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert healthcheck.main([]) == 1
+    assert "no server of this user runs" in capsys.readouterr().err
+    folder = run_dir.prepare(run_dir.default_path(os.getpid()))
+    try:
+        assert healthcheck.main([]) == 1
+        assert "no front end is ready" in capsys.readouterr().err
+        answering = HealthSocket(run_dir.health_path(folder, "llm"), {"execute": Stage()})
+        assert healthcheck.main([]) == 0
+        answering.close()
+        run_dir.health_path(folder, "llm").touch()
+        assert healthcheck.main([]) == 1
+        assert "llm does not say how it is" in capsys.readouterr().err
+    finally:
+        shutil.rmtree(folder)
+
+
+def test_a_health_socket_without_a_place_is_an_error_of_ours(tmp_path: Path) -> None:
+    with pytest.raises(UnavailableError, match="cannot be made: No such file or directory"):
+        HealthSocket(tmp_path / "none" / "llm.live", {})
 
 
 @pytest.mark.skipif(ME != 0, reason="only root may give files away")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -13,8 +14,10 @@ import sysconfig
 import urllib.request
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from faults import doors
 from faults.anatomy import descendants, shared_memory_of, wait_until_gone
 from google.protobuf import text_format
 from manylora.errors import UnavailableError
@@ -23,6 +26,8 @@ from manylora.serve.background import RunningServer, running_server
 from manylora.serve.installation import Installation, find_installation
 from manylora.serve.ports import Ports, hold
 from tritonclient.grpc import model_config_pb2
+from tritonclient.http import InferenceServerClient, InferInput
+from tritonclient.utils import shared_memory as shm
 
 TIMEOUT_S = 180
 
@@ -128,9 +133,30 @@ def test_the_same_port_twice_is_refused():
     with hold(Ports(host="127.0.0.1", http=0, grpc=0, metrics=0)) as free:
         port = free.http
     twice = Ports(host="127.0.0.1", http=port, grpc=port, metrics=0)
-    in_use = f"--grpc-port {port} on 127.0.0.1: Address already in use"
+    in_use = rf"--grpc-port {port} on 127.0.0.1: Address already in use \(by --http-port\)"
     with pytest.raises(UnavailableError, match=in_use), hold(twice):
         pass
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "meet"),
+    [
+        ("127.0.0.1", "127.0.0.1", True),
+        ("127.0.0.1", "localhost", True),
+        ("127.0.0.1", "0.0.0.0", True),
+        ("0.0.0.0", "127.0.0.1", True),
+        ("127.0.0.1", "127.0.0.2", False),
+    ],
+)
+def test_a_port_is_kept_from_servers_on_every_address_that_meets_it(first, second, meet):
+    with hold(Ports(host=first, http=0, grpc=0, metrics=0)) as held:
+        same = hold(Ports(host=second, http=held.http, grpc=0, metrics=0))
+        if meet:
+            with pytest.raises(UnavailableError, match="another `manylora serve` has it"), same:
+                pass
+        else:
+            with same as found:
+                assert found.http == held.http
 
 
 def test_settings_stand_in_the_engines_model_only(tmp_path):
@@ -352,6 +378,43 @@ def test_sigterm_leaves_no_process_no_shared_memory_and_no_file(base_model, adap
     assert [pid for pid in below if processes.is_alive(pid)] == []
     assert [region for region in regions if region.exists()] == []
     assert not server.run_dir.exists()
+
+
+def test_a_server_elsewhere_is_found_and_what_it_allows_is_open(
+    base_model, adapter_root, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    arguments = [f"--run-dir={tmp_path / 'run'}", "--allow=shared-memory"]
+    with running_server(base_model=base_model, adapter_root=adapter_root, arguments=arguments) as server:
+        assert manylora("status").returncode == 0
+        assert healthcheck().returncode == 0
+        assert doors.ask_http(server, "GET", "/v2/systemsharedmemory/status") == (200, "[]")
+        for path in ("/v2/logging", "/v2/trace/setting"):
+            assert doors.ask_http(server, "GET", path)[0] == 403
+        values = np.array([[464, 3139, 282]], np.int32)
+        region = shm.create_shared_memory_region("ids", f"/{tmp_path.name}", values.nbytes)
+        try:
+            shm.set_shared_memory_region(region, [values])
+            asked = InferInput("input_ids", values.shape, "INT32")
+            with contextlib.closing(InferenceServerClient(server.http)) as client:
+                answers = []
+                for is_shared in (False, True):
+                    asked.set_data_from_numpy(values)
+                    if is_shared:
+                        client.register_system_shared_memory("ids", f"/{tmp_path.name}", values.nbytes)
+                        asked.set_shared_memory("ids", values.nbytes)
+                    answer = client.infer("llm", [asked], parameters={"max_tokens": 4})
+                    answers.append(answer.as_numpy("output_ids").tolist())
+        finally:
+            shm.destroy_shared_memory_region(region)
+        assert answers[0] == answers[1]
+    assert healthcheck().returncode == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+def healthcheck() -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "manylora.serve.healthcheck"]
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=TIMEOUT_S)
 
 
 def test_a_killed_serve_takes_its_server_with_it(base_model, adapter_root, tmp_path):

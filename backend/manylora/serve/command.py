@@ -127,7 +127,7 @@ def main(arguments: argparse.Namespace) -> int:
             metrics_address=ports.address(ports.metrics),
             run_dir=space.path,
             ready_timeout_s=arguments.ready_timeout,
-            on_ready=lambda: _announce(ports, space),
+            on_ready=lambda: announce(ports, space),
             say=_say,
             signals=signals,
         )
@@ -165,7 +165,8 @@ def read_settings(arguments: argparse.Namespace) -> dict[str, str]:
     return settings
 
 
-def _announce(ports: Ports, space: Workspace) -> None:
+def announce(ports: Ports, space: Workspace) -> None:
+    """Say that the server is ready, and where."""
     facts: dict[str, str | int] = {
         "http": ports.address(ports.http),
         "grpc": ports.address(ports.grpc),
@@ -173,7 +174,11 @@ def _announce(ports: Ports, space: Workspace) -> None:
         "run_dir": paths.to_text(space.path),
         "pid": os.getpid(),
     }
-    space.write_record(facts)
+    try:
+        space.write_record(facts)
+    except OSError as error:
+        # It serves all the same; only `manylora status` and health checks do not find it.
+        _say(f"{space.path}: the record for `manylora status` cannot be written: {error.strerror}")
     # For programs this one line, for people the rest.
     print("ready", json.dumps(facts))
     print(f"  HTTP     http://{facts['http']}/v2/models/llm/generate")

@@ -1,35 +1,51 @@
 """Whether the servers of this user are well, for a container's health check. No model is asked.
 
 python3 -m manylora.serve.healthcheck [RUN_DIR ...]
+
+Without words: those of `manylora serve`, wherever their run directories are, else those of a bare
+tritonserver.
 """
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from manylora import run_dir as run_directory
 from manylora.errors import ManyloraError
 from manylora.health import read_stages
-from manylora.run_dir import health_path
+from manylora.serve import records
 from manylora.serve.probe import REPLY_TIMEOUT_S, Probe, is_ready
 from manylora.serve.repository import MODELS
-from manylora.serve.workspace import RECORD, find_running
 
 
 def problems(run_dir: Path) -> list[str]:
-    """What is wrong with the server of a run directory; empty where nothing is."""
+    """What is wrong with the `manylora serve` of a run directory; empty where nothing is."""
     try:
-        http = json.loads((run_dir / RECORD).read_text())["http"]
-    except OSError as error:
+        http = records.read(run_dir).get("http", "")
+        if not http:
+            raise ValueError(f"{records.RECORD} has no address")
+    except (OSError, ValueError) as error:
         return [f"{run_dir}: no server: {error}"]
-    return [text for model in MODELS if (text := _problem(run_dir, http, model))]
+    return [
+        text
+        for model in MODELS
+        # A front end whose process hangs is one that Triton goes on calling ready.
+        if (text := _silence(run_directory.health_path(run_dir, model), model) or _unready(http, model))
+    ]
 
 
-def _problem(run_dir: Path, http: str, model: str) -> str:
-    # A front end whose process hangs is one that Triton goes on calling ready.
-    probe = Probe(health_path(run_dir, model))
+def problems_of_bare(run_dir: Path) -> list[str]:
+    """What is wrong with the front ends of a bare tritonserver, of which only the sockets are known."""
+    sockets = sorted(run_dir.glob("*.live"))
+    if not sockets:
+        return [f"{run_dir}: no front end is ready"]
+    return [text for socket in sockets if (text := _silence(socket, socket.stem))]
+
+
+def _silence(socket: Path, model: str) -> str:
+    probe = Probe(socket)
     try:
         if not probe.poll(REPLY_TIMEOUT_S) or probe.failure:
             raise ValueError(str(probe.failure or "no answer"))
@@ -38,6 +54,10 @@ def _problem(run_dir: Path, http: str, model: str) -> str:
         return f"{model} does not say how it is: {error}"
     finally:
         probe.close()
+    return ""
+
+
+def _unready(http: str, model: str) -> str:
     return "" if is_ready(http, model) else f"tritonserver does not call {model} ready"
 
 
@@ -48,13 +68,17 @@ def _warn(text: str) -> None:
 def main(words: Sequence[str]) -> int:
     """Returns: 0 where there is a server and each one is well, else 1."""
     try:
-        run_dirs = [Path(word) for word in words] or find_running(_warn)
-        found = [text for run_dir in run_dirs for text in problems(run_dir)]
+        served = [Path(word) for word in words] or records.find_running(_warn)
+        bare = [] if served else run_directory.find_default()
+        found = [text for run_dir in served for text in problems(run_dir)]
+        found += [text for run_dir in bare for text in problems_of_bare(run_dir)]
+        if not served and not bare:
+            found = ["no server of this user runs"]
     except ManyloraError as error:
-        run_dirs, found = [], [error.message]
+        found = [error.message]
     for text in found:
         print(text, file=sys.stderr)
-    return 0 if run_dirs and not found else 1
+    return 1 if found else 0
 
 
 if __name__ == "__main__":

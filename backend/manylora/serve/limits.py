@@ -8,6 +8,7 @@ import signal
 from pathlib import Path
 
 from manylora.errors import InvalidArgumentError
+from manylora.paths import SHARED_MEMORY
 
 MAX_DESCRIPTORS = 1 << 20
 """More than a server needs. Some systems allow a billion, and some programs walk through all of them."""
@@ -17,7 +18,6 @@ MIN_ASKED_BYTES = 2 << 20
 """A region begins with half of it."""
 MAX_ASKED_BYTES = (1 << 63) - 1
 """Of a file, and of a limit on it."""
-SHARED_MEMORY = Path("/dev/shm")
 MAX_BATCH = 64
 """Sequences that come to a front end at once, as `max_batch_size` in config.pbtxt says."""
 TOKEN_BYTES = 16

@@ -5,13 +5,19 @@ from __future__ import annotations
 import contextlib
 import errno
 import socket
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 from manylora.errors import UnavailableError
 
 MAX_CHOICES = 20
 """Free ports that are tried in the place of a 0; one may be taken between its choice and its use."""
+EVERY_INTERFACE = ("0.0.0.0", "::")
+"""Addresses that meet every other one on the same port."""
+GATE_PAUSE_S = 0.01
+"""Between two tries to be the one that claims a port; the other one needs a moment."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -39,11 +45,13 @@ def hold(asked: Ports) -> Iterator[Ports]:
     Raises:
         UnavailableError: a port is in use, or the host is not an address of this machine.
     """
-    chosen = {}
+    chosen: dict[str, int] = {}
     with contextlib.ExitStack() as held:
         for name in ("http", "grpc", "metrics"):
             port = getattr(asked, name)
             try:
+                for other in (other for other, taken in chosen.items() if taken == port):
+                    raise OSError(errno.EADDRINUSE, f"Address already in use (by --{other}-port)")
                 chosen[name] = _hold_port(held, asked.host, port) if port else _hold_any(held, asked.host)
             except OSError as error:
                 raise UnavailableError(
@@ -72,15 +80,58 @@ def _hold_port(held: contextlib.ExitStack, host: str, port: int) -> int:
     with contextlib.ExitStack() as fresh:
         bound = fresh.enter_context(_bind(host, port))
         port = bound.getsockname()[1]
-        # Two such sockets do not meet, so another `manylora serve` would find the port free. A name in
-        # Linux's abstract namespace ends with this process, and is one network's, as a port is.
-        name = fresh.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM))
-        try:
-            name.bind(f"\0manylora-{host}-{port}")
-        except OSError as error:
-            raise OSError(error.errno, f"{error.strerror} (another `manylora serve` has it)") from error
+        # Two such sockets do not meet, so another `manylora serve` would find the port free.
+        address = bound.getsockname()[0]
+        with _gate(port):
+            if any(_meet(address, other) for other in _claims(port)):
+                raise OSError(errno.EADDRINUSE, "Address already in use (another `manylora serve` has it)")
+            fresh.enter_context(_named(f"{port}-{address}"))
         held.push(fresh.pop_all())
     return port
+
+
+def _named(name: str) -> socket.socket:
+    """Hold a name in Linux's abstract namespace, which ends with this process, and is one network's.
+
+    Raises:
+        OSError: it is held already.
+    """
+    held = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        held.bind(f"\0manylora-port-{name}")
+    except BaseException:
+        held.close()
+        raise
+    return held
+
+
+@contextlib.contextmanager
+def _gate(port: int) -> Iterator[None]:
+    """Claim a port alone: of two that claim it at once, one sees the other's claim."""
+    while True:
+        try:
+            gate = _named(f"{port}-gate")
+        except OSError as error:
+            if error.errno != errno.EADDRINUSE:
+                raise
+            time.sleep(GATE_PAUSE_S)
+        else:
+            break
+    with gate:
+        yield
+
+
+def _claims(port: int) -> list[str]:
+    """The addresses on which servers keep a port, as the names of their sockets say."""
+    begin = f"@manylora-port-{port}-"
+    lines = Path("/proc/net/unix").read_text(errors="replace").splitlines()
+    names = [line.split(maxsplit=7)[-1] for line in lines]
+    found = [name.removeprefix(begin) for name in names if name.startswith(begin)]
+    return [address for address in found if address != "gate"]
+
+
+def _meet(one: str, other: str) -> bool:
+    return one == other or one in EVERY_INTERFACE or other in EVERY_INTERFACE
 
 
 def _bind(host: str, port: int) -> socket.socket:

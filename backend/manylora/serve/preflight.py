@@ -20,7 +20,8 @@ RUN_DIR_BYTES = 1 << 20
 """The rendered models, and the first of the log."""
 SHARED_MEMORY_BYTES = 4 << 20
 """Regions of both front ends, as they are at the start."""
-SHARED_MEMORY = Path("/dev/shm")
+DEVICE_S = 120.0
+"""For torch to be read and to find its devices, on a machine that is busy."""
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
 
@@ -37,7 +38,7 @@ def check(settings: Mapping[str, str], run_dir: Path) -> None:
         ManyloraError: one of them will not do.
     """
     check_room(run_dir, RUN_DIR_BYTES, f"--run-dir {run_dir}")
-    check_room(SHARED_MEMORY, SHARED_MEMORY_BYTES, "shared memory, through which requests pass,")
+    check_room(paths.SHARED_MEMORY, SHARED_MEMORY_BYTES, "shared memory, through which requests pass,")
     config = EngineConfig.from_strings(settings)
     check_base_model(config)
     check_adapters(config)
@@ -114,9 +115,21 @@ def check_device(device: str) -> None:
     """
     if not device.startswith("cuda"):
         return
-    done = subprocess.run(
-        [sys.executable, "-c", _COUNT_DEVICES], capture_output=True, text=True, check=False, cwd="/"
-    )
+    try:
+        done = subprocess.run(
+            [sys.executable, "-c", _COUNT_DEVICES],
+            capture_output=True,
+            text=True,
+            check=False,
+            cwd="/",
+            timeout=DEVICE_S,
+            # Ctrl-C is for us alone, and no answer about devices.
+            start_new_session=True,
+        )
+    except subprocess.TimeoutExpired as error:
+        raise UnavailableError(
+            f"device={device!r}: torch does not say within {DEVICE_S:g} s which devices there are"
+        ) from error
     found = re.fullmatch(r"(\d+) (\S+)", done.stdout.strip().rpartition("\n")[2])
     if not found:
         why = done.stderr.strip().rpartition("\n")[2]

@@ -12,8 +12,8 @@ from manylora import run_dir as run_directory
 from manylora.errors import InvalidArgumentError, NotFoundError
 from manylora.ipc import query_status
 from manylora.messages import Status
+from manylora.serve.records import find_running
 from manylora.serve.repository import ENGINE_MODEL
-from manylora.serve.workspace import find_running
 
 
 def print_status(run_dir: Path | None, *, as_json: bool = False) -> int:
