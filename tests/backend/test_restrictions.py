@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 from manylora.errors import InvalidArgumentError
 from manylora.serve import limits
@@ -29,6 +31,14 @@ def test_what_is_not_allowed_is_closed(allowed: list[str], closed: tuple[str, ..
 
 def test_where_all_is_allowed_nothing_is_closed() -> None:
     assert restriction_arguments(read_allowed(RESTRICTABLE)) == []
+
+
+@pytest.mark.parametrize("page", ["README.md", "model_repository/llm/config.pbtxt"])
+def test_what_is_shown_for_a_bare_tritonserver_closes_the_same(page: str) -> None:
+    """The line break in the name is what keeps the key from being sent."""
+    text = (Path(__file__).resolve().parents[2] / page).read_text()
+    assert f"{','.join(RESTRICTABLE)}:$'closed\\nkey'=none" in text
+    assert '--http-restricted-api="$rule" --grpc-restricted-protocol="$rule"' in text
 
 
 def test_two_servers_have_two_keys() -> None:
