@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import shutil
 import threading
 from collections.abc import Callable
@@ -177,6 +179,54 @@ def test_a_bad_adapter_fails_its_requests_alone(base: Path, adapter_root: Path, 
         with pytest.raises(NotFoundError):
             engine.generate([[5, 6]], adapter_ids=["nowhere"])
         assert engine.status().check_errors == []
+
+
+@pytest.mark.parametrize(
+    ("harm", "reason"),
+    [("missing", "no adapter_root"), ("a file", "no adapter_root"), ("stale", "Stale file handle")],
+)
+def test_a_root_that_gives_an_error_stops_a_first_start_and_no_further_one(
+    base: Path,
+    adapter_root: Path,
+    wanted: dict[tuple[str, int], list[int]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    harm: str,
+    reason: str,
+) -> None:
+    root = tmp_path / "root"
+    config = make_config(base, root, pinned_adapters=("r8",))
+    if harm == "a file":
+        root.touch()
+    real = Path.is_dir
+
+    def is_dir(path: Path) -> bool:
+        """What a file server's client says of a directory that was made anew there."""
+        if path == root:
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+        return real(path)
+
+    with monkeypatch.context() as patch:
+        if harm == "stale":
+            patch.setattr(Path, "is_dir", is_dir)
+        with pytest.raises(InvalidArgumentError, match="adapter_root="):
+            Engine(config)
+        with Engine(config, strict_preload=False) as engine:
+            (found,) = engine.generate([prompts()[1]], max_tokens=NUM_TOKENS)
+            assert found.token_ids == wanted["", 1]
+            for name in ("r8", "r64"):
+                message = f"^adapter '{name}' cannot be looked for: {reason}$"
+                with pytest.raises(UnavailableError, match=message):
+                    engine.generate([[5, 6]], adapter_ids=[name])
+            patch.undo()
+            root.unlink(missing_ok=True)
+            shutil.copytree(adapter_root, root)
+            for name in ("r8", "r64"):
+                (found,) = engine.generate([prompts()[1]], adapter_ids=[name], max_tokens=NUM_TOKENS)
+                assert found.token_ids == wanted[name, 1]
+            status = engine.status()
+    assert [(a.name, a.pinned) for a in status.adapters] == [("r64", False), ("r8", True)]
+    assert status.check_errors == []
 
 
 def test_cancelling_frees_everything_at_once(base: Path, adapter_root: Path) -> None:

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import shutil
+import threading
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
 from faults import files
 from faults.load import RIGHT
-from harness import PROMPTS, SYNTHETIC, connect, status_of, wait_idle
+from harness import DONE_S, PROMPTS, SYNTHETIC, connect, status_of, wait_idle
 from manylora.serve.background import RunningServer, running_server
-from manylora_client import ManyloraClientError, NotFound
+from manylora_client import Client, ManyloraClientError, NotFound
 
 PUBLISHED = [f"published-{number}" for number in range(4)]
+SWAPS = ["at once", "with a gap", "at once", "with a gap", "at once", "at once"]
+NOT_FOUND = "not found"
 
 
 def publish(adapter_root: Path, root: Path) -> None:
@@ -67,6 +73,96 @@ def test_a_replaced_adapter_is_taken_up_while_running_sequences_end_on_theirs(
         ids = first.token_ids + [i for chunk in stream for i in chunk.token_ids]
     assert ids == wanted.token_ids
     shutil.rmtree(root / "old")
+
+
+def ask(client: Client, name: str) -> tuple[str, tuple[int, ...]]:
+    answer = client.generate(PROMPTS[0], adapter_id=name, max_tokens=8, ignore_eos=True)
+    return answer.adapter_version, tuple(answer.token_ids)
+
+
+@dataclass(frozen=True, slots=True)
+class Heard:
+    """What one request came to: a version with its right tokens, NOT_FOUND, or what must not be."""
+
+    outcome: str
+    asked_s: float
+    ended_s: float
+
+
+@dataclass(slots=True)
+class Followers:
+    """Clients that ask for one adapter without pause."""
+
+    server: RunningServer
+    name: str
+    right: dict[str, tuple[int, ...]]
+    heard: list[Heard] = field(default_factory=list)
+    news: threading.Condition = field(default_factory=threading.Condition)
+    over: threading.Event = field(default_factory=threading.Event)
+
+    def follow(self, protocol: str) -> None:
+        with connect(self.server, protocol) as client:
+            while not self.over.is_set():
+                asked_s = time.monotonic()
+                try:
+                    version, ids = ask(client, self.name)
+                    outcome = version if self.right.get(version) == ids else f"{version} answers {ids}"
+                except NotFound:
+                    outcome = NOT_FOUND
+                except ManyloraClientError as error:
+                    outcome = f"{type(error).__name__}: {error}"
+                with self.news:
+                    self.heard.append(Heard(outcome, asked_s, time.monotonic()))
+                    self.news.notify_all()
+
+    def wait_for(self, outcome: str) -> None:
+        """Wait until a client hears so from now on."""
+        with self.news:
+            known = len(self.heard)
+            heard = self.news.wait_for(
+                lambda: outcome in [one.outcome for one in self.heard[known:]], timeout=DONE_S
+            )
+        assert heard, f"not heard: {outcome}"
+
+
+def test_an_adapter_swapped_by_renames_under_requests_gives_published_versions_only(
+    server: RunningServer, root: Path
+):
+    target = root / "swapped"
+    sources = [PUBLISHED[number % len(PUBLISHED)] for number in range(len(SWAPS) + 1)]
+    shutil.copytree(root / sources[0], target)
+    for number, source in enumerate(sources):
+        shutil.copytree(root / source, root / f"swap-{number}")
+    gaps = []
+    with connect(server) as client, ThreadPoolExecutor(4) as pool:
+        versions = {name: ask(client, name) for name in PUBLISHED}
+        followers = Followers(server, target.name, right=dict(versions.values()))
+        assert len(followers.right) == len(PUBLISHED), "two adapters are the same"
+        ends = [pool.submit(followers.follow, protocol) for protocol in ("http", "grpc") * 2]
+        try:
+            followers.wait_for(versions[sources[0]][0])
+            for number, way in enumerate(SWAPS, start=1):
+                (root / f"swap-{number}").rename(root / "next")
+                began_s = time.monotonic()
+                target.rename(root / f"old-{number}")
+                if way == "with a gap":
+                    followers.wait_for(NOT_FOUND)
+                (root / "next").rename(target)
+                gaps.append((began_s, time.monotonic()))
+                # The last but one is followed by the last while it waits to be left alone.
+                if number != len(SWAPS) - 1:
+                    followers.wait_for(versions[sources[number]][0])
+        finally:
+            followers.over.set()
+        for end in ends:
+            end.result(DONE_S)
+        assert ask(client, target.name) == versions[sources[-1]]
+    print(f"{len(followers.heard)} answers")
+    assert {one.outcome for one in followers.heard} == {*followers.right, NOT_FOUND}
+    for one in followers.heard:
+        if one.outcome == NOT_FOUND:
+            assert any(one.asked_s <= end_s and one.ended_s >= began_s for began_s, end_s in gaps), one
+    assert wait_idle(server).check_errors == []
 
 
 def test_files_that_have_become_invalid_leave_the_old_version_serving(server: RunningServer, root: Path):

@@ -26,16 +26,25 @@ _ABSENT = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG)
 class AdapterRoot:
     """The directory that holds one directory per adapter.
 
+    Args:
+        strict: whether a path that is no directory is an error. Otherwise it is logged, and those who ask for
+            an adapter hear so until there is one.
+
     Raises:
-        InvalidArgumentError: `path` is no directory.
+        InvalidArgumentError: `path` is no directory. With `strict` only.
     """
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, *, strict: bool = True) -> None:
         self._given = path
         self.path: Path | None = None
-        """Links followed. None: there is none, or its file system has given no answer so far."""
+        """Links followed. None: there is none, or none has been seen so far."""
         if path:
-            self._resolve_aside()
+            try:
+                self._resolve_aside()
+            except InvalidArgumentError as error:
+                if strict:
+                    raise
+                log.error("%s; there are no adapters until it is there", error.message)
 
     def _resolve_aside(self) -> None:
         """Resolve the path on a thread that may hang; if it does, `find` tries again where it may."""
@@ -75,7 +84,7 @@ class AdapterRoot:
         """
         self.check_name(name)
         if self.path is None:
-            self.path = resolve_directory(self._given, "adapter_root")
+            self.path = self._resolve_for(name)
         try:
             directory = (self.path / name).resolve(strict=True)
             if self.path not in directory.parents:
@@ -91,6 +100,15 @@ class AdapterRoot:
         if not is_directory:
             raise NotFoundError(f"adapter {name!r} is not found")
         return directory
+
+    def _resolve_for(self, name: str) -> Path:
+        try:
+            return resolve_directory(self._given, "adapter_root")
+        except InvalidArgumentError as error:
+            # Where adapters lie is no business of those who ask for one.
+            cause = error.__cause__
+            reason = cause.strerror if isinstance(cause, OSError) else "no adapter_root"
+            raise UnavailableError(f"adapter {name!r} cannot be looked for: {reason}") from error
 
     def look(self, name: str) -> Sight:
         """See which files the adapter's directory holds. Raises what `find` raises, naming the adapter."""

@@ -52,9 +52,10 @@ class Registry:
         wake: called on a loader's thread when `poll` has something to take.
         clock: seconds, for pauses behind failed loads, for looks at files and for what hangs.
         read: what reads an adapter, instead of `read_adapter`.
+        strict: whether an adapter_root that is no directory is an error.
 
     Raises:
-        InvalidArgumentError: adapter_root is no directory.
+        InvalidArgumentError: adapter_root is no directory. With `strict` only.
     """
 
     def __init__(
@@ -66,9 +67,11 @@ class Registry:
         wake: Callable[[], None],
         clock: Callable[[], float] = time.monotonic,
         read: Read | None = None,
+        *,
+        strict: bool = True,
     ) -> None:
         self.config = config
-        self.root = AdapterRoot(config.adapter_root)
+        self.root = AdapterRoot(config.adapter_root, strict=strict)
         self._read = read or reader(config, self.root, spec, dtype, pin=pool.device.type == "cuda")
         self._versions = Versions(HostCache(config.num_cpu_loras), Residents(pool), set())
         self._host = self._versions.host

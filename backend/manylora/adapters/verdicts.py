@@ -152,10 +152,12 @@ class Verdicts:
         """
         now_s = self._clock()
         if watch.seen != sight.stamp:
-            watch.seen, watch.seen_s = sight.stamp, now_s - age_s
-        if now_s - watch.seen_s >= self._settle_s:
+            # One number for both questions: two sums could round apart, and a look that comes too early by so
+            # much would bring about the next at once.
+            watch.seen, watch.settled_s = sight.stamp, now_s + (self._settle_s - age_s)
+        if now_s >= watch.settled_s:
             return True
-        self.look_again(watch, watch.seen_s + self._settle_s)
+        self.look_again(watch, watch.settled_s)
         return False
 
     def set_clear(self, watch: Watch, current: Entry | None) -> None:

@@ -29,8 +29,8 @@ class Watch:
     """When the last look ended."""
     seen: Stamp | None = None
     """How changed files stood at the last look."""
-    seen_s: float = 0.0
-    """Since when they have stood so."""
+    settled_s: float = 0.0
+    """When they will have stood so for long enough to be read."""
     relook_s: float = math.inf
     """When to look again, whoever asks."""
     is_hung: bool = False

@@ -47,8 +47,9 @@ class Engine:
     ...     engine.generate(["Hello"], adapter_ids=["pirate"], max_tokens=20)
 
     Args:
-        strict_preload: whether an adapter that is to be preloaded and cannot be is an error. Otherwise it is
-            logged and stands as failed; a pin that was asked for comes into force when the adapter loads.
+        strict_preload: whether an adapter that is to be preloaded and cannot be is an error, and an
+            adapter_root that is no directory. Otherwise it is logged and stands as failed; a pin that was
+            asked for comes into force when the adapter loads.
 
     Raises:
         ManyloraError: the configuration or the base model cannot be served.
@@ -167,6 +168,7 @@ class Engine:
             self.pool,
             dtype,
             wake=lambda: self.post(Wake()),
+            strict=strict_preload,
         )
         try:
             self.registry.preload(strict=strict_preload)

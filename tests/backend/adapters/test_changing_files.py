@@ -200,6 +200,25 @@ def test_a_directory_that_was_just_written_is_read_once_it_has_been_left_alone(b
     registry.release(lease)
 
 
+@pytest.mark.usefixtures("old_files")
+@pytest.mark.parametrize("now_s", [70.0, 71.0, 1e6])
+def test_files_that_are_old_enough_are_read_at_the_first_look_whatever_the_clock_says(
+    bench: Bench, now_s: float
+) -> None:
+    """In floating point, 70.0 - (70.0 - 0.3) is less than 0.3."""
+    bench.write("a")
+    registry = bench.registry(adapter_settle_s=0.3)
+    bench.now_s = now_s
+    lease = registry.acquire("a")
+    registry.poll()
+    assert bench.looks.acquire(timeout=PATIENCE_S)
+    registry.poll()
+    assert not registry._lookout.is_looking
+    bench.settle(registry, lease)
+    assert lease.state == "ready"
+    registry.release(lease)
+
+
 def test_who_waits_for_files_that_are_written_without_end_gets_an_error(bench: Bench) -> None:
     registry = bench.registry(adapter_settle_s=1.0)
     bench.write("a", seed=0)

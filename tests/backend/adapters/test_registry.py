@@ -723,6 +723,34 @@ def test_a_pin_that_is_due_waits_for_pages_and_fails_those_it_leaves_none(bench:
     registry.release(a)
 
 
+def test_a_new_version_that_waits_for_a_slot_goes_when_a_pin_leaves_it_no_pages(bench: Bench) -> None:
+    bench.write("a")
+    bench.write("b", rank=32)
+    break_files(bench, "a")
+    registry = bench.registry(
+        max_loras=1, max_lora_rank=32, max_cpu_loras=2, adapter_check_s=0.0, pinned_adapters=("a",)
+    )
+    registry.preload(strict=False)
+    running = bench.ready(registry, "b")
+    assert registry.try_activate(running)
+    bench.write("a")
+    bench.now_s += 1.0
+    a = bench.ready(registry, "a")
+    bench.write("b", rank=32, seed=2)
+    registry.release(bench.ready(registry, "b"))
+    bench.rest(registry)
+    (new,) = registry._versions.queued
+    assert (new.is_update, new.leases, registry._pins.due) == (True, {}, {"a"})
+    registry.deactivate(running)
+    bench.poll(registry)
+    assert states(registry) == {"a": "device"}
+    assert not registry._versions.queued
+    with pytest.raises(UnavailableError, match="'b' has no room in the device pool beside pinned ones"):
+        bench.ask(registry, "b")
+    registry.release(running)
+    registry.release(a)
+
+
 def test_a_slot_that_is_kept_for_a_pin_goes_to_nobody_else(bench: Bench) -> None:
     bench.write("a", "b")
     break_files(bench, "a")

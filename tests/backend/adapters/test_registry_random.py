@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import queue
 import shutil
@@ -11,13 +12,16 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import pytest
 import torch
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from manylora.adapters import loader
 from manylora.adapters.adapter_files import NAMES, Sight
 from manylora.adapters.device_pool import DevicePool
 from manylora.adapters.load import Loaded
+from manylora.adapters.loader import Job, Loader
 from manylora.adapters.registry import Lease, Registry
 from manylora.adapters.weights import AdapterWeights, allocate
 from manylora.config import EngineConfig
@@ -43,26 +47,70 @@ class Content:
 
     value: int
     is_sound: bool = True
+    changes: bool = False
+    """Somebody writes the files while they are read."""
 
 
 class FakeDisk:
-    """Loads go on when the test says so, and find what it says. A name that is not in RANKS is a KeyError."""
+    """Loads go on when the test says so, and find what it says. A name that is not in RANKS is a KeyError.
 
-    def __init__(self) -> None:
-        self.gates: dict[str, queue.SimpleQueue[Content]] = {name: queue.SimpleQueue() for name in RANKS}
-        self.found = threading.local()
+    Each job has a gate of its own: an update and a first load of one adapter may go on together.
+    """
 
-    def gated(self, load: Callable[[str, Sight], Loaded]) -> Callable[[str, Sight], Loaded]:
-        def load_when_told(name: str, asked: Sight) -> Loaded:
-            self.found.content = self.gates[name].get(timeout=PATIENCE_S)
-            return load(name, asked)
+    def __init__(self, root: Path) -> None:
+        self.at_start: dict[str, Content] = {}
+        """What is found before anything is served."""
+        self.begun: list[Job[Loaded]] = []
+        """Jobs in the order in which they were submitted, until the test takes them."""
+        self._root = root
+        self._gates: dict[Job[Loaded], queue.SimpleQueue[Content]] = {}
+        self._arrivals = threading.Semaphore(0)
+        self._found = threading.local()
+        self._num_changes = 0
 
-        return load_when_told
+    def gated(self, reads: Loader[Loaded]) -> Callable[[Job[Loaded]], None]:
+        submit = reads.submit
+
+        def submit_gated(job: Job[Loaded]) -> None:
+            gate = self._gates[job] = queue.SimpleQueue()
+            work = job.work
+
+            def work_when_told() -> Loaded:
+                self._arrivals.release()
+                self._found.content = gate.get(timeout=PATIENCE_S)
+                return work()
+
+            job.work = work_when_told
+            self.begun.append(job)
+            has_idle_thread = any(not w.is_lost and w.job is None for w in reads._workers)
+            submit(job)
+            # The clock must not move before the thread has looked at it.
+            assert not has_idle_thread or self._arrivals.acquire(timeout=PATIENCE_S), "no read began"
+
+        return submit_gated
+
+    def let_go_on(self, job: Job[Loaded], content: Content) -> None:
+        self._gates.pop(job).put(content)
+
+    def open_all(self) -> None:
+        for job in list(self._gates):
+            self.let_go_on(job, Content(1))
 
     def read(self, directory: Path) -> AdapterWeights:
-        if not self.found.content.is_sound:
+        content = getattr(self._found, "content", None) or self.at_start[directory.name]
+        if content.changes:
+            self.write(directory.name)
+        if not content.is_sound:
             raise InvalidArgumentError("broken")
-        return make_weights(RANKS[directory.name], self.found.content.value)
+        return make_weights(RANKS[directory.name], content.value)
+
+    def write(self, name: str) -> None:
+        """Change an adapter's files: what is in them is only known when they are read."""
+        self._num_changes += 1
+        directory = self._root / name
+        directory.mkdir(exist_ok=True)
+        for file in NAMES:
+            (directory / file).write_bytes(bytes(self._num_changes))
 
 
 def make_weights(ranks: tuple[int, ...], value: int) -> AdapterWeights:
@@ -72,38 +120,27 @@ def make_weights(ranks: tuple[int, ...], value: int) -> AdapterWeights:
 
 
 class Machine(RuleBasedStateMachine):
-    """Three host slots and four pages of each kind for six adapters."""
+    """Up to three host slots and four pages of each kind for six adapters."""
 
     def __init__(self) -> None:
         super().__init__()
+        self.cleanup = contextlib.ExitStack()
         self.now_s = 0.0
-        self.disk = FakeDisk()
         self.wakes = threading.Semaphore(0)
         self.looks = threading.Semaphore(0)
-        self.folder = tempfile.TemporaryDirectory()
-        self.num_changes = 0
-        for name in RANKS:
-            self.write(name)
         self.leases: list[Lease] = []
         self.age_s = 100.0
         self.began_with: dict[Lease, str] = {}
         """The version at the first activation."""
-        self.reading: list[str] = []
+        self.reading: list[Job[Loaded]] = []
         """Reads that have begun, those among them that the registry has given up."""
-
-    def write(self, name: str) -> None:
-        """Change an adapter's files: what is in them is only known when they are read."""
-        self.num_changes += 1
-        directory = Path(self.folder.name) / name
-        directory.mkdir(exist_ok=True)
-        for file in NAMES:
-            (directory / file).write_bytes(bytes(self.num_changes))
 
     def wake(self) -> None:
         is_look = threading.current_thread().name.startswith("manylora-looker")
         (self.looks if is_look else self.wakes).release()
 
     @initialize(
+        num_slots=st.integers(1, 3),
         pinned=st.lists(st.sampled_from(sorted(RANKS)), max_size=2),
         preloaded=st.lists(st.sampled_from(sorted(RANKS)), max_size=1),
         broken=st.sets(st.sampled_from(sorted(RANKS))),
@@ -111,15 +148,32 @@ class Machine(RuleBasedStateMachine):
         check_s=st.sampled_from([0.0, 0.0, 1.0, -1.0]),
     )
     def start_again(
-        self, pinned: list[str], preloaded: list[str], broken: set[str], settle_s: float, check_s: float
+        self,
+        num_slots: int,
+        pinned: list[str],
+        preloaded: list[str],
+        broken: set[str],
+        settle_s: float,
+        check_s: float,
     ) -> None:
         """As after the end of an engine: what is to be preloaded may be broken by now."""
+        # Here, since an example may be given up before it begins.
+        self.root = Path(self.cleanup.enter_context(tempfile.TemporaryDirectory()))
+        patch = self.cleanup.enter_context(pytest.MonkeyPatch.context())
+        # A thread that waits at its gate computes nothing, however long it took on its way there.
+        patch.setattr(loader.time, "clock_gettime", lambda clock: 0.0)
+        self.disk = FakeDisk(self.root)
+        for name in RANKS:
+            self.disk.write(name)
+        self.num_slots = num_slots
+        # As many as a start accepts.
+        del pinned[num_slots - 1 :]
         config = EngineConfig(
             base_model="base",
-            adapter_root=self.folder.name,
-            max_loras=2,
+            adapter_root=str(self.root),
+            max_loras=min(2, num_slots),
             max_lora_rank=32,
-            max_cpu_loras=3,
+            max_cpu_loras=num_slots,
             pinned_adapters=tuple(pinned),
             preload_adapters=tuple(preloaded),
             adapter_settle_s=settle_s,
@@ -135,12 +189,14 @@ class Machine(RuleBasedStateMachine):
             clock=lambda: self.now_s,
             read=self.disk.read,
         )
-        gated = self.disk.gated(self.registry._load)
-        self.registry._load = self.registry._intake._load = gated  # type: ignore[method-assign]
+        self.cleanup.callback(self.registry.close)
+        self.cleanup.callback(self.disk.open_all)
+        reads = self.registry._loader
+        reads.submit = self.disk.gated(reads)  # type: ignore[method-assign]
         self.look_for_real = self.registry.root.look
         self.registry.root.look = self.registry._lookout._look = self.look  # type: ignore[method-assign]
         for name in {*pinned, *preloaded}:
-            self.disk.gates[name].put(Content(9, name not in broken))
+            self.disk.at_start[name] = Content(9, name not in broken)
         self.registry.preload(strict=False)
         assert all(self.is_pinned(name) or self.state_of(name) == "failed" for name in pinned)
 
@@ -155,15 +211,15 @@ class Machine(RuleBasedStateMachine):
 
     @rule(name=st.sampled_from(sorted(RANKS)))
     def change(self, name: str) -> None:
-        self.write(name)
+        self.disk.write(name)
 
     @rule(name=st.sampled_from(sorted(RANKS)))
     def lose_a_file(self, name: str) -> None:
-        (Path(self.folder.name) / name / NAMES[1]).unlink(missing_ok=True)
+        (self.root / name / NAMES[1]).unlink(missing_ok=True)
 
     @rule(name=st.sampled_from(sorted(RANKS)))
     def remove(self, name: str) -> None:
-        shutil.rmtree(Path(self.folder.name) / name, ignore_errors=True)
+        shutil.rmtree(self.root / name, ignore_errors=True)
 
     @rule(name=st.sampled_from(sorted(RANKS)), priority=st.sampled_from([0, 0, 1, -1]))
     def acquire(self, name: str, priority: int) -> None:
@@ -191,8 +247,11 @@ class Machine(RuleBasedStateMachine):
     @rule()
     def poll(self) -> None:
         self.poll_once()
-        while self.registry._lookout.is_looking:
-            assert self.looks.acquire(timeout=PATIENCE_S), "no look finished"
+        lookout = self.registry._lookout
+        while lookout.is_looking:
+            # All of them, so that the same draws always come to the same end.
+            for _ in range(len(lookout._looking)):
+                assert self.looks.acquire(timeout=PATIENCE_S), "no look finished"
             self.poll_once()
 
     def poll_once(self) -> None:
@@ -200,8 +259,9 @@ class Machine(RuleBasedStateMachine):
         before = list(versions.queued)
         self.registry.poll()
         going_on = intake._reading
-        begun = [entry for entry in going_on.values() if entry.name not in self.reading]
-        self.reading += [entry.name for entry in begun]
+        self.reading += self.disk.begun
+        begun = [going_on[job] for job in self.disk.begun]
+        self.disk.begun.clear()
         # Nobody is overtaken, and whoever could have a slot is read unless all threads are at work.
         queued = sorted(versions.queued, key=lambda e: e.first)
         evicted = [entry for entry in queued if entry not in before]
@@ -213,16 +273,57 @@ class Machine(RuleBasedStateMachine):
         assert queued == sorted(queued, key=lambda entry: entry.lacks_slot)
 
     @precondition(lambda self: self.reading)
-    @rule(data=st.data(), value=st.integers(1, 3), is_sound=st.booleans())
-    def finish(self, data: st.DataObject, value: int, is_sound: bool) -> None:
-        name = data.draw(st.sampled_from(self.reading))
-        self.finish_one(name, Content(value, is_sound))
+    @rule(data=st.data(), value=st.integers(1, 3), is_sound=st.booleans(), changes=st.booleans())
+    def finish(self, data: st.DataObject, value: int, is_sound: bool, changes: bool) -> None:
+        self.finish_one(data.draw(st.sampled_from(self.reading)), Content(value, is_sound, changes))
 
-    def finish_one(self, name: str, content: Content) -> None:
-        self.reading.remove(name)
-        self.disk.gates[name].put(content)
+    def finish_one(self, job: Job[Loaded], content: Content) -> None:
+        self.reading.remove(job)
+        self.disk.let_go_on(job, content)
         assert self.wakes.acquire(timeout=PATIENCE_S)
         self.poll()
+
+    @rule(name=st.sampled_from(sorted(RANKS)), value=st.integers(1, 3))
+    def serve(self, name: str, value: int) -> None:
+        """Ask for an adapter and let its first load end: by chance alone few are ever there."""
+        lease = self.registry.acquire(name)
+        self.poll()
+        for job in [job for job in self.reading if self.is_first_load(job, name)]:
+            self.finish_one(job, Content(value))
+        self.registry.release(lease)
+
+    @precondition(lambda self: self.registry._intake._updates)
+    @rule(way=st.sampled_from(["evicted", "gone and back"]), others=st.permutations(sorted(RANKS)))
+    def lose_what_is_updated(self, way: str, others: list[str]) -> None:
+        """Let an adapter leave while a new version is read, and ask for it again."""
+        (name,) = self.registry._intake._updates
+        if way == "evicted":
+            for other in others:
+                if other != name and name in self.whole:
+                    self.serve(other, 1)
+        else:
+            self.remove(name)
+            self.now_s += 2.0
+            self.registry.release(self.registry.acquire(name))
+            self.poll()
+            self.disk.write(name)
+        self.acquire(name, 0)
+        self.poll()
+
+    def is_first_load(self, job: Job[Loaded], name: str) -> bool:
+        entry = self.registry._intake._reading.get(job)
+        return entry is not None and entry.name == name and not entry.is_update
+
+    @rule(name=st.sampled_from(sorted(RANKS)), value=st.integers(1, 3))
+    def replace(self, name: str, value: int) -> None:
+        """Have an adapter, change its files and let them settle: an update begins if it can."""
+        if name not in self.whole:
+            self.serve(name, value)
+        self.disk.write(name)
+        for _ in range(2):
+            self.now_s += 2.0
+            self.registry.release(self.registry.acquire(name))
+            self.poll()
 
     @rule(name=st.sampled_from(sorted(RANKS)))
     def pin(self, name: str) -> None:
@@ -243,7 +344,7 @@ class Machine(RuleBasedStateMachine):
     @invariant()
     def all_is_sound(self) -> None:
         assert self.registry.check() == []
-        assert self.registry.gauges["host_adapters"] <= 3
+        assert self.registry.gauges["host_adapters"] <= self.num_slots
         pool = self.registry._residents.pool
         for lease in self.leases:
             if lease.is_active:
@@ -252,6 +353,11 @@ class Machine(RuleBasedStateMachine):
                 for kind, pages in zip(pool.kinds, placement.pages, strict=True):
                     assert bool((kind.a[:, list(pages)] == float(lease.version)).all())
                     assert bool((kind.b[:, list(pages)] == float(lease.version)).all())
+
+    @property
+    def whole(self) -> list[str]:
+        """Adapters that new requests get at once."""
+        return [name for name, entry in self.registry._versions.current.items() if entry.is_whole]
 
     @property
     def num_pinned(self) -> int:
@@ -264,35 +370,34 @@ class Machine(RuleBasedStateMachine):
         return any(state.name == name and state.pinned for state in self.registry.states())
 
     def teardown(self) -> None:
+        with self.cleanup:
+            if hasattr(self, "registry"):
+                self.serve_all()
+
+    def serve_all(self) -> None:
         """Serve whoever still waits, one at a time: none waits for ever, whatever happened before."""
-        try:
-            for lease in self.leases:
-                if lease.is_active:
-                    self.registry.deactivate(lease)
+        for lease in self.leases:
+            if lease.is_active:
+                self.registry.deactivate(lease)
+        self.poll()
+        for _ in range(20 * len(self.leases) + 20):
+            if not self.leases and not self.reading:
+                break
+            if self.reading:
+                self.finish_one(self.reading[0], Content(7))
+            # Long enough for files to settle, and for no read to hang.
+            self.now_s += 1.0
             self.poll()
-            for _ in range(20 * len(self.leases) + 20):
-                if not self.leases and not self.reading:
+            for lease in list(self.leases):
+                if lease.state == "failed" or (lease.state == "ready" and self.registry.try_activate(lease)):
+                    self.registry.release(lease)
+                    self.leases.remove(lease)
                     break
-                if self.reading:
-                    self.finish_one(self.reading[0], Content(7))
-                # Long enough for files to settle, and for no read to hang.
-                self.now_s += 1.0
-                self.poll()
-                for lease in list(self.leases):
-                    if lease.state == "failed" or (
-                        lease.state == "ready" and self.registry.try_activate(lease)
-                    ):
-                        self.registry.release(lease)
-                        self.leases.remove(lease)
-                        break
-            assert not self.leases
-            self.all_is_sound()
-        finally:
-            for name in self.reading:
-                self.disk.gates[name].put(Content(1))
-            self.registry.close()
-            self.folder.cleanup()
+        assert not self.leases
+        assert not self.reading
+        assert not self.registry._intake._reading
+        self.all_is_sound()
 
 
-Machine.TestCase.settings = settings(max_examples=100, stateful_step_count=50, deadline=None)
+Machine.TestCase.settings = settings(max_examples=200, stateful_step_count=50, deadline=None)
 TestRandomRequests = Machine.TestCase
