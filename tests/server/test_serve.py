@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 from faults import doors
-from faults.anatomy import descendants, shared_memory_of, wait_until_gone
+from faults.anatomy import descendants, shared_memory_of, stub_below, stub_of, wait_until_gone
 from google.protobuf import text_format
 from manylora.errors import UnavailableError
 from manylora.serve import processes, repository
@@ -357,8 +357,7 @@ def test_a_front_end_that_dies_while_it_starts_ends_the_start(base_model, tmp_pa
         while not (tmp_path / "llm.owner").exists():
             assert process.poll() is None
         pids = descendants(process.pid)
-        (stub,) = (pid for pid in pids if any("/llm/1/model.py" in word for word in processes.command(pid)))
-        os.kill(stub, signal.SIGKILL)
+        os.kill(stub_below(process.pid, "llm"), signal.SIGKILL)
         said = process.communicate(timeout=TIMEOUT_S)[1]
     assert process.returncode == 1
     assert "tritonserver did not start" in said or "has died" in said
@@ -435,9 +434,7 @@ def test_a_killed_front_end_is_restarted_and_answers(base_model, adapter_root):
         before = {model: ask(server, model, adapter_id="synthetic-000") for model in repository.MODELS}
         for model in repository.MODELS:
             below = descendants(server.pid)
-            (stub,) = (
-                pid for pid in below if any(f"/{model}/1/model.py" in word for word in processes.command(pid))
-            )
+            stub = stub_of(server, model)
             regions = shared_memory_of(server)
             os.kill(stub, signal.SIGKILL)
             told = [next(line for line in messages if word in line) for word in ("has died", "ready again")]

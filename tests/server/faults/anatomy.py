@@ -23,14 +23,23 @@ def descendants(pid: int) -> list[int]:
 
 
 def tritonserver_of(server: RunningServer) -> int:
-    (found,) = (pid for pid in processes.children(server.pid) if "tritonserver" in processes.command(pid)[0])
+    return tritonserver_below(server.pid)
+
+
+def tritonserver_below(serve_pid: int) -> int:
+    (found,) = (pid for pid in processes.children(serve_pid) if "tritonserver" in processes.command(pid)[0])
     return found
 
 
 def stub_of(server: RunningServer, model: str) -> int:
+    return stub_below(server.pid, model)
+
+
+def stub_below(serve_pid: int, model: str) -> int:
+    """The process of a front end. Not a child of it that has not become another program yet."""
     (found,) = (
         pid
-        for pid in descendants(server.pid)
+        for pid in processes.children(tritonserver_below(serve_pid))
         if any(f"/{model}/1/model.py" in word for word in processes.command(pid))
     )
     return found
