@@ -1,37 +1,62 @@
 """An engine on taken processors: seconds of a batch of answers, in quiet and beside busy ones, in turn.
 
-Each way of waiting is an engine in a process of its own, with the environment that `manylora.launch` gives it
-and what the way adds. Busy processes do nothing but count; the kernel places them.
+Each way of waiting is an engine in a process of its own: `served` as it is, `spins` and `sleeps` without
+`manylora.wait_policy`, with GNU's own spinning and with none, `one-thread`. Busy processes do nothing but
+count; the kernel places them. Each load begins with a batch that is not counted.
 
     python bench/contention.py
-    python bench/contention.py --ways served,GOMP_SPINCOUNT=300000,OMP_WAIT_POLICY=PASSIVE --runs 5
-    python bench/contention.py --requests 32 --tokens 64 --num-busy 0    # what a way costs in quiet
+    python bench/contention.py --ways served,spins --requests 32 --tokens 64 --busy 0    # its cost in quiet
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from loadtest.csv_file import append_csv
+from loadtest.origin import RESULTS, Origin
 from manylora import Engine, EngineConfig, launch
+from manylora.wait_policy import WaitPolicy
 
 ROOT = Path(__file__).resolve().parent.parent
-SERVED = "served"
-"""The way that adds nothing."""
 PROMPT = list(range(1000, 1064))
 BUSY = "print(flush=True)\nwhile True: pass"
+WAYS = {
+    "served": {},
+    "spins": {},
+    "sleeps": {"OMP_WAIT_POLICY": "PASSIVE"},
+    "one-thread": {"OMP_NUM_THREADS": "1"},
+}
+"""With what they set in the environment."""
 
 
-def answer(config: EngineConfig) -> None:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Row(Origin):
+    """One way beside one load, as bench/results/contention.csv keeps it."""
+
+    way: str
+    num_busy: int
+    num_requests: int
+    max_tokens: int
+    num_runs: int
+    seconds: float
+    """Median."""
+    least_s: float
+    most_s: float
+
+
+def answer(config: EngineConfig, way: str) -> None:
     """Be an engine: for each line of standard input, print the seconds that one batch of answers took."""
+    if way != "served":
+        WaitPolicy.look = lambda _self, _now_s=None: None  # type: ignore[method-assign]
     with Engine(config) as engine:
         print(json.dumps("ready"), flush=True)
         for line in sys.stdin:
@@ -47,19 +72,16 @@ class Child:
 
     def __init__(self, way: str) -> None:
         environment = launch.environment()
-        if way != SERVED:
-            # The way alone: what the launcher chose may speak of the same.
-            for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY"):
-                environment.pop(name, None)
-            environment.update([way.split("=", 1)])
+        for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY", "OMP_NUM_THREADS"):
+            environment.pop(name, None)
         self._process = subprocess.Popen(
-            [sys.executable, __file__, "--be-engine", *sys.argv[1:]],
+            [sys.executable, __file__, "--be-engine", way, *sys.argv[1:]],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            env=environment,
+            env=environment | WAYS[way],
             text=True,
         )
-        self.wait()
+        self._wait()
 
     def __enter__(self) -> Child:
         return self
@@ -69,14 +91,14 @@ class Child:
         self._process.stdin.close()
         self._process.wait()
 
-    def begin(self, num_requests: int, max_tokens: int) -> None:
-        """Have it answer a batch."""
+    def answer(self, num_requests: int, max_tokens: int) -> float:
+        """Seconds that a batch took."""
         assert self._process.stdin
         self._process.stdin.write(json.dumps([num_requests, max_tokens]) + "\n")
         self._process.stdin.flush()
+        return float(self._wait())
 
-    def wait(self) -> float | str:
-        """Seconds that the batch took."""
+    def _wait(self) -> float | str:
         assert self._process.stdout
         line: float | str = json.loads(self._process.stdout.readline())
         return line
@@ -98,46 +120,60 @@ def busy(num_processes: int) -> Iterator[None]:
             process.wait()
 
 
-def measure(options: argparse.Namespace) -> dict[tuple[str, str], list[float]]:
-    """Seconds of each run by way and load: all ways alike in each round."""
-    loads = {
-        "quiet": 0,
-        **({f"beside {options.num_busy} busy": options.num_busy} if options.num_busy else {}),
-    }
-    found: dict[tuple[str, str], list[float]] = {}
+def measure(options: argparse.Namespace, origin: Origin) -> list[Row]:
+    """All ways in turn, in each round beside each load."""
+    loads = [int(number) for number in options.busy.split(",")]
+    found: dict[tuple[int, str], list[float]] = {}
     with ExitStack() as stack:
         children = {way: stack.enter_context(Child(way)) for way in options.ways.split(",")}
-        for round_number in range(options.runs + 1):
-            for load, num_busy in loads.items():
+        for _ in range(options.runs):
+            for num_busy in loads:
                 for way, child in children.items():
                     with busy(num_busy):
-                        child.begin(options.requests, options.tokens)
-                        seconds = float(child.wait())
-                    # The first round makes what is made on first use.
-                    if round_number:
-                        found.setdefault((way, load), []).append(seconds)
-    return found
+                        child.answer(options.requests, options.tokens)
+                        seconds = child.answer(options.requests, options.tokens)
+                    found.setdefault((num_busy, way), []).append(seconds)
+    return [
+        Row(
+            **asdict(origin),
+            way=way,
+            num_busy=num_busy,
+            num_requests=options.requests,
+            max_tokens=options.tokens,
+            num_runs=len(seconds),
+            seconds=statistics.median(seconds),
+            least_s=min(seconds),
+            most_s=max(seconds),
+        )
+        for (num_busy, way), seconds in sorted(found.items())
+    ]
 
 
 def main() -> int:
     """Measure and print medians with ranges."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--base-model", default=str(ROOT / ".build" / "base_model"), metavar="DIR")
-    parser.add_argument("--ways", default=f"{SERVED},GOMP_SPINCOUNT=300000,OMP_WAIT_POLICY=PASSIVE")
-    parser.add_argument("--num-busy", type=int, default=os.cpu_count(), help="busy processes (%(default)s)")
+    parser.add_argument("--ways", default=",".join(WAYS), help="(%(default)s)")
+    parser.add_argument("--busy", default="0,1,2,4", metavar="N,...", help="busy processes (%(default)s)")
     parser.add_argument("--runs", type=int, default=3)
-    parser.add_argument("--requests", type=int, default=1, help="at once")
-    parser.add_argument("--tokens", type=int, default=20, help="of each answer")
+    parser.add_argument("--requests", type=int, default=2, help="at once")
+    parser.add_argument("--tokens", type=int, default=32, help="of each answer")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a setting")
-    parser.add_argument("--be-engine", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--save", action="store_true", help="append the rows to bench/results/contention.csv")
+    parser.add_argument("--be-engine", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.be_engine:
         settings = dict(setting.split("=", 1) for setting in options.set)
-        answer(EngineConfig.from_strings({"base_model": options.base_model, "device": "cpu", **settings}))
+        config = EngineConfig.from_strings({"base_model": options.base_model, "device": "cpu", **settings})
+        answer(config, options.be_engine)
         return 0
-    for (way, load), seconds in measure(options).items():
-        middle, least, most = statistics.median(seconds), min(seconds), max(seconds)
-        print(f"{way:24} {load:16} {middle:7.2f} s ({least:.2f} to {most:.2f})")
+    rows = measure(options, Origin.now("contention"))
+    for row in rows:
+        print(
+            f"{row.num_busy} busy  {row.way:12} {row.seconds:7.2f} s ({row.least_s:.2f} to {row.most_s:.2f})"
+        )
+    if options.save:
+        append_csv(RESULTS / "contention.csv", rows)
     return 0
 
 

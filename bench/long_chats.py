@@ -202,6 +202,7 @@ def main() -> int:
         tempfile.TemporaryDirectory() as adapters,
         running_server(base_model=options.base_model, adapter_root=Path(adapters)) as server,
     ):
+        ask(server, options.phase_s, Waits())  # the first requests of a server wait for what it does once
         for kind in KINDS:
             rows.append(measure(server, kind, options.phase_s, options.phases, origin))
             row = rows[-1]

@@ -32,11 +32,6 @@ HANGS = -999
 """Instead of the exit status of a process of which threads hang in the kernel."""
 FIRST_PAUSE_S = 1.0
 MAX_PAUSE_S = 30.0
-SPIN_COUNT = 20_000
-"""Turns that an OpenMP thread of the engine waits actively for the others, about a millisecond, before it
-sleeps. That bridges the pauses between a step's operators, and wakes are dear. GNU's own 300,000 turns last
-longer than a turn of the kernel's scheduler: where other processes want the processors, too, a thread then
-spins while the one that it waits for is not let run, at each of a step's hundreds of operators."""
 STEADY_S = 60.0
 """An engine that served so long starts a new series of pauses when it dies."""
 
@@ -275,8 +270,7 @@ def environment() -> dict[str, str]:
     """The environment of the engine process.
 
     It finds the packages that this process finds. Triton's own libraries are left out of its search path:
-    they are other versions of libraries that torch needs. Threads wait as SPIN_COUNT says, unless the
-    environment says how.
+    they are other versions of libraries that torch needs.
     """
     found = dict(os.environ)
     roots = [_package_root(name) for name in ("manylora", "manylora_kernels", "msgspec")]
@@ -284,8 +278,6 @@ def environment() -> dict[str, str]:
     found["PYTHONPATH"] = os.pathsep.join(dict.fromkeys(place for place in places if place))
     # Whatever the locale: messages and names of files are UTF-8.
     found["PYTHONUTF8"] = "1"
-    if "OMP_WAIT_POLICY" not in found:
-        found.setdefault("GOMP_SPINCOUNT", str(SPIN_COUNT))
     libraries = found.pop("LD_LIBRARY_PATH", "").split(os.pathsep)
     kept = [path for path in libraries if path and "pytriton" not in path and "tritonserver" not in path]
     if kept:

@@ -409,34 +409,3 @@ def wait_for_end(pidfd: int) -> None:
     poll.register(pidfd, select.POLLIN)
     assert poll.poll(WAIT_S * 1000)
     os.close(pidfd)
-
-
-@pytest.mark.parametrize(
-    ("given", "wanted"),
-    [
-        pytest.param({}, {"GOMP_SPINCOUNT": str(launch.SPIN_COUNT)}, id="by-default-briefly"),
-        pytest.param({"GOMP_SPINCOUNT": "7"}, {"GOMP_SPINCOUNT": "7"}, id="as-the-environment-says"),
-        pytest.param(
-            {"OMP_WAIT_POLICY": "PASSIVE"}, {"OMP_WAIT_POLICY": "PASSIVE"}, id="by-the-policy-given"
-        ),
-    ],
-)
-def test_threads_of_an_engine_wait_actively_for_a_bounded_time(
-    processes: list[EngineProcess],
-    config: EngineConfig,
-    path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    given: dict[str, str],
-    wanted: dict[str, str],
-) -> None:
-    """On taken processors one that spins for longer than a turn of the scheduler keeps others waiting."""
-    for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY"):
-        monkeypatch.delenv(name, raising=False)
-    for name, value in given.items():
-        monkeypatch.setenv(name, value)
-    process = start(processes, config, path)
-    # Its first beat: it runs its own program by now.
-    assert process._listen(pulse.MAX_SILENT_TURNS_AT_START) == b""
-    words = Path(f"/proc/{process.pid}/environ").read_bytes().decode().split("\0")
-    found = dict(word.split("=", 1) for word in words if word.startswith(("GOMP_", "OMP_WAIT")))
-    assert found == wanted

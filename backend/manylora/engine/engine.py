@@ -14,6 +14,8 @@ import time
 from collections.abc import Sequence as Seq
 from concurrent.futures import Future
 
+import torch
+
 from manylora import paths
 from manylora.adapters.device_pool import DevicePool, pool_dtype
 from manylora.adapters.registry import Registry
@@ -36,6 +38,7 @@ from manylora.messages import EngineInfo, Generate, Status, Tokens
 from manylora.model.loading import LoadedModel, load_model, use_device
 from manylora.protocol import check_input_ids, check_stop_token_ids
 from manylora.text import Tokenizer
+from manylora.wait_policy import WaitPolicy
 
 log = logging.getLogger(__name__)
 
@@ -191,6 +194,8 @@ class Engine:
             self.registry,
             self.model.eos_token_ids,
         )
+        on_cpu = self.model.device.type == "cpu"
+        self._wait_policy = WaitPolicy(torch.get_num_threads() if on_cpu else 1)
         self.steps = Steps(self.runner, self.scheduler, self._take_result)
         for line in report.capacity(self.pool, self.blocks, config, self.model):
             log.info(line)
@@ -214,6 +219,7 @@ class Engine:
                 self._report_failed()
                 self.registry.poll()
                 idle = not self.steps.turn()
+                self._wait_policy.look()
                 self._report_failed()
                 self._flush()
             error: ManyloraError = UnavailableError("the engine is shutting down")
@@ -221,6 +227,7 @@ class Engine:
             log.exception("the engine has failed and ends; all its requests end with INTERNAL")
             error = InternalError("the engine has failed; see its log")
         self._closing.set()
+        self._wait_policy.close()
         self._end_all(error)
 
     def _take_result(self, result: Finished) -> None:
