@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import json
 import os
@@ -19,10 +20,12 @@ import pytest
 import torch
 from faults import doors
 from faults.anatomy import descendants, shared_memory_of, stub_below, stub_of, wait_until_gone
+from faults.silent_mount import may_mount, silent_mount
 from google.protobuf import text_format
 from manylora.errors import UnavailableError
-from manylora.serve import processes, repository
+from manylora.serve import answered, processes, repository
 from manylora.serve.background import RunningServer, running_server
+from manylora.serve.command import add_arguments, read_settings
 from manylora.serve.installation import Installation, find_installation
 from manylora.serve.ports import Ports, hold
 from tritonclient.grpc import model_config_pb2
@@ -47,6 +50,22 @@ def ask(server: RunningServer, model: str = "llm", **parameters: object) -> dict
         return dict(json.loads(text))
     events = [json.loads(event.removeprefix("data: ")) for event in text.split("\n\n")]
     return {**events[-1], "text_output": "".join(event["text_output"] for event in events)}
+
+
+@pytest.mark.parametrize("key", ["base_model", "adapter_root"])
+def test_a_folder_that_gives_no_answer_is_named(
+    key: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not may_mount():
+        pytest.skip("only root may mount a file system that gives no answer")
+    monkeypatch.setattr(answered, "ANSWER_S", 0.5)
+    folders = {"base_model": "/", "adapter_root": "/", key: str(tmp_path)}
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    arguments = parser.parse_args([f"--set={name}={folder}" for name, folder in folders.items()])
+    with silent_mount(tmp_path), pytest.raises(UnavailableError) as error:
+        read_settings(arguments)
+    assert error.value.message == f"{key}='{tmp_path}': the file system gives no answer within 0.5 s"
 
 
 @pytest.mark.parametrize(

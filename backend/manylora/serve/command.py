@@ -13,6 +13,7 @@ from manylora import paths
 from manylora.config import EngineConfig, parse_size, resolve_directory
 from manylora.errors import InvalidArgumentError
 from manylora.serve import limits, preflight, processes, repository
+from manylora.serve.answered import answered
 from manylora.serve.installation import environment, find_installation
 from manylora.serve.ports import Ports, hold
 from manylora.serve.restrictions import RESTRICTABLE, read_allowed, restriction_arguments
@@ -161,8 +162,13 @@ def read_settings(arguments: argparse.Namespace) -> dict[str, str]:
     for key in PATHS:
         if key in settings:
             # The slash keeps blanks at the end of a name, which no reader of a setting keeps.
-            settings[key] = paths.checked_text(resolve_directory(settings[key], key), key) + "/"
+            settings[key] = _resolved(settings[key], key) + "/"
     return settings
+
+
+def _resolved(path: str, key: str) -> str:
+    found = answered(f"{key}={path!r}", lambda: resolve_directory(path, key))
+    return paths.checked_text(found, key)
 
 
 def announce(ports: Ports, space: Workspace) -> None:

@@ -15,6 +15,7 @@ from manylora.adapters.adapter_root import AdapterRoot
 from manylora.commands.table import size
 from manylora.config import EngineConfig, resolve_directory
 from manylora.errors import InvalidArgumentError, ManyloraError, NotFoundError, UnavailableError
+from manylora.serve.answered import answered
 
 RUN_DIR_BYTES = 1 << 20
 """The rendered models, and the first of the log."""
@@ -40,8 +41,8 @@ def check(settings: Mapping[str, str], run_dir: Path) -> None:
     check_room(run_dir, RUN_DIR_BYTES, f"--run-dir {run_dir}")
     check_room(paths.SHARED_MEMORY, SHARED_MEMORY_BYTES, "shared memory, through which requests pass,")
     config = EngineConfig.from_strings(settings)
-    check_base_model(config)
-    check_adapters(config)
+    answered(f"base_model={config.base_model!r}", lambda: check_base_model(config))
+    answered(f"adapter_root={config.adapter_root!r}", lambda: check_adapters(config))
     check_device(config.device)
 
 

@@ -188,7 +188,8 @@ class TritonServer:
         """
         if self.is_running:
             self._process.kill()
-            self._process.wait()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(CHILDREN_GRACE_S)
         # Orphaned stubs are our children now, and no use to anybody; their end is what ends the engine.
         for pid in _stubs_below(os.getpid()):
             with contextlib.suppress(ProcessLookupError):

@@ -1,0 +1,41 @@
+"""Questions to file systems that may give no answer: a dead network file system hangs whoever asks."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeoutError
+from typing import TypeVar
+
+from manylora.errors import UnavailableError
+
+ANSWER_S = 30.0
+
+T = TypeVar("T")
+
+
+def answered(what: str, look: Callable[[], T]) -> T:
+    """What `look` returns or raises. It runs on a thread, which is left alone if it hangs.
+
+    Args:
+        what: is asked for, for the message.
+
+    Raises:
+        UnavailableError: there is no answer within `ANSWER_S`.
+    """
+    answer: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            answer.set_result(look())
+        except BaseException as error:
+            answer.set_exception(error)
+
+    threading.Thread(target=run, name="manylora-look", daemon=True).start()
+    try:
+        return answer.result(ANSWER_S)
+    except FutureTimeoutError as error:
+        if answer.done():
+            raise
+        raise UnavailableError(f"{what}: the file system gives no answer within {ANSWER_S:g} s") from error
