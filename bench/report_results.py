@@ -88,6 +88,18 @@ KINDS = (
         "Requests of all sorts from many clients over many adapters. Memory: MiB by which each process grows "
         "in 1,000 requests, over the last half.",
     ),
+    Kind(
+        "long_chats",
+        "Long requests without end",
+        "The worst wait of two clients that ask for 16 tokens, without and beside a third one that sends "
+        "requests as large as they can be. The goal is at most three times.",
+    ),
+    Kind(
+        "contention",
+        "Beside busy processes",
+        "Seconds of a batch of answers by an engine that waits in several ways, beside processes that do "
+        "nothing but count.",
+    ),
     Kind("hostile", "Hostile input", "Requests of a seeded grammar, and mutated adapters."),
 )
 
