@@ -14,9 +14,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from manylora.adapters.adapter import Stage
 from manylora.adapters.adapter_files import NAMES as NAMES_OF_FILES
 from manylora.adapters.device_pool import DevicePool
-from manylora.adapters.lease import Stage
 from manylora.adapters.registry import Registry
 from manylora.adapters.weights import AdapterWeights, allocate
 from manylora.config import EngineConfig

@@ -1,143 +1,84 @@
-"""Adapters in host memory: at most so many, least recently used first out. Plain Python."""
+"""Adapters in host memory: at most so many, least recently used first out."""
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterator
-from dataclasses import dataclass
-from typing import Generic, TypeVar
+from collections.abc import Iterator
 
-K = TypeVar("K", bound=Hashable)
-V = TypeVar("V")
+from manylora.adapters.adapter import Adapter
 
 
-@dataclass(slots=True)
-class Slot(Generic[V]):
-    """One place of the cache. Reserved until `value` is filled in."""
+class HostCache:
+    """`max_entries` adapters, from the least to the most recently used.
 
-    value: V | None = None
-    num_refs: int = 0
-    is_pinned: bool = False
-
-    @property
-    def is_idle(self) -> bool:
-        """Whether nobody would miss it."""
-        return self.value is not None and not self.num_refs and not self.is_pinned
-
-
-class HostCache(Generic[K, V]):
-    """`max_entries` slots by key (a version of an adapter), from the least to the most recently used.
-
-    A slot is reserved before its adapter is read, so that memory is never over the limit. A slot that is
-    being read, is pinned or has references is not evicted by `try_evict`.
+    One takes its slot before it is read, so that memory is never over the limit. `try_evict` drops none that
+    is being read, is pinned or has leases.
     """
 
     def __init__(self, max_entries: int) -> None:
         assert max_entries > 0, "a host cache without slots"
         self.max_entries = max_entries
         self.num_evictions = 0
-        self._slots: OrderedDict[K, Slot[V]] = OrderedDict()
+        self._order: OrderedDict[Adapter, None] = OrderedDict()
 
-    def __contains__(self, key: object) -> bool:
-        return key in self._slots
+    def __contains__(self, adapter: object) -> bool:
+        return adapter in self._order
 
     def __len__(self) -> int:
-        return len(self._slots)
+        return len(self._order)
 
-    def __iter__(self) -> Iterator[K]:
-        """Keys, least recently used first."""
-        return iter(self._slots)
-
-    def __getitem__(self, key: K) -> Slot[V]:
-        return self._slots[key]
-
-    def get(self, key: K) -> Slot[V] | None:
-        return self._slots.get(key)
+    def __iter__(self) -> Iterator[Adapter]:
+        """Least recently used first."""
+        return iter(self._order)
 
     @property
     def is_full(self) -> bool:
-        return len(self._slots) >= self.max_entries
+        return len(self._order) >= self.max_entries
 
     @property
     def num_pinned(self) -> int:
-        return sum(slot.is_pinned for slot in self._slots.values())
+        return sum(adapter.is_pinned for adapter in self._order)
 
     @property
     def num_idle(self) -> int:
         """Adapters that `try_evict` could drop."""
-        return sum(slot.is_idle for slot in self._slots.values())
+        return sum(adapter.is_idle for adapter in self._order)
 
-    def reserve(self, key: K) -> None:
+    def reserve(self, adapter: Adapter) -> None:
         """Take a free slot for an adapter that is about to be read."""
         assert not self.is_full, "no free slot in the host cache"
-        assert key not in self._slots, f"{key} has a slot already"
-        self._slots[key] = Slot()
+        assert adapter not in self._order, f"{adapter} has a slot already"
+        self._order[adapter] = None
 
-    def fill(self, key: K, value: V) -> None:
-        """Put the adapter into its reserved slot."""
-        slot = self._slots[key]
-        assert slot.value is None, f"the slot of {key} is filled already"
-        slot.value = value
-        self._slots.move_to_end(key)
+    def touch(self, adapter: Adapter) -> None:
+        """Mark an adapter, if it has a slot, as just used."""
+        if adapter in self._order:
+            self._order.move_to_end(adapter)
 
-    def acquire(self, key: K, count: int = 1) -> None:
-        """Count references and mark the slot as just used."""
-        self._slots[key].num_refs += count
-        self._slots.move_to_end(key)
+    def try_evict(self) -> Adapter | None:
+        """Drop the least recently used adapter that nobody refers to, and say which; None if there is none.
 
-    def release(self, key: K, count: int = 1) -> None:
-        """Give references back and mark the slot as just used."""
-        slot = self._slots[key]
-        assert slot.num_refs >= count, f"{key} was released once too often"
-        slot.num_refs -= count
-        self._slots.move_to_end(key)
-
-    def pin(self, key: K) -> None:
-        """Keep the adapter until `unpin`."""
-        assert self._slots[key].value is not None, f"{key} is not loaded"
-        self._slots[key].is_pinned = True
-
-    def unpin(self, key: K) -> None:
-        self._slots[key].is_pinned = False
-
-    def try_evict(self, spare: Callable[[K], bool] = lambda _: False) -> K | None:
-        """Drop the least recently used adapter that nobody refers to; its key, or None if there is none.
-
-        Args:
-            spare: those that go only when no other can.
+        One that could not be read again, since its files have changed, goes only when no other can.
         """
-        idle = [key for key, slot in self._slots.items() if slot.is_idle]
-        key = next((key for key in idle if not spare(key)), idle[0] if idle else None)
-        if key is not None:
-            del self._slots[key]
-            self.num_evictions += 1
-        return key
+        idle = [adapter for adapter in self._order if adapter.is_idle]
+        found = next((adapter for adapter in idle if not adapter.is_stale), idle[0] if idle else None)
+        if found is not None:
+            self.evict(found)
+        return found
 
-    def evict(self, key: K) -> None:
-        """Drop an adapter that its references can do without."""
-        self.remove(key)
+    def evict(self, adapter: Adapter) -> None:
+        """Drop an adapter for another one."""
+        self.remove(adapter)
         self.num_evictions += 1
 
-    def remove(self, key: K) -> None:
-        """Drop an adapter that nobody will ask for again."""
-        slot = self._slots[key]
-        assert slot.value is not None, f"{key} is being read"
-        assert not slot.is_pinned, f"{key} is pinned"
-        del self._slots[key]
-
-    def abandon(self, key: K) -> None:
-        """Give back a slot whose adapter could not be read."""
-        assert self._slots[key].value is None, f"{key} is loaded"
-        del self._slots[key]
+    def remove(self, adapter: Adapter) -> None:
+        """Give back the slot of an adapter that nobody will ask for again, or that could not be read."""
+        assert not adapter.is_pinned, f"{adapter} is pinned"
+        del self._order[adapter]
 
     def check(self) -> list[str]:
         """Broken invariants."""
         wrong = []
-        if len(self._slots) > self.max_entries:
-            wrong.append(f"host cache: {len(self._slots)} of {self.max_entries} slots are taken")
-        for key, slot in self._slots.items():
-            if slot.num_refs < 0:
-                wrong.append(f"host cache: {key} has {slot.num_refs} references")
-            if slot.is_pinned and slot.value is None:
-                wrong.append(f"host cache: {key} is pinned but not loaded")
+        if len(self._order) > self.max_entries:
+            wrong.append(f"host cache: {len(self._order)} of {self.max_entries} slots are taken")
         return wrong

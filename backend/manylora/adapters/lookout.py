@@ -12,11 +12,11 @@ import logging
 import math
 from collections.abc import Callable
 
+from manylora.adapters.adapter import Adapter, Lease
 from manylora.adapters.adapter_files import Sight
 from manylora.adapters.failures import Failures
-from manylora.adapters.intake import Intake
-from manylora.adapters.lease import Entry, Lease
 from manylora.adapters.load import Loaded, Look
+from manylora.adapters.load_queue import LoadQueue
 from manylora.adapters.loader import Job, Loader
 from manylora.adapters.verdicts import MAX_SETTLE_S, Verdicts
 from manylora.adapters.versions import Versions
@@ -41,7 +41,7 @@ class Lookout:
         self,
         look: Look,
         looker: Loader[Sight],
-        intake: Intake,
+        loads: LoadQueue,
         versions: Versions,
         failures: Failures,
         has_slots: Callable[[str], bool],
@@ -54,7 +54,7 @@ class Lookout:
         self._looker = looker
         self._versions = versions
         self._verdicts = Verdicts(
-            intake, versions, failures, has_slots, self._note, clock=clock, settle_s=settle_s
+            loads, versions, failures, has_slots, self._note, clock=clock, settle_s=settle_s
         )
         self._clock = clock
         self._settle_s = settle_s
@@ -135,7 +135,7 @@ class Lookout:
                 for lease in watch.leases
                 if lease.is_released or lease.error is not None
             ]
-            if any(lease.entry is not current for lease in watch.leases):
+            if any(lease.adapter is not current for lease in watch.leases):
                 wrong.append(f"a lease that waits for {name} holds another version of it")
             wrong += [f"lease {n} waits for no look at {name}" for n in self._left_asking(watch)]
             if watch.settling and watch.job is None and watch.relook_s == math.inf:
@@ -153,13 +153,13 @@ class Lookout:
         waiting = {lease.number for lease in watch.leases}
         return [lease.number for lease in leases if lease.is_asking and lease.number not in waiting]
 
-    # What the intake reports.
+    # What the queue of loads reports.
 
-    def on_loaded(self, entry: Entry) -> None:
+    def on_loaded(self, adapter: Adapter) -> None:
         """See `Reported`."""
-        watch = self._watch(entry.name)
+        watch = self._watch(adapter.name)
         watch.looked_s = self._clock()
-        self._verdicts.set_clear(watch, entry)
+        self._verdicts.set_clear(watch, adapter)
 
     def on_invalid(self, loaded: Loaded, name: str) -> None:
         """See `Reported`."""

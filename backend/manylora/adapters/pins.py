@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from manylora.adapters.adapter import Adapter, Stage
 from manylora.adapters.device_pool import num_pages_of
-from manylora.adapters.lease import Entry
 from manylora.adapters.reasons import quote
 from manylora.adapters.versions import Versions
 from manylora.errors import InvalidArgumentError, UnavailableError
@@ -36,20 +36,21 @@ class Pins:
 
     def pin(self, name: str) -> None:
         """See `Registry.pin`."""
-        entry = self._versions.current.get(name)
-        if entry is None or entry.weights is None:
+        adapter = self._versions.current.get(name)
+        if adapter is None or adapter.stage is not Stage.READY:
             raise UnavailableError(f"adapter {quote(name)} is not loaded: it cannot be pinned")
-        if self._host[entry].is_pinned:
+        if adapter.is_pinned:
             return
+        assert adapter.weights is not None, f"{adapter} is ready without its weights"
         if (
             self.count + 1 >= self._host.max_entries
-            or min(self._residents.pages_beside_pinned(entry.weights)) < self._num_pages
+            or min(self._residents.pages_beside_pinned(adapter.weights)) < self._num_pages
         ):
             raise UnavailableError(
                 f"adapter {name!r} cannot be pinned: others need a host slot and {self._num_pages} device "
                 "pages of each kind beside the pinned ones"
             )
-        if not self._try_pin(entry):
+        if not self._try_pin(adapter):
             raise UnavailableError(f"adapter {name!r} cannot be pinned now: the device pool is in use")
 
     def unpin(self, name: str) -> None:
@@ -57,32 +58,26 @@ class Pins:
         if name in self.due:
             self.due.remove(name)
             return
-        entry = self._versions.current.get(name)
-        if entry is None or entry not in self._host or not self._host[entry].is_pinned:
+        adapter = self._versions.current.get(name)
+        if adapter is None or not adapter.is_pinned:
             raise InvalidArgumentError(f"adapter {quote(name)} is not pinned")
-        self._host.unpin(entry)
-        self._residents[entry].is_pinned = False
+        adapter.is_pinned = False
 
     def try_due(self, name: str) -> None:
         """Bring a pin into force, if its adapter is loaded and the device has room."""
-        entry = self._versions.current.get(name)
-        if entry is None or entry.weights is None or not self._try_pin(entry):
+        adapter = self._versions.current.get(name)
+        if adapter is None or adapter.stage is not Stage.READY or not self._try_pin(adapter):
             return
         self.due.remove(name)
         # None of those is active, since the pinned one has found its room. They would wait for ever.
         for other in list(self._versions):
-            weights = other.weights or other.in_hand
             if (
-                weights is not None
-                and not (other in self._host and self._host[other].is_pinned)
-                and not self._residents.fits_beside_pinned(weights)
+                other.weights is not None
+                and not other.is_pinned
+                and not self._residents.fits_beside_pinned(other.weights)
             ):
                 self._versions.expel(other)
 
-    def _try_pin(self, entry: Entry) -> bool:
-        assert entry.weights is not None, f"{entry} is not loaded"
-        if not self._residents.try_place(entry, entry.weights):
-            return False
-        self._host.pin(entry)
-        self._residents[entry].is_pinned = True
-        return True
+    def _try_pin(self, adapter: Adapter) -> bool:
+        adapter.is_pinned = adapter.is_pinned or self._residents.try_place(adapter)
+        return adapter.is_pinned

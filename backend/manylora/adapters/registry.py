@@ -14,20 +14,20 @@ from collections.abc import Callable
 
 import torch
 
+from manylora.adapters.adapter import Adapter, Lease, Stage
 from manylora.adapters.adapter_files import Sight
 from manylora.adapters.adapter_root import AdapterRoot
 from manylora.adapters.device_pool import DevicePool
 from manylora.adapters.failures import Failures
 from manylora.adapters.host_cache import HostCache
-from manylora.adapters.intake import Intake
-from manylora.adapters.lease import Entry, Lease, Stage
 from manylora.adapters.load import Loaded, load
+from manylora.adapters.load_queue import LoadQueue
 from manylora.adapters.loader import Loader
 from manylora.adapters.lookout import STALL_S, Lookout
 from manylora.adapters.pins import Pins
 from manylora.adapters.preload import read_first
 from manylora.adapters.reader import Read, reader
-from manylora.adapters.registry_view import check_entry, state_of
+from manylora.adapters.registry_view import check_adapter, state_of
 from manylora.adapters.residents import Residents
 from manylora.adapters.versions import Versions
 from manylora.config import EngineConfig
@@ -82,11 +82,11 @@ class Registry:
         self._looker: Loader[Sight] = Loader(
             wake, clock, num_threads=1, stall_s=STALL_S, name="manylora-looker"
         )
-        self._intake = Intake(self._versions, self._failures, self._loader, self._load)
+        self._loads = LoadQueue(self._versions, self._failures, self._loader, self._load)
         self._lookout = Lookout(
             self.root.look,
             self._looker,
-            self._intake,
+            self._loads,
             self._versions,
             self._failures,
             self._pins.leave_slot_for,
@@ -94,7 +94,7 @@ class Registry:
             settle_s=config.adapter_settle_s,
             check_s=config.adapter_check_s,
         )
-        self._intake.report = self._lookout
+        self._loads.report = self._lookout
         self._numbers = itertools.count()
 
     def acquire(self, adapter_id: str, priority: int = 0) -> Lease:
@@ -114,14 +114,13 @@ class Registry:
         """
         self.root.check_name(adapter_id)
         lease = Lease(next(self._numbers), adapter_id, priority)
-        entry = self._versions.current.get(adapter_id)
-        if entry is None:
+        adapter = self._versions.current.get(adapter_id)
+        if adapter is None:
             self._lookout.ask(lease)
             return lease
-        entry.add(lease)
-        if entry in self._host:
-            self._host.acquire(entry)
-        if entry.is_whole:
+        adapter.add(lease)
+        self._host.touch(adapter)
+        if adapter.is_whole:
             self._lookout.refresh(lease)
         return lease
 
@@ -131,14 +130,14 @@ class Registry:
         if lease.is_active:
             self.deactivate(lease)
         lease.is_released = True
-        if lease.entry is not None:
+        if lease.adapter is not None:
             self._versions.leave(lease)
         self._lookout.forget(lease)
 
     def poll(self) -> None:
         """Take finished looks and loads and start the next ones. At each turn of the engine's loop."""
         self._lookout.poll()
-        self._intake.poll()
+        self._loads.poll()
         for name in sorted(self._pins.due):
             self._pins.try_due(name)
 
@@ -152,18 +151,16 @@ class Registry:
 
         On CUDA its copy may go on: a step that uses it before `is_copied` comes behind `await_copy`.
         """
-        entry = lease.entry
-        assert entry is not None, f"lease {lease.number} has failed or ended"
-        assert entry.weights is not None, f"{entry.name} is {lease.state}, not ready"
+        adapter = lease.adapter
+        assert adapter is not None, f"lease {lease.number} has failed or ended"
+        assert adapter.stage is Stage.READY, f"{adapter.name} is {lease.state}, not ready"
         assert not lease.is_active, f"lease {lease.number} is active already"
-        assert lease.used_version in ("", entry.version), f"{lease.number} began with another {entry}"
-        if not self._residents.try_place(entry, entry.weights):
+        assert lease.used_version in ("", adapter.version), f"{lease.number} began with another {adapter}"
+        if not self._residents.try_place(adapter):
             return False
-        self._residents.use(entry)
-        entry.placement = self._residents[entry].placement
-        entry.num_active += 1
+        self._residents.use(adapter)
         lease.is_active = True
-        lease.used_version = entry.version
+        lease.used_version = adapter.version
         return True
 
     def is_copied(self, lease: Lease) -> bool:
@@ -178,14 +175,11 @@ class Registry:
 
     def deactivate(self, lease: Lease) -> None:
         """End an active use. The adapter stays on the device until its pages are wanted."""
-        entry = lease.entry
+        adapter = lease.adapter
         assert lease.is_active, f"lease {lease.number} is not active"
-        assert entry is not None, "an active lease without its adapter"
-        self._residents.unuse(entry)
+        assert adapter is not None, "an active lease without its adapter"
+        self._residents.unuse(adapter)
         lease.is_active = False
-        entry.num_active -= 1
-        if not entry.num_active:
-            entry.placement = None
 
     def preload(self, *, strict: bool) -> None:
         """Read preload_adapters and pinned_adapters, and pin the latter on both levels. Before serving only.
@@ -227,9 +221,9 @@ class Registry:
             assert error is not None, "a load without a result"
             self._failures.remember(name, error, loaded.sight.stamp)
             raise error
-        entry = Entry(name, loaded.sight)
-        self._intake.admit(entry, loaded.weights)
-        self._lookout.on_loaded(entry)
+        adapter = Adapter(name, loaded.sight)
+        self._loads.admit(adapter, loaded.weights)
+        self._lookout.on_loaded(adapter)
         if name in self._pins.due:
             self._pins.try_due(name)
 
@@ -259,7 +253,7 @@ class Registry:
     def counters(self) -> dict[str, int]:
         """Monotonic."""
         return {
-            "host_loads": self._intake.num_loads,
+            "host_loads": self._loads.num_loads,
             "host_evictions": self._host.num_evictions,
             "device_copies": self._residents.num_copies,
             "device_evictions": self._residents.num_evictions,
@@ -270,7 +264,7 @@ class Registry:
         """Now."""
         pool = self._residents.pool
         return {
-            "host_adapters": sum(entry.stage is Stage.READY for entry in self._versions),
+            "host_adapters": sum(adapter.stage is Stage.READY for adapter in self._versions),
             "device_adapters": len(self._residents),
             "pool_pages_free": sum(pool.num_free),
             "pool_pages_total": pool.num_pages * len(pool.kinds),
@@ -280,7 +274,9 @@ class Registry:
     def states(self) -> list[AdapterState]:
         """Every adapter that is not absent, by name: its newest version, then older ones that are held."""
         current = self._versions.current
-        states = [state_of(entry, self._versions, self._lookout.fault_of(n)) for n, entry in current.items()]
+        states = [
+            state_of(adapter, self._versions, self._lookout.fault_of(n)) for n, adapter in current.items()
+        ]
         looked_for = self._lookout.names_looked_for()
         states += [AdapterState(name=name, state="loading") for name in looked_for]
         states += [
@@ -288,15 +284,15 @@ class Registry:
             for name in self._failures
             if name not in current and name not in looked_for
         ]
-        states += [state_of(entry, self._versions, "") for entry in self._versions.outdated]
+        states += [state_of(adapter, self._versions, "") for adapter in self._versions.outdated]
         return sorted(states, key=lambda state: (state.name, state.outdated))
 
     def check(self) -> list[str]:
         """Broken invariants of the registry and both its levels."""
         wrong = self._host.check() + self._residents.check() + self._versions.check()
-        wrong += self._intake.check() + self._lookout.check()
-        for entry in self._versions:
-            wrong += check_entry(entry, self._host, self._residents)
+        wrong += self._loads.check() + self._lookout.check()
+        for adapter in self._versions:
+            wrong += check_adapter(adapter, self._versions)
         return wrong
 
     def _load(self, name: str, asked: Sight) -> Loaded:

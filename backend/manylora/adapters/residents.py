@@ -1,136 +1,126 @@
-"""Which adapters are in the device pool, which of them are in use, and which must go first."""
+"""Which adapters are in the device pool, and which must go first."""
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Hashable, Iterator
-from dataclasses import dataclass
-from typing import Generic, TypeVar
+from collections.abc import Iterator
 
+from manylora.adapters.adapter import Adapter
 from manylora.adapters.device_pool import DevicePool, Placement, needed_pages
 from manylora.adapters.weights import AdapterWeights
 
-K = TypeVar("K", bound=Hashable)
 
-
-@dataclass(slots=True)
-class Resident:
-    """An adapter in the device pool."""
-
-    placement: Placement
-    num_uses: int = 0
-    """Running sequences that use it."""
-    is_pinned: bool = False
-
-
-class Residents(Generic[K]):
-    """The device pool as a cache by key (a version of an adapter), from least to most recently used."""
+class Residents:
+    """The device pool as a cache of adapters, from the least to the most recently used."""
 
     def __init__(self, pool: DevicePool) -> None:
         self.pool = pool
         self.num_copies = 0
         self.num_evictions = 0
-        self._residents: OrderedDict[K, Resident] = OrderedDict()
+        self._order: OrderedDict[Adapter, None] = OrderedDict()
 
-    def __contains__(self, key: object) -> bool:
-        return key in self._residents
+    def __contains__(self, adapter: object) -> bool:
+        return adapter in self._order
 
     def __len__(self) -> int:
-        return len(self._residents)
+        return len(self._order)
 
-    def __getitem__(self, key: K) -> Resident:
-        return self._residents[key]
+    def __iter__(self) -> Iterator[Adapter]:
+        """Least recently used first."""
+        return iter(self._order)
 
-    def get(self, key: K) -> Resident | None:
-        return self._residents.get(key)
-
-    def __iter__(self) -> Iterator[K]:
-        """Keys, least recently used first."""
-        return iter(self._residents)
-
-    def try_place(self, key: K, weights: AdapterWeights) -> bool:
-        """Make the adapter resident. Others are evicted only if that makes enough room.
+    def try_place(self, adapter: Adapter) -> bool:
+        """Make an adapter resident. Others are evicted only if that makes enough room.
 
         The least recently used go first, and only those that hold pages of a kind that lacks some.
         """
-        if key in self._residents:
-            self._residents.move_to_end(key)
+        assert adapter.weights is not None, f"{adapter} is not loaded"
+        if adapter in self._order:
+            self._order.move_to_end(adapter)
             return True
-        needed = needed_pages(weights)
+        needed = needed_pages(adapter.weights)
         if not self._could_fit(needed):
             return False
-        placement = self.pool.try_place(weights)
+        placement = self.pool.try_place(adapter.weights)
         for victim in list(self):
             if placement is not None:
                 break
-            resident = self._residents[victim]
-            if _is_idle(resident) and self._relieves(resident.placement, needed):
+            if _is_idle(victim) and self._relieves(_pages(victim), needed):
                 self.drop(victim)
-                placement = self.pool.try_place(weights)
+                placement = self.pool.try_place(adapter.weights)
         assert placement is not None, "room was counted that is not there"
-        self._residents[key] = Resident(placement)
+        adapter.placement = placement
+        self._order[adapter] = None
         self.num_copies += 1
         return True
 
-    def use(self, key: K) -> None:
-        """Count a use: the adapter stays until as many `unuse`."""
-        resident = self._residents[key]
-        resident.num_uses += 1
-        self._residents.move_to_end(key)
+    def use(self, adapter: Adapter) -> None:
+        """Count an active lease: the adapter stays until as many `unuse`."""
+        adapter.num_active += 1
+        self._order.move_to_end(adapter)
 
-    def unuse(self, key: K) -> None:
-        resident = self._residents[key]
-        assert resident.num_uses > 0, f"{key} is not in use"
-        resident.num_uses -= 1
-        self._residents.move_to_end(key)
+    def unuse(self, adapter: Adapter) -> None:
+        """End an active lease."""
+        assert adapter.num_active > 0, f"{adapter} is not in use"
+        adapter.num_active -= 1
+        self._order.move_to_end(adapter)
 
-    def drop(self, key: K) -> None:
-        """Evict the adapter and give its pages back."""
-        resident = self._residents.pop(key)
-        assert _is_idle(resident), f"{key} is in use or pinned"
-        self.pool.free(resident.placement)
+    def drop(self, adapter: Adapter) -> None:
+        """Evict an adapter, if it is resident, and give its pages back."""
+        if adapter not in self._order:
+            return
+        assert _is_idle(adapter), f"{adapter} is in use or pinned"
+        del self._order[adapter]
+        self.pool.free(_placement(adapter))
+        adapter.placement = None
         self.num_evictions += 1
 
-    def pages_beside_pinned(self, weights: AdapterWeights, without: K | None = None) -> list[int]:
+    def pages_beside_pinned(self, weights: AdapterWeights, without: Adapter | None = None) -> list[int]:
         """Pages by kind that are left once only this adapter and the pinned ones are on the device.
 
         Args:
             without: a pinned one that does not count: this one takes its place.
         """
         left = [self.pool.num_pages - count for count in needed_pages(weights)]
-        for key, resident in self._residents.items():
-            if resident.is_pinned and key != without:
-                left = [n - len(p) for n, p in zip(left, resident.placement.pages, strict=True)]
+        for adapter in self._order:
+            if adapter.is_pinned and adapter is not without:
+                left = [n - len(p) for n, p in zip(left, _pages(adapter), strict=True)]
         return left
 
-    def fits_beside_pinned(self, weights: AdapterWeights, without: K | None = None) -> bool:
+    def fits_beside_pinned(self, weights: AdapterWeights, without: Adapter | None = None) -> bool:
         """Whether the adapter ever finds room, however much is evicted."""
         return min(self.pages_beside_pinned(weights, without)) >= 0
 
     def check(self) -> list[str]:
         """Broken invariants."""
-        wrong = [f"device: {n} has {r.num_uses} uses" for n, r in self._residents.items() if r.num_uses < 0]
+        wrong = [f"device: {adapter} has no pages" for adapter in self._order if adapter.placement is None]
         wrong += self.pool.check()
-        held = [sum(len(r.placement.pages[k]) for r in self._residents.values()) for k in self._kinds()]
-        for kind, (count, free) in enumerate(zip(held, self.pool.num_free, strict=True)):
-            if count + free != self.pool.num_pages:
-                wrong.append(f"device: kind {kind} has {count} pages held and {free} free")
+        for kind, free in enumerate(self.pool.num_free):
+            held = sum(len(_pages(adapter)[kind]) for adapter in self._order if adapter.placement is not None)
+            if held + free != self.pool.num_pages:
+                wrong.append(f"device: kind {kind} has {held} pages held and {free} free")
         return wrong
-
-    def _kinds(self) -> range:
-        return range(len(self.pool.spec.kinds))
 
     def _could_fit(self, needed: tuple[int, ...]) -> bool:
         room = list(self.pool.num_free)
-        for resident in self._residents.values():
-            if _is_idle(resident):
-                room = [n + len(p) for n, p in zip(room, resident.placement.pages, strict=True)]
+        for adapter in self._order:
+            if _is_idle(adapter):
+                room = [n + len(p) for n, p in zip(room, _pages(adapter), strict=True)]
         return all(need <= n for need, n in zip(needed, room, strict=True))
 
-    def _relieves(self, placement: Placement, needed: tuple[int, ...]) -> bool:
+    def _relieves(self, held: tuple[tuple[int, ...], ...], needed: tuple[int, ...]) -> bool:
         lacks = [need > free for need, free in zip(needed, self.pool.num_free, strict=True)]
-        return any(lack and pages for lack, pages in zip(lacks, placement.pages, strict=True))
+        return any(lack and pages for lack, pages in zip(lacks, held, strict=True))
 
 
-def _is_idle(resident: Resident) -> bool:
-    return not resident.num_uses and not resident.is_pinned
+def _is_idle(adapter: Adapter) -> bool:
+    return not adapter.num_active and not adapter.is_pinned
+
+
+def _placement(adapter: Adapter) -> Placement:
+    assert adapter.placement is not None, f"{adapter} is not resident"
+    return adapter.placement
+
+
+def _pages(adapter: Adapter) -> tuple[tuple[int, ...], ...]:
+    return _placement(adapter).pages

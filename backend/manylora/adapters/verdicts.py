@@ -6,11 +6,11 @@ import logging
 import math
 from collections.abc import Callable
 
+from manylora.adapters.adapter import Adapter
 from manylora.adapters.adapter_files import Sight
 from manylora.adapters.failures import Failures
-from manylora.adapters.intake import Intake
-from manylora.adapters.lease import Entry
 from manylora.adapters.load import named
+from manylora.adapters.load_queue import LoadQueue
 from manylora.adapters.versions import Versions
 from manylora.adapters.watch import Watch
 from manylora.errors import ManyloraError, UnavailableError, from_code
@@ -33,7 +33,7 @@ class Verdicts:
 
     def __init__(
         self,
-        intake: Intake,
+        loads: LoadQueue,
         versions: Versions,
         failures: Failures,
         has_slots: Callable[[str], bool],
@@ -42,7 +42,7 @@ class Verdicts:
         clock: Callable[[], float],
         settle_s: float,
     ) -> None:
-        self._intake = intake
+        self._loads = loads
         self._versions = versions
         self._failures = failures
         self._has_slots = has_slots
@@ -88,7 +88,7 @@ class Verdicts:
             error = named(name, sight.error)
             assert error is not None, "an error that names its adapter is none"
             self._failures.remember(name, error, sight.stamp)
-        if error is None and self._intake.is_hung(name):
+        if error is None and self._loads.is_hung(name):
             error = UnavailableError(f"adapter {name!r}: its files give no answer")
         if error is None and not self._has_slots(name):
             error = UnavailableError(f"adapter {name!r} cannot be loaded: every host slot is pinned")
@@ -103,7 +103,7 @@ class Verdicts:
                 waiting = list(watch.asking.values())
                 for lease in waiting:
                     watch.forget(lease)
-                self._intake.enter(name, sight, [*leases, *waiting])
+                self._loads.enter(name, sight, [*leases, *waiting])
             self._note(watch)
         else:
             self._wait_on(watch)
@@ -132,16 +132,16 @@ class Verdicts:
             self.set_clear(watch, current)
             return
         current.is_stale = True
-        if not self._is_settled(watch, sight, age_s=0.0) or self._intake.is_updating(name):
+        if not self._is_settled(watch, sight, age_s=0.0) or self._loads.is_updating(name):
             return
         if sight.error is not None:
             error = named(name, sight.error)
             assert error is not None, "an error that names its adapter is none"
             self.mark(watch, error)
-        elif self._failures.recall(name, sight.stamp) is not None or self._intake.is_hung(name):
+        elif self._failures.recall(name, sight.stamp) is not None or self._loads.is_hung(name):
             # The log and the status have said so.
             return
-        elif not self._intake.try_update(name, sight):
+        elif not self._loads.try_update(name, sight):
             self.look_again(watch, self._clock() + RETRY_S)
 
     def _is_settled(self, watch: Watch, sight: Sight, *, age_s: float) -> bool:
@@ -160,7 +160,7 @@ class Verdicts:
         self.look_again(watch, watch.settled_s)
         return False
 
-    def set_clear(self, watch: Watch, current: Entry | None) -> None:
+    def set_clear(self, watch: Watch, current: Adapter | None) -> None:
         """What new requests get is what the files hold."""
         watch.seen = None
         watch.fault = ""

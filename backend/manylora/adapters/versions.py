@@ -5,8 +5,8 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 
+from manylora.adapters.adapter import Adapter, Lease, Stage
 from manylora.adapters.host_cache import HostCache
-from manylora.adapters.lease import Entry, Lease, Stage
 from manylora.adapters.residents import Residents
 from manylora.adapters.weights import AdapterWeights
 from manylora.errors import ManyloraError, UnavailableError
@@ -24,54 +24,53 @@ class Versions:
 
     def __init__(
         self,
-        host: HostCache[Entry, AdapterWeights],
-        residents: Residents[Entry],
+        host: HostCache,
+        residents: Residents,
         pins_due: set[str],
     ) -> None:
         self.host = host
         self.residents = residents
         self.pins_due = pins_due
-        self.current: dict[str, Entry] = {}
+        self.current: dict[str, Adapter] = {}
         """What new requests for a name get: its newest whole version, or what a first load will give."""
-        self.outdated: dict[Entry, None] = {}
+        self.outdated: dict[Adapter, None] = {}
         """Others, each with the leases that end on it."""
-        self.queued: dict[Entry, None] = {}
+        self.queued: dict[Adapter, None] = {}
         """Those of either that lack a slot."""
 
-    def __iter__(self) -> Iterator[Entry]:
+    def __iter__(self) -> Iterator[Adapter]:
         yield from self.current.values()
         yield from self.outdated
 
-    def find_outdated(self, name: str, version: str) -> Entry | None:
+    def find_outdated(self, name: str, version: str) -> Adapter | None:
         """An older version of an adapter that is still held."""
         return next((e for e in self.outdated if e.name == name and e.version == version), None)
 
     def leave(self, lease: Lease) -> None:
         """End a lease's hold."""
-        entry = lease.entry
-        assert entry is not None, f"lease {lease.number} holds nothing"
-        entry.drop(lease)
-        if entry in self.host:
-            self.host.release(entry)
-        is_unwanted = entry in self.outdated or (entry in self.queued and not entry.is_update)
-        if not entry.leases and is_unwanted:
-            self.forget(entry)
+        adapter = lease.adapter
+        assert adapter is not None, f"lease {lease.number} holds nothing"
+        adapter.drop(lease)
+        self.host.touch(adapter)
+        is_unwanted = adapter in self.outdated or (adapter in self.queued and not adapter.is_update)
+        if not adapter.leases and is_unwanted:
+            self.forget(adapter)
 
     def fail(self, lease: Lease, error: ManyloraError) -> None:
         """End a lease with an error."""
-        if lease.entry is not None:
+        if lease.adapter is not None:
             self.leave(lease)
         lease.error = error
 
-    def retire(self, entry: Entry) -> None:
+    def retire(self, adapter: Adapter) -> None:
         """Give a version that has been read to no new request."""
-        self.unpin(entry)
-        del self.current[entry.name]
-        self.outdated[entry] = None
-        if not entry.leases:
-            self.forget(entry)
+        self.unpin(adapter)
+        del self.current[adapter.name]
+        self.outdated[adapter] = None
+        if not adapter.leases:
+            self.forget(adapter)
 
-    def supersede(self, old: Entry, new: Entry) -> None:
+    def supersede(self, old: Adapter, new: Adapter) -> None:
         """Let those that have not begun, and all that come, have the new version instead of the old one."""
         assert old.is_whole, f"{old} has not been read"
         log.info("adapter %r: version %s takes the place of %s", new.name, new.version, old.version)
@@ -81,110 +80,107 @@ class Versions:
         for lease in moving:
             old.drop(lease)
             new.add(lease)
-        for entry, move in ((old, self.host.release), (new, self.host.acquire)):
-            if moving and entry in self.host:
-                move(entry, len(moving))
+        if moving:
+            self.host.touch(old)
+            self.host.touch(new)
         self.current[new.name] = new
         if old.leases:
             self.outdated[old] = None
         else:
             self.forget(old)
 
-    def take_back(self, old: Entry, found: Entry) -> None:
+    def take_back(self, old: Adapter, found: Adapter) -> None:
         """Let those that wait for what was read, and all that come, have the same version as it is held."""
         leases = list(found.leases.values())
         for lease in leases:
             found.drop(lease)
             old.add(lease)
         if found in self.host:
-            self.host.abandon(found)
-        if leases and old in self.host:
-            self.host.acquire(old, len(leases))
+            self.host.remove(found)
+        if leases:
+            self.host.touch(old)
         del self.outdated[old]
         self.current[old.name] = old
 
-    def hold(self, entry: Entry, weights: AdapterWeights) -> None:
+    def hold(self, adapter: Adapter, weights: AdapterWeights) -> None:
         """Keep in hand what has been read, until it has a slot."""
-        entry.stage = Stage.QUEUED
-        entry.weights, entry.in_hand = None, weights
-        entry.lacks_slot = True
-        self.queued[entry] = None
+        adapter.stage = Stage.QUEUED
+        adapter.weights = weights
+        adapter.lacks_slot = True
+        self.queued[adapter] = None
 
-    def fill(self, entry: Entry, weights: AdapterWeights) -> None:
+    def fill(self, adapter: Adapter, weights: AdapterWeights) -> None:
         """Put what has been read into its slot."""
-        self.host.fill(entry, weights)
-        entry.weights, entry.in_hand = weights, None
-        entry.is_update = False
-        entry.stage = Stage.READY
+        self.host.touch(adapter)
+        adapter.weights = weights
+        adapter.is_update = False
+        adapter.stage = Stage.READY
 
     def try_evict(self) -> bool:
         """Free the slot of the least recently used version that nobody holds; of one that could not be read
         again only if there is no other."""
-        evicted = self.host.try_evict(spare=lambda entry: entry.is_stale)
+        evicted = self.host.try_evict()
         if evicted is not None:
-            self._leave_device(evicted)
+            self.residents.drop(evicted)
             del self.current[evicted.name]
         return evicted is not None
 
-    def displace(self, entry: Entry) -> None:
+    def displace(self, adapter: Adapter) -> None:
         """Take the slot of a version that has waiting leases only, which queues again.
 
         It is kept in hand where another version must not take its place: sequences have begun under it, or
         its files have changed since.
         """
-        weights = entry.weights
-        assert weights is not None, f"{entry} is not loaded"
-        self.host.evict(entry)
-        self._leave_device(entry)
-        self.hold(entry, weights)
-        was_used = any(lease.used_version for lease in entry.leases.values())
-        if not (was_used or entry.is_stale or entry in self.outdated):
-            entry.in_hand = None
+        weights = adapter.weights
+        assert weights is not None, f"{adapter} is not loaded"
+        self.host.evict(adapter)
+        self.residents.drop(adapter)
+        self.hold(adapter, weights)
+        was_used = any(lease.used_version for lease in adapter.leases.values())
+        if not (was_used or adapter.is_stale or adapter in self.outdated):
+            adapter.weights = None
 
-    def expel(self, entry: Entry) -> None:
+    def expel(self, adapter: Adapter) -> None:
         """Drop a version, not active, that no longer finds room beside the pinned ones."""
-        for lease in list(entry.leases.values()):
-            self.fail(lease, no_room(entry.name))
-        if entry in self.host or entry in self.queued:
-            self.forget(entry)
+        for lease in list(adapter.leases.values()):
+            self.fail(lease, no_room(adapter.name))
+        if adapter in self.host or adapter in self.queued:
+            self.forget(adapter)
 
-    def forget(self, entry: Entry) -> None:
+    def forget(self, adapter: Adapter) -> None:
         """Drop a version that has no leases and is not being read."""
-        self.outdated.pop(entry, None)
-        self.queued.pop(entry, None)
-        if self.current.get(entry.name) is entry:
-            del self.current[entry.name]
-        if entry in self.host:
-            self.host.remove(entry)
-        self._leave_device(entry)
+        self.outdated.pop(adapter, None)
+        self.queued.pop(adapter, None)
+        if self.current.get(adapter.name) is adapter:
+            del self.current[adapter.name]
+        if adapter in self.host:
+            self.host.remove(adapter)
+        self.residents.drop(adapter)
 
-    def unpin(self, entry: Entry) -> None:
+    def unpin(self, adapter: Adapter) -> None:
         """Let a version go whose pin is for the one that comes after it."""
-        if entry in self.host and self.host[entry].is_pinned:
-            self.pins_due.add(entry.name)
-            self.host.unpin(entry)
-            self.residents[entry].is_pinned = False
+        if adapter.is_pinned:
+            self.pins_due.add(adapter.name)
+            adapter.is_pinned = False
 
     def check(self) -> list[str]:
         """Broken invariants."""
         known = list(self)
-        queued = {entry for entry in known if entry.stage is Stage.QUEUED}
-        wrong = [f"host cache: {entry} is not known" for entry in self.host if entry not in known]
-        wrong += [f"device: {entry} is not on host" for entry in self.residents if entry not in self.host]
+        queued = {adapter for adapter in known if adapter.stage is Stage.QUEUED}
+        wrong = [f"host cache: {adapter} is not known" for adapter in self.host if adapter not in known]
+        wrong += [
+            f"device: {adapter} is not on host" for adapter in self.residents if adapter not in self.host
+        ]
         if queued != set(self.queued):
             wrong.append(f"{sorted(map(str, queued))} are queued, not {sorted(map(str, self.queued))}")
         wrong += [f"{n} leads to {e.name}" for n, e in self.current.items() if e.name != n]
         wrong += [f"{e} is outdated and current" for e in self.outdated if self.current.get(e.name) is e]
         wrong += [f"{e} is outdated and nobody holds it" for e in self.outdated if not e.leases]
         wrong += [f"{e} is outdated and was never whole" for e in self.outdated if not e.is_whole]
-        names = [(entry.name, entry.version) for entry in known if entry.version]
+        names = [(adapter.name, adapter.version) for adapter in known if adapter.version]
         if len(names) != len(set(names)):
             wrong.append(f"a version is there twice: {sorted(names)}")
         return wrong
-
-    def _leave_device(self, entry: Entry) -> None:
-        if entry in self.residents:
-            self.residents.drop(entry)
 
 
 def no_room(name: str) -> UnavailableError:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
+from manylora.adapters.adapter import Lease
 from manylora.adapters.adapter_files import Sight, Stamp
-from manylora.adapters.lease import Lease
 from manylora.adapters.loader import Job
 
 

@@ -37,7 +37,7 @@ from manylora.errors import ManyloraError, UnavailableError
 from manylora.messages import TokenLogprobs
 
 if TYPE_CHECKING:
-    from manylora.adapters.lease import Entry, Lease
+    from manylora.adapters.adapter import Adapter, Lease
 
 
 class Activator(Protocol):
@@ -77,7 +77,7 @@ class Scheduler:
         self.deadlines = Deadlines()
         self.num_preemptions = 0
         self.num_prefix_hit_tokens = 0
-        self._active: Counter[Entry] = Counter()
+        self._active: Counter[Adapter] = Counter()
         """Running sequences by adapter and version: two versions of one are two in a step."""
         self._num_added = 0
         # Of the step that is being chosen: its items, running sequences whose adapter is still copied, and
@@ -327,8 +327,8 @@ def _order(sequence: Sequence) -> tuple[int, int]:
     return sequence.order
 
 
-def _used(sequence: Sequence) -> Entry:
+def _used(sequence: Sequence) -> Adapter:
     """What takes one of `max_loras` in a step: whatever has a placement of its own."""
     assert sequence.lease is not None, "a sequence without an adapter"
-    assert sequence.lease.entry is not None, "a running sequence's adapter is gone"
-    return sequence.lease.entry
+    assert sequence.lease.adapter is not None, "a running sequence's adapter is gone"
+    return sequence.lease.adapter

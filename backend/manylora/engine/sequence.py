@@ -13,7 +13,7 @@ from manylora.engine.token_counts import TokenCounts
 from manylora.messages import SamplingParams
 
 if TYPE_CHECKING:
-    from manylora.adapters.lease import Lease
+    from manylora.adapters.adapter import Lease
     from manylora.engine.session import Session
 
 

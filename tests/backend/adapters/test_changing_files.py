@@ -283,7 +283,7 @@ def test_files_put_back_as_they_were_find_their_version_again(bench: Bench) -> N
         registry.release(bench.ready(registry, "a"))
         bench.rest(registry)
     again = bench.ready(registry, "a")
-    assert again.entry is first.entry
+    assert again.adapter is first.adapter
     assert registry.counters["host_loads"] == 2
     registry.release(again)
     registry.release(first)
@@ -309,7 +309,7 @@ def test_a_version_that_is_read_again_while_it_runs_is_there_once(bench: Bench, 
         bench.write("a", seed=1)
     again = bench.ready(registry, "a")
     assert registry.check() == []
-    assert again.entry is running.entry
+    assert again.adapter is running.adapter
     assert registry.try_activate(again)
     assert again.placement is running.placement
     registry.release(running)
@@ -344,7 +344,7 @@ def test_an_update_that_ends_while_its_adapter_is_read_anew_is_dropped(bench: Be
     bench.poll(registry)
     assert begun.acquire(timeout=PATIENCE_S)
     may_end[0].release()
-    while registry._intake.is_updating("a"):
+    while registry._loads.is_updating("a"):
         assert bench.wakes.acquire(timeout=PATIENCE_S)
         bench.poll(registry)
     assert (again.state, registry.check()) == ("loading", [])
@@ -570,7 +570,7 @@ def test_a_pause_of_the_file_server_fails_nobody(
     registry = bench.registry(max_cpu_loras=len(names) + 1, adapter_check_s=0.0)
     registry.release(bench.ready(registry, "a"))
     goes_on, begun = threading.Event(), threading.Semaphore(0)
-    part, attribute = (registry._lookout, "_look") if which == "looks" else (registry._intake, "_load")
+    part, attribute = (registry._lookout, "_look") if which == "looks" else (registry._loads, "_load")
     real = getattr(part, attribute)
 
     def work(*args: Any) -> Any:

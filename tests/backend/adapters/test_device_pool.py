@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from manylora.adapters.adapter import Adapter, Stage
+from manylora.adapters.adapter_files import Sight
 from manylora.adapters.device_pool import DevicePool, Placement, runs_of
 from manylora.adapters.residents import Residents
 from manylora.adapters.weights import AdapterWeights, allocate
 from manylora.model.spec import ModelSpec, SiteKind
 
 CPU = torch.device("cpu")
+SIGHT = Sight(Path(), ((), ()), 0.0)
 SPEC = ModelSpec(
     kinds=(
         SiteKind(name="q+k+v", num_layers=2, in_features=6, out_features=(6, 2, 2)),
@@ -30,6 +35,15 @@ def make_weights(
     buffer, kinds = allocate(SPEC.kinds, ranks, dtype, pin=False)
     buffer.fill_(value)
     return AdapterWeights(version=str(value), scale=1.0, max_rank=max(ranks), buffer=buffer, kinds=kinds)
+
+
+def make_adapter(name: str, ranks: tuple[int, ...], value: float = 1.0) -> Adapter:
+    """One of these weights, on host."""
+    return Adapter(name, SIGHT, Stage.READY, weights=make_weights(ranks, value))
+
+
+def names(residents: Residents) -> list[str]:
+    return [adapter.name for adapter in residents]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
@@ -52,13 +66,14 @@ def test_32_adapters_of_rank_16_are_resident_where_8_of_rank_64_are_reserved() -
     pool = DevicePool(SPEC, 8, 64, torch.float32, CPU)
     residents = Residents(pool)
     assert [pool.plan(rank) for rank in (1, 16, 17, 32, 33, 64)] == [32, 32, 16, 16, 10, 8]
-    for number in range(32):
-        assert residents.try_place(str(number), make_weights((16, 16, 16), number))
-        residents.use(str(number))
+    adapters = [make_adapter(str(number), (16, 16, 16), number) for number in range(32)]
+    for adapter in adapters:
+        assert residents.try_place(adapter)
+        residents.use(adapter)
     assert pool.num_free == (0, 0, 0)
-    assert not residents.try_place("one more", make_weights((1, 0, 0)))
-    for number in range(32):
-        assert holds(pool, residents[str(number)].placement, number)
+    assert not residents.try_place(make_adapter("one more", (1, 0, 0)))
+    for number, adapter in enumerate(adapters):
+        assert holds(pool, adapter.placement, number)
     assert residents.check() == []
 
 
@@ -84,32 +99,35 @@ def test_runs() -> None:
 
 def test_only_adapters_that_hold_what_lacks_are_evicted() -> None:
     residents = Residents(DevicePool(SPEC, 1, 32, torch.float32, CPU))
-    residents.try_place("o only", make_weights((0, 16, 0)))
-    residents.try_place("q only", make_weights((32, 0, 0)))
-    assert residents.try_place("new", make_weights((16, 16, 0)))
-    assert list(residents) == ["o only", "new"]
+    residents.try_place(make_adapter("o only", (0, 16, 0)))
+    residents.try_place(make_adapter("q only", (32, 0, 0)))
+    assert residents.try_place(make_adapter("new", (16, 16, 0)))
+    assert names(residents) == ["o only", "new"]
     assert residents.num_evictions == 1
 
 
 def test_nothing_is_evicted_when_that_would_not_suffice() -> None:
     residents = Residents(DevicePool(SPEC, 1, 32, torch.float32, CPU))
-    residents.try_place("idle", make_weights((16, 0, 0)))
-    residents.try_place("used", make_weights((16, 0, 0)))
-    residents.use("used")
-    assert not residents.try_place("new", make_weights((32, 0, 0)))
-    assert list(residents) == ["idle", "used"]
+    residents.try_place(make_adapter("idle", (16, 0, 0)))
+    used = make_adapter("used", (16, 0, 0))
+    residents.try_place(used)
+    residents.use(used)
+    assert not residents.try_place(make_adapter("new", (32, 0, 0)))
+    assert names(residents) == ["idle", "used"]
 
 
 def test_check_sees_pages_that_are_given_back_too_early() -> None:
     residents = Residents(DevicePool(SPEC, 1, 32, torch.float32, CPU))
-    residents.try_place("a", make_weights((16, 0, 0)))
+    adapter = make_adapter("a", (16, 0, 0))
+    residents.try_place(adapter)
     assert residents.check() == []
-    residents.pool.free(residents["a"].placement)
+    assert adapter.placement is not None
+    residents.pool.free(adapter.placement)
     assert residents.check() != []
 
 
-def holds(pool: DevicePool, placement: Placement, value: float) -> bool:
-    return all(
+def holds(pool: DevicePool, placement: Placement | None, value: float) -> bool:
+    return placement is not None and all(
         bool((kind.a[:, list(pages)] == value).all() and (kind.b[:, list(pages)] == value).all())
         for kind, pages in zip(pool.kinds, placement.pages, strict=True)
         if pages
@@ -122,19 +140,20 @@ class Machine(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.residents = Residents(DevicePool(SPEC, 2, 48, torch.float32, CPU))
-        self.values: dict[str, float] = {}
-        self.uses: list[str] = []
+        self.values: dict[Adapter, float] = {}
+        self.uses: list[Adapter] = []
         self.count = 0
 
     @rule(name=st.sampled_from("abcdefgh"), ranks=st.tuples(*[st.sampled_from([0, 1, 16, 17, 48])] * 3))
     def place(self, name: str, ranks: tuple[int, int, int]) -> None:
-        if not any(ranks) or name in self.residents:
+        if not any(ranks) or name in names(self.residents):
             return
         self.count += 1
         before = list(self.residents)
         free = self.residents.pool.num_free
-        if self.residents.try_place(name, make_weights(ranks, self.count)):
-            self.values[name] = self.count
+        adapter = make_adapter(name, ranks, self.count)
+        if self.residents.try_place(adapter):
+            self.values[adapter] = self.count
         else:
             assert list(self.residents) == before
             assert self.residents.pool.num_free == free
@@ -142,9 +161,9 @@ class Machine(RuleBasedStateMachine):
     @precondition(lambda self: len(self.residents))
     @rule(data=st.data())
     def use(self, data: st.DataObject) -> None:
-        name = data.draw(st.sampled_from(list(self.residents)))
-        self.residents.use(name)
-        self.uses.append(name)
+        adapter = list(self.residents)[data.draw(st.integers(0, len(self.residents) - 1))]
+        self.residents.use(adapter)
+        self.uses.append(adapter)
 
     @precondition(lambda self: self.uses)
     @rule(data=st.data())
@@ -154,8 +173,8 @@ class Machine(RuleBasedStateMachine):
     @invariant()
     def used_adapters_are_whole(self) -> None:
         assert self.residents.check() == []
-        for name in list(self.residents):
-            assert holds(self.residents.pool, self.residents[name].placement, self.values[name])
+        for adapter in self.residents:
+            assert holds(self.residents.pool, adapter.placement, self.values[adapter])
         assert set(self.uses) <= set(self.residents)
 
 

@@ -1,63 +1,108 @@
-"""The host cache drops what nobody uses, the least recently used first. No torch."""
+"""The host cache drops what nobody uses, the least recently used first."""
 
 from __future__ import annotations
+
+import itertools
+from pathlib import Path
 
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
+from manylora.adapters.adapter import Adapter, Lease, Stage
+from manylora.adapters.adapter_files import Sight
 from manylora.adapters.host_cache import HostCache
 
+SIGHT = Sight(Path(), ((), ()), 0.0)
 
-def filled(*names: str, max_entries: int = 3) -> HostCache[str, str]:
-    cache: HostCache[str, str] = HostCache(max_entries)
-    for name in names:
-        cache.reserve(name)
-        cache.fill(name, name.upper())
-    return cache
+
+class Bench:
+    """A cache, and adapters by name."""
+
+    def __init__(self, *names: str, max_entries: int = 3) -> None:
+        self.cache = HostCache(max_entries)
+        self.adapters: dict[str, Adapter] = {}
+        self._numbers = itertools.count()
+        for name in names:
+            self.reserve(name)
+            self.fill(name)
+
+    def reserve(self, name: str) -> None:
+        adapter = self.adapters[name] = Adapter(name, SIGHT, Stage.LOADING)
+        self.cache.reserve(adapter)
+
+    def fill(self, name: str) -> None:
+        self.adapters[name].stage = Stage.READY
+        self.cache.touch(self.adapters[name])
+
+    def give_back(self, name: str) -> None:
+        self.cache.remove(self.adapters.pop(name))
+
+    def acquire(self, name: str) -> Lease:
+        lease = Lease(next(self._numbers), name)
+        self.adapters[name].add(lease)
+        self.cache.touch(self.adapters[name])
+        return lease
+
+    def release(self, lease: Lease) -> None:
+        assert lease.adapter is not None
+        adapter = lease.adapter
+        adapter.drop(lease)
+        self.cache.touch(adapter)
+
+    def evict(self) -> str | None:
+        evicted = self.cache.try_evict()
+        if evicted is None:
+            return None
+        del self.adapters[evicted.name]
+        return evicted.name
 
 
 def test_the_least_recently_used_goes_first() -> None:
-    cache = filled("a", "b", "c")
-    cache.acquire("a")
-    cache.release("a")
-    assert [cache.try_evict() for _ in range(4)] == ["b", "c", "a", None]
-    assert cache.num_evictions == 3
+    bench = Bench("a", "b", "c")
+    bench.release(bench.acquire("a"))
+    assert [bench.evict() for _ in range(4)] == ["b", "c", "a", None]
+    assert bench.cache.num_evictions == 3
+
+
+def test_what_cannot_be_read_again_goes_last() -> None:
+    bench = Bench("a", "b", "c")
+    bench.adapters["a"].is_stale = True
+    assert [bench.evict() for _ in range(4)] == ["b", "c", "a", None]
 
 
 def test_what_is_used_pinned_or_being_read_stays() -> None:
-    cache = filled("a", "b")
-    cache.reserve("c")
-    cache.acquire("a")
-    cache.pin("b")
-    assert cache.is_full
-    assert cache.try_evict() is None
-    cache.unpin("b")
-    assert cache.try_evict() == "b"
-    assert cache.check() == []
+    bench = Bench("a", "b")
+    bench.reserve("c")
+    bench.acquire("a")
+    bench.adapters["b"].is_pinned = True
+    assert bench.cache.is_full
+    assert bench.evict() is None
+    bench.adapters["b"].is_pinned = False
+    assert bench.evict() == "b"
+    assert bench.cache.check() == []
 
 
 def test_a_slot_whose_adapter_cannot_be_read_is_given_back() -> None:
-    cache = filled()
-    cache.reserve("a")
-    cache.abandon("a")
-    assert len(cache) == 0
-    assert cache.num_evictions == 0
+    bench = Bench()
+    bench.reserve("a")
+    bench.give_back("a")
+    assert len(bench.cache) == 0
+    assert bench.cache.num_evictions == 0
 
 
 def test_misuse_is_an_error() -> None:
-    cache = filled("a", max_entries=1)
+    bench = Bench("a", max_entries=1)
     with pytest.raises(AssertionError, match="no free slot"):
-        cache.reserve("b")
-    with pytest.raises(AssertionError, match="a was released once too often"):
-        cache.release("a")
-    with pytest.raises(AssertionError, match="a is loaded"):
-        cache.abandon("a")
-    cache.pin("a")
+        bench.reserve("b")
+    bench.adapters["a"].is_pinned = True
     with pytest.raises(AssertionError, match="a is pinned"):
-        cache.evict("a")
+        bench.cache.evict(bench.adapters["a"])
     with pytest.raises(AssertionError, match="without slots"):
         HostCache(0)
+    bench = Bench("a")
+    with pytest.raises(AssertionError, match="a has a slot already"):
+        bench.cache.reserve(bench.adapters["a"])
 
 
 NAMES = st.sampled_from("abcdef")
@@ -68,9 +113,9 @@ class Machine(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.cache: HostCache[str, str] = HostCache(3)
+        self.bench = Bench()
         self.order: list[str] = []
-        self.refs: dict[str, int] = {}
+        self.leases: dict[str, list[Lease]] = {}
         self.pinned: set[str] = set()
         self.reading: set[str] = set()
 
@@ -81,9 +126,9 @@ class Machine(RuleBasedStateMachine):
     @rule(name=NAMES)
     def reserve(self, name: str) -> None:
         if name not in self.order and len(self.order) < 3:
-            self.cache.reserve(name)
+            self.bench.reserve(name)
             self.order.append(name)
-            self.refs[name] = 0
+            self.leases[name] = []
             self.reading.add(name)
 
     @rule(name=NAMES, is_sound=st.booleans())
@@ -92,52 +137,50 @@ class Machine(RuleBasedStateMachine):
             return
         self.reading.remove(name)
         if is_sound:
-            self.cache.fill(name, name)
+            self.bench.fill(name)
             self.touch(name)
         else:
-            self.cache.abandon(name)
+            self.bench.give_back(name)
             self.order.remove(name)
 
     @rule(name=NAMES)
     def acquire(self, name: str) -> None:
         if name in self.order:
-            self.cache.acquire(name)
-            self.refs[name] += 1
+            self.leases[name].append(self.bench.acquire(name))
             self.touch(name)
 
     @rule(name=NAMES)
     def release(self, name: str) -> None:
-        if name in self.order and self.refs[name]:
-            self.cache.release(name)
-            self.refs[name] -= 1
+        if name in self.order and self.leases[name]:
+            self.bench.release(self.leases[name].pop())
             self.touch(name)
 
     @rule(name=NAMES)
     def pin(self, name: str) -> None:
         if name in self.order and name not in self.reading:
-            self.cache.pin(name)
+            self.bench.adapters[name].is_pinned = True
             self.pinned.add(name)
 
     @rule(name=NAMES)
     def unpin(self, name: str) -> None:
         if name in self.order:
-            self.cache.unpin(name)
+            self.bench.adapters[name].is_pinned = False
             self.pinned.discard(name)
 
     @rule()
     def evict(self) -> None:
-        free = [n for n in self.order if not self.refs[n] and n not in self.pinned | self.reading]
-        evicted = self.cache.try_evict()
+        free = [n for n in self.order if not self.leases[n] and n not in self.pinned | self.reading]
+        evicted = self.bench.evict()
         assert evicted == (free[0] if free else None)
         if evicted is not None:
             self.order.remove(evicted)
 
     @invariant()
     def agrees_with_the_model(self) -> None:
-        assert self.cache.check() == []
-        assert list(self.cache) == self.order
-        assert self.cache.is_full == (len(self.order) == 3)
-        assert self.cache.num_pinned == len(self.pinned)
+        assert self.bench.cache.check() == []
+        assert [adapter.name for adapter in self.bench.cache] == self.order
+        assert self.bench.cache.is_full == (len(self.order) == 3)
+        assert self.bench.cache.num_pinned == len(self.pinned)
 
 
 Machine.TestCase.settings = settings(max_examples=40, stateful_step_count=40, deadline=None)

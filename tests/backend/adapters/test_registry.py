@@ -83,7 +83,7 @@ class Bench:
     def rest(self, registry: Registry) -> None:
         """Poll until nothing is looked at or read any more."""
         self.poll(registry)
-        while registry._intake._reading:
+        while registry._loads._reading:
             assert self.wakes.acquire(timeout=PATIENCE_S), "no load finished"
             self.poll(registry)
 

@@ -255,7 +255,7 @@ class Machine(RuleBasedStateMachine):
             self.poll_once()
 
     def poll_once(self) -> None:
-        versions, intake = self.registry._versions, self.registry._intake
+        versions, intake = self.registry._versions, self.registry._loads
         before = list(versions.queued)
         self.registry.poll()
         going_on = intake._reading
@@ -266,7 +266,7 @@ class Machine(RuleBasedStateMachine):
         queued = sorted(versions.queued, key=lambda e: e.first)
         evicted = [entry for entry in queued if entry not in before]
         for entry in queued:
-            if entry not in evicted and entry.in_hand is None:
+            if entry not in evicted and entry.weights is None:
                 assert all(other.first < entry.first for other in begun if not other.is_update)
         num_at_work = sum(not job.is_stalled for job in going_on)
         assert num_at_work == NUM_THREADS or all(entry.lacks_slot for entry in queued)
@@ -292,11 +292,11 @@ class Machine(RuleBasedStateMachine):
             self.finish_one(job, Content(value))
         self.registry.release(lease)
 
-    @precondition(lambda self: self.registry._intake._updates)
+    @precondition(lambda self: self.registry._loads._updates)
     @rule(way=st.sampled_from(["evicted", "gone and back"]), others=st.permutations(sorted(RANKS)))
     def lose_what_is_updated(self, way: str, others: list[str]) -> None:
         """Let an adapter leave while a new version is read, and ask for it again."""
-        (name,) = self.registry._intake._updates
+        (name,) = self.registry._loads._updates
         if way == "evicted":
             for other in others:
                 if other != name and name in self.whole:
@@ -311,7 +311,7 @@ class Machine(RuleBasedStateMachine):
         self.poll()
 
     def is_first_load(self, job: Job[Loaded], name: str) -> bool:
-        entry = self.registry._intake._reading.get(job)
+        entry = self.registry._loads._reading.get(job)
         return entry is not None and entry.name == name and not entry.is_update
 
     @rule(name=st.sampled_from(sorted(RANKS)), value=st.integers(1, 3))
@@ -395,7 +395,7 @@ class Machine(RuleBasedStateMachine):
                     break
         assert not self.leases
         assert not self.reading
-        assert not self.registry._intake._reading
+        assert not self.registry._loads._reading
         self.all_is_sound()
 
 

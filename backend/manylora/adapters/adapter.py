@@ -1,4 +1,4 @@
-"""A sequence's hold on an adapter, and the state of one version of an adapter that all its leases share."""
+"""One version of an adapter: all that is known of it, from its files to its pages, and the holds on it."""
 
 from __future__ import annotations
 
@@ -31,10 +31,11 @@ class Stage(enum.Enum):
 
 
 @dataclass(slots=True, eq=False)
-class Entry:
+class Adapter:
     """One version of an adapter that is wanted or held, or the one that its first load will give.
 
-    The registry changes it; absent and failed adapters have none.
+    The registry changes it; absent and failed adapters have none. `HostCache` and `Residents` know which have
+    a slot in host memory and pages on the device, in the order of their use.
     """
 
     name: str
@@ -50,30 +51,33 @@ class Entry:
     num_active: int = 0
     """Leases in active use."""
     weights: AdapterWeights | None = None
-    """In its slot."""
-    in_hand: AdapterWeights | None = None
-    """While queued: what its slot will hold, since it cannot or need not be read again."""
+    """What was read. While queued: what its slot will hold, since it cannot or need not be read again."""
     is_update: bool = False
     """Is read beside the cache, in which its predecessor may still be, and has had no slot yet."""
     is_stale: bool = False
     """Its files have changed since it was read: it could not be read again."""
+    is_pinned: bool = False
+    """On both levels."""
     placement: Placement | None = None
-    """Where it lies in the device pool, while a lease is in active use."""
+    """Where it lies in the device pool, while it is there."""
 
     def __str__(self) -> str:
-        version = self.weights or self.in_hand
-        return f"{self.name} {version.version[:12]}" if version else self.name
+        return f"{self.name} {self.version[:12]}" if self.weights else self.name
 
     @property
     def is_whole(self) -> bool:
         """Whether it has been read."""
-        return self.weights is not None or self.in_hand is not None
+        return self.weights is not None
 
     @property
     def version(self) -> str:
         """Content hash; empty before it has been read."""
-        found = self.weights or self.in_hand
-        return found.version if found else ""
+        return self.weights.version if self.weights else ""
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether it is in host memory and nobody would miss it there."""
+        return self.stage is Stage.READY and not self.leases and not self.is_pinned
 
     @property
     def first(self) -> Order:
@@ -82,23 +86,26 @@ class Entry:
 
     def add(self, lease: Lease) -> None:
         """Take in a lease."""
-        lease.entry = self
+        lease.adapter = self
         self.leases[lease.number] = lease
         bisect.insort(self.orders, lease.order)
 
     def drop(self, lease: Lease) -> None:
         """Let a lease go."""
-        lease.entry = None
+        lease.adapter = None
         del self.leases[lease.number]
         del self.orders[bisect.bisect_left(self.orders, lease.order)]
 
 
 class Lease:
-    """Made by `Registry.acquire`, ended by `Registry.release`. Only the registry changes it."""
+    """A sequence's hold on an adapter. Made by `Registry.acquire`, ended by `Registry.release`.
+
+    Only the registry changes it.
+    """
 
     __slots__ = (
+        "adapter",
         "adapter_id",
-        "entry",
         "error",
         "give_up_s",
         "is_active",
@@ -115,7 +122,7 @@ class Lease:
         self.order: Order = (-priority, number)
         """Its place among all leases: higher priority first, then who has waited longer."""
         self.adapter_id = adapter_id
-        self.entry: Entry | None = None
+        self.adapter: Adapter | None = None
         """None while the adapter's files are looked for, and once the lease has failed or ended."""
         self.error: ManyloraError | None = None
         """Why it failed."""
@@ -135,17 +142,18 @@ class Lease:
         if self.error is not None:
             return "failed"
         assert not self.is_released, "the lease has ended"
-        if self.is_asking or self.entry is None:
+        if self.is_asking or self.adapter is None:
             return Stage.LOADING.value
-        if self.entry.stage is Stage.QUEUED and not self.entry.lacks_slot:
+        if self.adapter.stage is Stage.QUEUED and not self.adapter.lacks_slot:
             # The scheduler lets others pass it as it does during the load: it wants no place of theirs.
             return Stage.LOADING.value
-        return self.entry.stage.value
+        return self.adapter.stage.value
 
     @property
     def weights(self) -> AdapterWeights | None:
         """The adapter in host memory; None unless ready."""
-        return self.entry.weights if self.entry is not None else None
+        adapter = self.adapter
+        return adapter.weights if adapter is not None and adapter.stage is Stage.READY else None
 
     @property
     def version(self) -> str:
@@ -167,4 +175,4 @@ class Lease:
     @property
     def placement(self) -> Placement | None:
         """Where the adapter lies in the device pool; None unless this lease is in active use."""
-        return self.entry.placement if self.entry is not None and self.is_active else None
+        return self.adapter.placement if self.adapter is not None and self.is_active else None
