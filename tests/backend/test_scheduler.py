@@ -29,7 +29,7 @@ class FakeLease:
         self.version = f"hash of {self.name}"
 
     @property
-    def entry(self) -> str:
+    def adapter(self) -> str:
         return self.name
 
 
