@@ -11,7 +11,7 @@ from manylora.config import EngineConfig
 from manylora.errors import ManyloraError
 
 if TYPE_CHECKING:
-    from manylora.engine.engine import Engine
+    from manylora.offline import Engine
 
 __all__ = ["Engine", "EngineConfig", "ManyloraError"]
 
@@ -19,7 +19,7 @@ __all__ = ["Engine", "EngineConfig", "ManyloraError"]
 def __getattr__(name: str) -> Any:
     # The engine imports torch and transformers, which front ends do without.
     if name == "Engine":
-        from manylora.engine.engine import Engine
+        from manylora.offline import Engine
 
         return Engine
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

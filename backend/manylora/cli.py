@@ -44,7 +44,7 @@ def main(argv: list[str] | None = None) -> int:
     # Only what declares the options is imported here, so that `--help` is quick.
     parser = _parser()
     if "_ARGCOMPLETE" in os.environ:
-        from manylora import completion
+        from manylora.commands import completion
 
         completion.complete(parser)
     arguments = parser.parse_args(argv)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 from manylora.errors import ManyloraError
-from manylora.protocol import Tensors
+from manylora.front_end.protocol import Tensors
 
 from .front_end_setting import Recorder
 

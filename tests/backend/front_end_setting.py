@@ -17,10 +17,10 @@ from manylora.config import EngineConfig
 from manylora.engine.engine import Engine
 from manylora.engine.server import EngineServer
 from manylora.errors import ManyloraError
-from manylora.front_end import FrontEnd
+from manylora.front_end.front_end import FrontEnd
+from manylora.front_end.protocol import Tensors
+from manylora.front_end.text import Tokenizer
 from manylora.ipc import query_status
-from manylora.protocol import Tensors
-from manylora.text import Tokenizer
 
 WAIT_S = 60
 

@@ -8,8 +8,8 @@ import re
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from manylora.chat_messages import read_messages
 from manylora.errors import InvalidArgumentError, ManyloraError, UnsupportedError
+from manylora.front_end.chat_messages import read_messages
 
 MAX = 5
 USER = '{"role": "user", "content": "u"}'

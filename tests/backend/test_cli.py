@@ -18,8 +18,8 @@ from manylora import Engine, EngineConfig, cli
 from manylora.commands import asking
 from manylora.commands.generate import describe_logprobs
 from manylora.commands.table import columns, cut, fill, render, size
+from manylora.front_end.parameters import PARAMETERS
 from manylora.model.outline import outline_model
-from manylora.parameters import PARAMETERS
 from manylora_client import TokenLogprob
 from safetensors.torch import load_file, save_file
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 
 import pytest
-from manylora import parameters
 from manylora.errors import BY_CODE, MAX_SENT_BYTES, InvalidArgumentError, ManyloraError, from_code
+from manylora.front_end import parameters
 
 
 @pytest.mark.parametrize("code", BY_CODE)

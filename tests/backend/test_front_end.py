@@ -20,7 +20,7 @@ from manylora.errors import (
     NotFoundError,
     UnavailableError,
 )
-from manylora.front_end import FrontEnd
+from manylora.front_end.front_end import FrontEnd
 
 from .front_end_setting import WAIT_S, Recorder, Setting, running_setting, tensors, wait_until
 

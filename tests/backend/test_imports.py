@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -21,9 +22,9 @@ FORBIDDEN = {
     "backend/manylora": {"manylora_client"},
 }
 WITHOUT_TORCH = [
-    "manylora.triton_model",
-    "manylora.front_end",
-    "manylora.protocol",
+    "manylora.front_end.triton_model",
+    "manylora.front_end.front_end",
+    "manylora.front_end.protocol",
     "manylora.ipc",
     "manylora.cli",
     "manylora.serve.command",
@@ -61,7 +62,18 @@ def test_only_one_file_knows_tritons_own_module() -> None:
         for f in sorted((ROOT / folder).rglob("*.py"))
         if "triton_python_backend_utils" in imported(f)
     ]
-    assert users == ["backend/manylora/triton_model.py"]
+    assert users == ["backend/manylora/front_end/triton_model.py"]
+
+
+@pytest.mark.parametrize("package", ["engine", "adapters", "model"])
+def test_nothing_of_the_engine_knows_text_or_front_ends(package: str) -> None:
+    files = sorted((ROOT / "backend/manylora" / package).rglob("*.py"))
+    assert files
+    assert [
+        str(f)
+        for f in files
+        if re.search(r"import.*\bfront_end\b|from manylora\.(front_end|offline)", f.read_text())
+    ] == []
 
 
 @pytest.mark.parametrize("module", WITHOUT_TORCH)

@@ -10,10 +10,10 @@ import peft
 import pytest
 import torch
 from manylora import Engine, EngineConfig
-from manylora.engine.generate import Completion
 from manylora.engine.logprobs import distributions
 from manylora.engine.sequence import Sequence as EngineSequence
 from manylora.messages import Generate, SamplingParams, TokenLogprobs, Tokens
+from manylora.offline import Completion
 from transformers import AutoModelForCausalLM
 
 from .inbox import Inbox

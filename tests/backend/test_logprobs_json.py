@@ -6,9 +6,9 @@ import json
 import math
 
 import pytest
-from manylora.logprobs_json import LEAST_LOGPROB, logprobs_json
+from manylora.front_end.logprobs_json import LEAST_LOGPROB, logprobs_json
+from manylora.front_end.text import Tokenizer
 from manylora.messages import TokenLogprobs
-from manylora.text import Tokenizer
 
 from .conftest import byte_tokenizer
 

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from manylora import front_end as module
-from manylora import long_prompts
 from manylora.errors import CancelledRequestError, InvalidArgumentError, UnavailableError
-from manylora.front_end import FrontEnd
-from manylora.protocol import Tensors
-from manylora.tokenising import size_of_parameters
+from manylora.front_end import front_end as module
+from manylora.front_end import long_prompts
+from manylora.front_end.front_end import FrontEnd
+from manylora.front_end.protocol import Tensors
+from manylora.front_end.tokenising import size_of_parameters
 
 from .front_end_setting import WAIT_S, Recorder, Setting, running_setting, tensors, wait_until
 

@@ -46,7 +46,7 @@ def test_a_tokenizer_is_read(tmp_path: Path) -> None:
     program = """
 import sys
 sys.modules["torch"] = None
-from manylora.text import Tokenizer
+from manylora.front_end.text import Tokenizer
 for directory in sys.stdin.buffer.read().decode().split("\\0"):
     print(Tokenizer.load(directory).encode("Hello"))
 """

@@ -9,21 +9,26 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from manylora.chat_messages import read_messages
 from manylora.errors import InvalidArgumentError
-from manylora.messages import EngineInfo, SamplingParams
-from manylora.parameters import MAX_CHARS, MAX_STOP_CHARS, MAX_STOP_STRINGS, MAX_STOP_TOKEN_IDS, PARAMETERS
-from manylora.protocol import (
+from manylora.front_end.chat_messages import read_messages
+from manylora.front_end.parameters import (
+    MAX_CHARS,
+    MAX_STOP_CHARS,
+    MAX_STOP_STRINGS,
+    MAX_STOP_TOKEN_IDS,
+    PARAMETERS,
+)
+from manylora.front_end.protocol import (
     Answer,
     Prompt,
-    check_input_ids,
-    check_stop_token_ids,
     decode,
     encode,
     read_text,
 )
-from manylora.text import Tokenizer
-from manylora.tokenising import tokenise
+from manylora.front_end.text import Tokenizer
+from manylora.front_end.tokenising import tokenise
+from manylora.messages import EngineInfo, SamplingParams
+from manylora.token_checks import check_input_ids, check_stop_token_ids
 
 from .conftest import byte_tokenizer
 

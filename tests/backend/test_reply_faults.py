@@ -10,16 +10,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from manylora import call as call_module
-from manylora import front_end as front_end_module
-from manylora import protocol
-from manylora.call import Row
 from manylora.errors import CancelledRequestError, InternalError, InvalidArgumentError
+from manylora.front_end import call as call_module
+from manylora.front_end import front_end as front_end_module
+from manylora.front_end import protocol
+from manylora.front_end.call import Row
+from manylora.front_end.protocol import Tensors
+from manylora.front_end.text import Tokenizer
+from manylora.front_end.text_stream import TextStream
 from manylora.ipc import EngineConnection
 from manylora.messages import Cancel, Generate, Tokens
-from manylora.protocol import Tensors
-from manylora.text import Tokenizer
-from manylora.text_stream import TextStream
 
 from .faults import FaultyRecorder, Panic, make
 from .front_end_setting import Recorder, Setting, running_setting, wait_until

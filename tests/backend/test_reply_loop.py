@@ -8,14 +8,14 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-from manylora import reply_loop
-from manylora.call import Call, Row
 from manylora.errors import InternalError, InvalidArgumentError, UnavailableError
+from manylora.front_end import reply_loop
+from manylora.front_end.call import Call, Row
+from manylora.front_end.protocol import Tensors
+from manylora.front_end.reply_loop import Lost, Refused, ReplyLoop
+from manylora.front_end.text import Tokenizer
+from manylora.front_end.text_stream import TextStream
 from manylora.messages import Failed, Tokens
-from manylora.protocol import Tensors
-from manylora.reply_loop import Lost, Refused, ReplyLoop
-from manylora.text import Tokenizer
-from manylora.text_stream import TextStream
 
 from .conftest import byte_tokenizer
 from .faults import FaultyRecorder, every_fault, make

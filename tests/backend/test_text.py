@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from manylora.errors import InvalidArgumentError, UnsupportedError
-from manylora.text import Tokenizer
-from manylora.text_stream import StopMatcher, TextStream
+from manylora.front_end.text import Tokenizer
+from manylora.front_end.text_stream import StopMatcher, TextStream
 from tokenizers import Tokenizer as RawTokenizer
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast

@@ -9,13 +9,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from manylora import long_prompts
 from manylora.errors import InvalidArgumentError, UnavailableError
-from manylora.long_prompts import BYTES_PER_S, LongPrompts
+from manylora.front_end import long_prompts
+from manylora.front_end.long_prompts import BYTES_PER_S, LongPrompts
+from manylora.front_end.protocol import Prompt
+from manylora.front_end.text import Tokenizer
+from manylora.front_end.tokenising import check_size, size_of, tokenise
 from manylora.messages import EngineInfo, SamplingParams
-from manylora.protocol import Prompt
-from manylora.text import Tokenizer
-from manylora.tokenising import check_size, size_of, tokenise
 from tokenizers import AddedToken
 
 from .conftest import byte_tokenizer

@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from blocking import BlockingClient
-from manylora.parameters import PARAMETERS
+from manylora.front_end.parameters import PARAMETERS
 from manylora_client import (
     Client,
     ConnectionFailed,

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from harness import PROMPTS, connect
-from manylora.front_end import LONG_BYTES
+from manylora.front_end.front_end import LONG_BYTES
 from manylora.serve.background import RunningServer
 from manylora_client import InvalidArgument, Unsupported
 from transformers import AutoModelForCausalLM, AutoTokenizer

@@ -6,12 +6,10 @@ inbox.
 
 from __future__ import annotations
 
-import functools
 import logging
 import os
 import threading
 import time
-from collections.abc import Sequence as Seq
 from concurrent.futures import Future
 
 import torch
@@ -21,7 +19,6 @@ from manylora.adapters.device_pool import DevicePool, pool_dtype
 from manylora.adapters.registry import Registry
 from manylora.config import EngineConfig
 from manylora.engine import report
-from manylora.engine.generate import Completion, Prompt, generate
 from manylora.engine.kernel_check import prove_kernels
 from manylora.engine.kv_cache import BlockPool
 from manylora.engine.limits import Limits
@@ -36,8 +33,7 @@ from manylora.errors import CancelledRequestError, InternalError, ManyloraError,
 from manylora.memory import keep_freed_memory, missing_memory_told
 from manylora.messages import EngineInfo, Generate, Status, Tokens
 from manylora.model.loading import LoadedModel, load_model, use_device
-from manylora.protocol import check_input_ids, check_stop_token_ids
-from manylora.text import Tokenizer
+from manylora.token_checks import check_input_ids, check_stop_token_ids
 from manylora.wait_policy import WaitPolicy
 
 log = logging.getLogger(__name__)
@@ -45,9 +41,6 @@ log = logging.getLogger(__name__)
 
 class Engine:
     """A base model with many adapters, in this process.
-
-    >>> with Engine(EngineConfig(base_model="model", adapter_root="adapters")) as engine:  # doctest: +SKIP
-    ...     engine.generate(["Hello"], adapter_ids=["pirate"], max_tokens=20)
 
     Args:
         strict_preload: whether an adapter that is to be preloaded and cannot be is an error, and an
@@ -83,15 +76,6 @@ class Engine:
                 block.
         """
         return Session(self.post, deliver)
-
-    @functools.cached_property
-    def tokenizer(self) -> Tokenizer:
-        """The base model's, read on first use: a front end has its own."""
-        return Tokenizer.load(self.info.base_model)
-
-    def generate(self, prompts: Seq[Prompt], **options: object) -> list[Completion]:
-        """Run prompts to their end, together in one batch. See `manylora.engine.generate.generate`."""
-        return generate(self, prompts, **options)  # type: ignore[arg-type]  # checked there, by name
 
     def status(self) -> Status:
         """A picture of the engine between two steps. Thread-safe.

@@ -1,5 +1,5 @@
-"""The Triton model `llm`: see manylora.triton_model."""
+"""The Triton model `llm`: see manylora.front_end.triton_model."""
 
-from manylora.triton_model import LlmModel as TritonPythonModel
+from manylora.front_end.triton_model import LlmModel as TritonPythonModel
 
 __all__ = ["TritonPythonModel"]

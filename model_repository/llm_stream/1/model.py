@@ -1,5 +1,5 @@
-"""The Triton model `llm_stream`: see manylora.triton_model."""
+"""The Triton model `llm_stream`: see manylora.front_end.triton_model."""
 
-from manylora.triton_model import LlmStreamModel as TritonPythonModel
+from manylora.front_end.triton_model import LlmStreamModel as TritonPythonModel
 
 __all__ = ["TritonPythonModel"]

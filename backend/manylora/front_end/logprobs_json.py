@@ -6,8 +6,8 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
+from manylora.front_end.text import Tokenizer
 from manylora.messages import TokenLogprobs
-from manylora.text import Tokenizer
 
 LEAST_LOGPROB = -1e9
 """Stands for minus infinity, which JSON cannot write: what the model rules out."""

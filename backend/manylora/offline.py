@@ -1,22 +1,21 @@
-"""Generation inside this process: prompts in, finished texts out. What scripts, tests and benchmarks call."""
+"""An engine for scripts, in this process and without Triton: prompts in, finished texts out."""
 
 from __future__ import annotations
 
+import functools
 import queue
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
+from manylora.engine.engine import Engine as _Engine
 from manylora.errors import InvalidArgumentError, from_code
+from manylora.front_end.parameters import parse
+from manylora.front_end.text import Tokenizer
+from manylora.front_end.text_stream import TextStream
 from manylora.messages import Cancel, EngineInfo, Failed, Generate, SamplingParams, TokenLogprobs, Tokens
-from manylora.parameters import parse
-from manylora.protocol import check_input_ids, check_stop_token_ids
-from manylora.text_stream import TextStream
-
-if TYPE_CHECKING:
-    from manylora.engine.engine import Engine
-    from manylora.text import Tokenizer
+from manylora.token_checks import check_input_ids, check_stop_token_ids
 
 T = TypeVar("T")
 
@@ -70,69 +69,82 @@ class _Growing:
             )
 
 
-def generate(
-    engine: Engine,
-    prompts: Sequence[Prompt],
-    *,
-    adapter_ids: Sequence[str] | None = None,
-    adapter_scales: Sequence[float] | None = None,
-    priorities: Sequence[int] | None = None,
-    deadline_ms: int = 0,
-    stop: Sequence[str] = (),
-    add_special_tokens: bool = True,
-    **sampling: object,
-) -> list[Completion]:
-    """Run prompts to their end, together in one batch.
+class Engine(_Engine):
+    """A base model with many adapters, in this process.
 
-    Args:
-        prompts: texts, token ids or chat messages, mixed as you like.
-        adapter_ids: one adapter per prompt, "" for the base model. None: the base model for all.
-        adapter_scales: what multiplies each adapter's own scaling. None: 1 for all.
-        priorities: one per prompt, higher runs earlier. None: 0 for all.
-        deadline_ms: time for all of it, counted from the call; 0: as long as it takes.
-        stop: strings that end a sequence.
-        add_special_tokens: those with which the tokenizer begins a text (BOS), where it does not begin so.
-        sampling: fields of `SamplingParams`, the same for all prompts.
-
-    Returns:
-        One completion per prompt, in order.
-
-    Raises:
-        InvalidArgumentError: an unknown option, an empty prompt, one that is too long or has unknown ids.
-        UnavailableError: the deadline has passed.
-        ManyloraError: the first failure of a sequence; the others are cancelled.
+    >>> with Engine(EngineConfig(base_model="model", adapter_root="adapters")) as engine:  # doctest: +SKIP
+    ...     engine.generate(["Hello"], adapter_ids=["pirate"], max_tokens=20)
     """
-    begun_s = time.monotonic()
-    params = _params(sampling)
-    check_stop_token_ids(params, engine.info)
-    deadline_ms = parse({"deadline_ms": deadline_ms}, "option")["deadline_ms"]
-    growing = [
-        _Growing(
-            message=Generate(
-                id=number,
-                input_ids=_encode(engine.tokenizer, prompt, engine.info, add_special_tokens),
-                adapter_id=name,
-                **_row_options(scale, priority),
-                deadline_ms=deadline_ms,
-                deadline_s=begun_s + deadline_ms / 1000 if deadline_ms else 0.0,
-                params=params,
-            ),
-            stream=TextStream(engine.tokenizer, stop=stop, min_tokens=params.min_tokens),
-        )
-        for number, (prompt, name, scale, priority) in enumerate(
-            zip(
-                prompts,
-                _per_prompt("adapter_ids", adapter_ids, "", len(prompts)),
-                _per_prompt("adapter_scales", adapter_scales, 1.0, len(prompts)),
-                _per_prompt("priorities", priorities, 0, len(prompts)),
-                strict=True,
+
+    @functools.cached_property
+    def tokenizer(self) -> Tokenizer:
+        """The base model's, read on first use."""
+        return Tokenizer.load(self.info.base_model)
+
+    def generate(
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        adapter_ids: Sequence[str] | None = None,
+        adapter_scales: Sequence[float] | None = None,
+        priorities: Sequence[int] | None = None,
+        deadline_ms: int = 0,
+        stop: Sequence[str] = (),
+        add_special_tokens: bool = True,
+        **sampling: object,
+    ) -> list[Completion]:
+        """Run prompts to their end, together in one batch.
+
+        Args:
+            prompts: texts, token ids or chat messages, mixed as you like.
+            adapter_ids: one adapter per prompt, "" for the base model. None: the base model for all.
+            adapter_scales: what multiplies each adapter's own scaling. None: 1 for all.
+            priorities: one per prompt, higher runs earlier. None: 0 for all.
+            deadline_ms: time for all of it, counted from the call; 0: as long as it takes.
+            stop: strings that end a sequence.
+            add_special_tokens: those with which the tokenizer begins a text (BOS), where it does not begin
+                so.
+            sampling: fields of `SamplingParams`, the same for all prompts.
+
+        Returns:
+            One completion per prompt, in order.
+
+        Raises:
+            InvalidArgumentError: an unknown option, an empty prompt, one that is too long or has unknown ids.
+            UnavailableError: the deadline has passed.
+            ManyloraError: the first failure of a sequence; the others are cancelled.
+        """
+        begun_s = time.monotonic()
+        params = _params(sampling)
+        check_stop_token_ids(params, self.info)
+        deadline_ms = parse({"deadline_ms": deadline_ms}, "option")["deadline_ms"]
+        growing = [
+            _Growing(
+                message=Generate(
+                    id=number,
+                    input_ids=_encode(self.tokenizer, prompt, self.info, add_special_tokens),
+                    adapter_id=name,
+                    **_row_options(scale, priority),
+                    deadline_ms=deadline_ms,
+                    deadline_s=begun_s + deadline_ms / 1000 if deadline_ms else 0.0,
+                    params=params,
+                ),
+                stream=TextStream(self.tokenizer, stop=stop, min_tokens=params.min_tokens),
             )
-        )
-    ]
-    return _run(engine, growing)
+            for number, (prompt, name, scale, priority) in enumerate(
+                zip(
+                    prompts,
+                    _per_prompt("adapter_ids", adapter_ids, "", len(prompts)),
+                    _per_prompt("adapter_scales", adapter_scales, 1.0, len(prompts)),
+                    _per_prompt("priorities", priorities, 0, len(prompts)),
+                    strict=True,
+                )
+            )
+        ]
+        return _run(self, growing)
 
 
-def _run(engine: Engine, growing: list[_Growing]) -> list[Completion]:
+def _run(engine: _Engine, growing: list[_Growing]) -> list[Completion]:
     events: queue.SimpleQueue[list[Tokens | Failed]] = queue.SimpleQueue()
     session = engine.connect(events.put)
     num_left = len(growing)

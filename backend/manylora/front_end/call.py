@@ -7,11 +7,11 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from manylora.errors import ManyloraError
-from manylora.logprobs_json import entries_json, join_entries
+from manylora.front_end.logprobs_json import entries_json, join_entries
+from manylora.front_end.protocol import Answer, Tensors
+from manylora.front_end.text import Tokenizer
+from manylora.front_end.text_stream import TextStream
 from manylora.messages import Tokens
-from manylora.protocol import Answer, Tensors
-from manylora.text import Tokenizer
-from manylora.text_stream import TextStream
 
 
 class Responder(Protocol):

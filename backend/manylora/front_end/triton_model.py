@@ -21,14 +21,15 @@ import triton_python_backend_utils as pb_utils
 sys.modules.setdefault("torch", None)  # type: ignore[arg-type]
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 
-from manylora import paths, protocol, run_dir, stub_process  # noqa: E402
+from manylora import paths, run_dir, stub_process  # noqa: E402
 from manylora.config import EngineConfig  # noqa: E402
 from manylora.errors import InternalError, InvalidArgumentError, ManyloraError, UnavailableError  # noqa: E402
-from manylora.front_end import FrontEnd  # noqa: E402
+from manylora.front_end import protocol  # noqa: E402
+from manylora.front_end.front_end import FrontEnd  # noqa: E402
+from manylora.front_end.protocol import Tensors  # noqa: E402
+from manylora.front_end.reply_loop import public_error  # noqa: E402
 from manylora.health import HealthSocket, Stage  # noqa: E402
 from manylora.launch import EngineKeeper  # noqa: E402
-from manylora.protocol import Tensors  # noqa: E402
-from manylora.reply_loop import public_error  # noqa: E402
 
 log = logging.getLogger(__name__)
 

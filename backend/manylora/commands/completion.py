@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Callable, Iterator, Sequence
 
 from manylora import settings_table
-from manylora.parameters import PARAMETERS
+from manylora.front_end.parameters import PARAMETERS
 
 
 def complete(parser: argparse.ArgumentParser) -> None:

@@ -10,12 +10,13 @@ from typing import Any
 
 import numpy.typing as npt
 
-from manylora import protocol
-from manylora.chat_messages import read_messages
+from manylora import token_checks
 from manylora.errors import InvalidArgumentError
+from manylora.front_end import protocol
+from manylora.front_end.chat_messages import read_messages
+from manylora.front_end.protocol import Prompt
+from manylora.front_end.text import Tokenizer
 from manylora.messages import EngineInfo
-from manylora.protocol import Prompt
-from manylora.text import Tokenizer
 
 _CHAR_BYTES = 4
 """Of a character in UTF-8, at most."""
@@ -59,7 +60,7 @@ def check_size(prompt: Prompt, tokenizer: Tokenizer, info: EngineInfo) -> None:
         InvalidArgumentError: `max_model_len` ids or more, or so many bytes that they cannot be fewer tokens.
     """
     if prompt.input_ids is not None:
-        protocol.check_num_tokens(prompt.input_ids.size, info)
+        token_checks.check_num_tokens(prompt.input_ids.size, info)
         return
     max_chars = _max_chars(tokenizer, info)
     if prompt.chat:
@@ -96,7 +97,7 @@ def tokenise(prompt: Prompt, tokenizer: Tokenizer, info: EngineInfo) -> list[int
             )
         else:
             input_ids = tokenizer.encode(text, add_special_tokens=prompt.add_special_tokens)
-    protocol.check_input_ids(input_ids, info)
+    token_checks.check_input_ids(input_ids, info)
     return input_ids
 
 

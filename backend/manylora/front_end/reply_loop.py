@@ -18,9 +18,10 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from manylora import errors, protocol
-from manylora.call import Call, Responder, Row
+from manylora import errors
 from manylora.errors import CancelledRequestError, InternalError, ManyloraError, UnavailableError
+from manylora.front_end import protocol
+from manylora.front_end.call import Call, Responder, Row
 from manylora.health import Stage
 from manylora.ipc import Event
 from manylora.messages import Failed

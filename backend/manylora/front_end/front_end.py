@@ -15,18 +15,26 @@ from typing import Any
 
 import numpy.typing as npt
 
-from manylora import protocol
-from manylora.call import Call, Responder, Row
+from manylora import token_checks
 from manylora.errors import InvalidArgumentError, ManyloraError, UnavailableError
+from manylora.front_end import protocol
+from manylora.front_end.call import Call, Responder, Row
+from manylora.front_end.long_prompts import LongPrompts
+from manylora.front_end.protocol import Prompt
+from manylora.front_end.reply_loop import Lost, Refused, ReplyLoop, public_error
+from manylora.front_end.text import Tokenizer
+from manylora.front_end.text_stream import TextStream
+from manylora.front_end.tokenising import (
+    check_size,
+    echo,
+    size_of,
+    size_of_parameters,
+    size_of_tensors,
+    tokenise,
+)
 from manylora.health import Stage
 from manylora.ipc import EngineConnection
-from manylora.long_prompts import LongPrompts
 from manylora.messages import Cancel, EngineInfo, Failed, Generate
-from manylora.protocol import Prompt
-from manylora.reply_loop import Lost, Refused, ReplyLoop, public_error
-from manylora.text import Tokenizer
-from manylora.text_stream import TextStream
-from manylora.tokenising import check_size, echo, size_of, size_of_parameters, size_of_tensors, tokenise
 
 LONG_BYTES = 8192
 """Of a request, its prompts and parameters, above which it is read and tokenised apart: some 10 ms."""
@@ -188,7 +196,7 @@ def _read(job: _Job) -> None:
     prompts = protocol.decode(job.tensors, job.parameters_json)
     for prompt in prompts:
         check_size(prompt, job.tokenizer, job.info)
-        protocol.check_stop_token_ids(prompt.params, job.info)
+        token_checks.check_stop_token_ids(prompt.params, job.info)
     # At one stroke: the reply loop may be looking at them.
     job.call.rows[:] = [
         _row(row.id, prompt, job.tokenizer, job.arrived_s)

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from manylora.errors import InvalidArgumentError, UnsupportedError
-from manylora.parameters import is_unicode
+from manylora.front_end.parameters import is_unicode
 
 Message = Mapping[str, str]
 """`role` and `content`, both text."""

@@ -7,7 +7,7 @@ import functools
 from collections import deque
 from collections.abc import Iterable, Sequence
 
-from manylora.text import Tokenizer
+from manylora.front_end.text import Tokenizer
 
 
 class StopMatcher:

@@ -1,0 +1,1 @@
+"""What stands between clients and the engine: Triton's models, the wire contract, text."""
