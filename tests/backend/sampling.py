@@ -18,5 +18,5 @@ def items(sequences: Seq[Sequence]) -> list[Item]:
 def sample(logits_BV: torch.Tensor, sequences: Seq[Sequence], eos_token_ids: Seq[int]) -> list[int | None]:
     """The next token of each sequence; None where its row is not sound."""
     chosen = choose(logits_BV, items(sequences), eos_token_ids)
-    pairs = zip(chosen.ids_B.tolist(), chosen.is_sound_B.tolist(), strict=True)
+    pairs = zip(chosen.ids_B.tolist(), chosen.is_finite_B.tolist(), strict=True)
     return [token_id if is_sound else None for token_id, is_sound in pairs]

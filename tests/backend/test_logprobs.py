@@ -31,7 +31,7 @@ def told(values: torch.Tensor, sequences: Sequence[EngineSequence], ids: list[in
     """What is told of the chosen ids, of the rows that ask."""
     asked = distributions(values, items(sequences))
     assert asked is not None
-    found = asked.tell(torch.tensor(ids))
+    found = asked.gather(torch.tensor(ids))
     return list(found.on_host(found.tensors).values())
 
 

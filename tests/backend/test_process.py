@@ -284,10 +284,10 @@ def test_an_owner_that_was_stopped_too_finds_the_engine_well(
 
 HANGING_ENGINE = """
 import sys, threading
-from manylora.engine import process, turn_watch
+from manylora.engine import process, hang_detector
 from manylora.engine.steps import Steps
 from manylora.engine.server import EngineServer
-turn_watch.MAX_BLOCKED_LOOKS = 2
+hang_detector.MAX_BLOCKED_LOOKS = 2
 hang = threading.Event().wait
 if sys.argv[1] == "engine":
     Steps._launch = lambda self, batch, before: hang()

@@ -19,15 +19,15 @@ from manylora.adapters.device_pool import DevicePool, pool_dtype
 from manylora.adapters.registry import Registry
 from manylora.config import EngineConfig
 from manylora.engine import report
+from manylora.engine.inbox import Inbox
 from manylora.engine.kernel_check import prove_kernels
 from manylora.engine.kv_cache import BlockPool
 from manylora.engine.limits import Limits
-from manylora.engine.notes import Notes
 from manylora.engine.room import Room
 from manylora.engine.runner import Runner
 from manylora.engine.scheduler import Finished, Scheduler
 from manylora.engine.sequence import Sequence, State
-from manylora.engine.session import Asked, Closed, Deliver, Note, Sent, Session, Wake
+from manylora.engine.session import Closed, Deliver, EngineMessage, Sent, Session, StatusRequest, Wake
 from manylora.engine.steps import Steps
 from manylora.errors import CancelledRequestError, InternalError, ManyloraError, UnavailableError
 from manylora.memory import keep_freed_memory, missing_memory_told
@@ -53,7 +53,7 @@ class Engine:
 
     def __init__(self, config: EngineConfig, *, strict_preload: bool = True) -> None:
         self.config = config
-        self._inbox = Notes()
+        self._inbox = Inbox()
         self._sessions: set[Session] = set()
         self._counters = dict.fromkeys(("accepted", "finished", "cancelled", "failed"), 0)
         self.num_turns = 0
@@ -84,7 +84,7 @@ class Engine:
             UnavailableError: the engine is closed.
         """
         answer: Future[Status] = Future()
-        self.post(Asked(answer))
+        self.post(StatusRequest(answer))
         return answer.result()
 
     @property
@@ -109,9 +109,9 @@ class Engine:
     def __exit__(self, *_exc: object) -> None:
         self.close()
 
-    def post(self, note: Note) -> None:
-        """Put a note into the inbox; a closed engine answers it at once."""
-        self._inbox.put(note)
+    def post(self, message: EngineMessage) -> None:
+        """Put a message into the inbox; a closed engine answers it at once."""
+        self._inbox.put(message)
 
     # ---- the engine thread ----
 
@@ -196,8 +196,8 @@ class Engine:
             while not self._closing.is_set():
                 self.num_turns += 1
                 until_s = min(self.scheduler.deadlines.next_s, self.registry.next_s)
-                for note in self._inbox.take(wait=idle, until_s=until_s):
-                    self._take(note)
+                for message in self._inbox.drain(wait=idle, until_s=until_s):
+                    self._handle(message)
                 # Before the registry: it need load nothing for those who have run out of time.
                 self.scheduler.expire(time.monotonic())
                 self._report_failed()
@@ -229,19 +229,19 @@ class Engine:
             self._counters["finished"] += 1
             self._forget(sequence)
 
-    def _take(self, note: Note) -> None:
-        if isinstance(note, Asked):
-            note.answer.set_result(self._status())
-        elif isinstance(note, Closed):
-            for sequence in list(note.session.sequences.values()):
+    def _handle(self, message: EngineMessage) -> None:
+        if isinstance(message, StatusRequest):
+            message.answer.set_result(self._status())
+        elif isinstance(message, Closed):
+            for sequence in list(message.session.sequences.values()):
                 self._cancel(sequence)
-            self._sessions.discard(note.session)
-        elif isinstance(note, Sent):
-            self._sessions.add(note.session)
-            if isinstance(note.message, Generate):
-                self._add(note.session, note.message)
-            elif note.message.id in note.session.sequences:
-                self._cancel(note.session.sequences[note.message.id])
+            self._sessions.discard(message.session)
+        elif isinstance(message, Sent):
+            self._sessions.add(message.session)
+            if isinstance(message.message, Generate):
+                self._add(message.session, message.message)
+            elif message.message.id in message.session.sequences:
+                self._cancel(message.session.sequences[message.message.id])
 
     def _add(self, session: Session, message: Generate) -> None:
         lease = None

@@ -9,8 +9,8 @@ import torch
 
 from manylora.download import Download
 from manylora.engine.batch import Batch, Item
-from manylora.engine.logprobs import Told
-from manylora.engine.sampler import Chosen
+from manylora.engine.logprobs import LogprobTensors
+from manylora.engine.sampler import SampledTokens
 from manylora.engine.sequence import Sequence
 from manylora.errors import InternalError, InvalidArgumentError, ManyloraError
 
@@ -20,18 +20,18 @@ class Flight:
 
     Args:
         batch: the step.
-        chosen: the next tokens of its sampling items, on the device.
-        told: log probabilities of those that ask; None where nobody does.
+        sampled: the next tokens of its sampling items, on the device.
+        logprobs: log probabilities of those that ask; None where nobody does.
     """
 
-    def __init__(self, batch: Batch, chosen: Chosen, told: Told | None) -> None:
+    def __init__(self, batch: Batch, sampled: SampledTokens, logprobs: LogprobTensors | None) -> None:
         self.batch = batch
-        self.ids_B = chosen.ids_B
+        self.ids_B = sampled.ids_B
         """[B] on the device, in the order of `Batch.sampling_items`: what the next step may read."""
         self._items = batch.sampling_items
         self._rows = {id(item.sequence): row for row, item in enumerate(self._items)}
-        self._told = told
-        self._download = Download(chosen.ids_B, chosen.is_sound_B, *(told.tensors if told else ()))
+        self._logprobs = logprobs
+        self._download = Download(sampled.ids_B, sampled.is_finite_B, *(logprobs.tensors if logprobs else ()))
 
     def row_of(self, sequence: Sequence) -> int:
         """Where in `ids_B` the sequence's token is."""
@@ -39,21 +39,21 @@ class Flight:
 
     def land(self) -> None:
         """Wait for the step and fill what its items that sample get: `next_id` and `logprobs`, or `error`."""
-        ids, is_sound, *rest = self._download.wait()
-        told = self._told.on_host(rest) if self._told is not None else {}
-        for row, (item, next_id, sound) in enumerate(
-            zip(self._items, ids.tolist(), is_sound.tolist(), strict=True)
+        ids, is_finite, *rest = self._download.wait()
+        logprobs = self._logprobs.on_host(rest) if self._logprobs is not None else {}
+        for row, (item, next_id, finite) in enumerate(
+            zip(self._items, ids.tolist(), is_finite.tolist(), strict=True)
         ):
-            if sound:
+            if finite:
                 item.next_id = next_id
-                item.logprobs = told.get(row)
+                item.logprobs = logprobs.get(row)
             else:
                 item.error = _overflow(item)
 
 
-def nothing_chosen(device: torch.device) -> Chosen:
+def nothing_sampled(device: torch.device) -> SampledTokens:
     """Of a step that ends no prompt."""
-    return Chosen(
+    return SampledTokens(
         torch.empty(0, dtype=torch.int64, device=device), torch.empty(0, dtype=torch.bool, device=device)
     )
 

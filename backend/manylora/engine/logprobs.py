@@ -27,8 +27,8 @@ class Distributions:
     """[A] alternatives that each asks for."""
     logprobs_AV: torch.Tensor
 
-    def tell(self, ids_B: torch.Tensor) -> Told:
-        """Look up what is told once all rows' tokens are chosen; waits for nothing.
+    def gather(self, ids_B: torch.Tensor) -> LogprobTensors:
+        """Look up what is asked for once all rows' tokens are chosen; waits for nothing.
 
         Args:
             ids_B: [B], int64.
@@ -37,11 +37,11 @@ class Distributions:
         most = min(max(self.num_top), self.logprobs_AV.shape[1])
         values_AN, ids_AN = best_of_rows(self.logprobs_AV, most)
         own_A = self.logprobs_AV.gather(1, ids_A1).squeeze(1)
-        return Told(self.rows, self.num_top, (own_A, values_AN, ids_AN))
+        return LogprobTensors(self.rows, self.num_top, (own_A, values_AN, ids_AN))
 
 
 @dataclass(frozen=True, slots=True)
-class Told:
+class LogprobTensors:
     """Log probabilities of the chosen tokens and of the best ones, equal ones by id."""
 
     rows: list[int]
@@ -50,7 +50,7 @@ class Told:
     """The chosen token's [A], the best ones' [A, N] and these ones' ids [A, N]."""
 
     def on_host(self, tensors: Seq[torch.Tensor]) -> dict[int, TokenLogprobs]:
-        """What is told, by row.
+        """What is asked for, by row.
 
         Args:
             tensors: copies of `tensors` on the host.
@@ -75,5 +75,5 @@ def distributions(logits_BV: torch.Tensor, items: Seq[Item]) -> Distributions | 
     asked = logits_BV.index_select(0, upload(np.asarray(rows), logits_BV.device))
     num_top = [items[row].sequence.params.logprobs for row in rows]
     logprobs_AV = asked.float().log_softmax(-1)
-    # Of a row that is not sound nothing is told, but its numbers are sorted with the others'.
+    # Of a row that is not finite nobody hears, but its numbers are sorted with the others'.
     return Distributions(rows, num_top, logprobs_AV.masked_fill_(logprobs_AV.isnan(), float("-inf")))

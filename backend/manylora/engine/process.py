@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING, Any
 
 from manylora import paths, run_dir
 from manylora.config import EngineConfig
-from manylora.engine import turn_watch
-from manylora.engine.turn_watch import TurnWatch
+from manylora.engine import hang_detector
+from manylora.engine.hang_detector import HangDetector
 from manylora.errors import InternalError, InvalidArgumentError, ManyloraError
 from manylora.pulse import Pulse
 
@@ -126,8 +126,8 @@ def _watch(owner: _Owner, engine: Engine, server: EngineServer) -> None:
     Raises:
         InternalError: a thread has ended by itself. Its traceback is in the log.
     """
-    watches = {"engine": TurnWatch(), "socket": TurnWatch()}
-    while not owner.has_gone.wait(turn_watch.LOOK_S):
+    watches = {"engine": HangDetector(), "socket": HangDetector()}
+    while not owner.has_gone.wait(hang_detector.LOOK_S):
         if not engine.is_alive:
             raise InternalError("the engine's thread has ended by itself")
         if not server.is_alive:

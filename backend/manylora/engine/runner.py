@@ -16,7 +16,7 @@ from manylora.config import EngineConfig
 from manylora.engine import logprobs, sampler
 from manylora.engine.batch import Batch, BatchBuilder, Item, StepTensors
 from manylora.engine.capacity import num_kv_blocks
-from manylora.engine.flight import Flight, nothing_chosen
+from manylora.engine.flight import Flight, nothing_sampled
 from manylora.engine.graph_recorder import recorder_for
 from manylora.engine.graph_start import allowed_difference, try_start
 from manylora.engine.sequence import Sequence
@@ -93,12 +93,12 @@ class Runner:
         logits = self.logits(batch, previous)
         items = batch.sampling_items
         if not items:
-            return Flight(batch, nothing_chosen(self.model.device), None)
+            return Flight(batch, nothing_sampled(self.model.device), None)
         # Before the sampler: it changes logits in place.
         distributions = logprobs.distributions(logits, items)
-        chosen = sampler.choose(logits, items, self.model.eos_token_ids)
-        told = None if distributions is None else distributions.tell(chosen.ids_B)
-        return Flight(batch, chosen, told)
+        sampled = sampler.choose(logits, items, self.model.eos_token_ids)
+        asked = None if distributions is None else distributions.gather(sampled.ids_B)
+        return Flight(batch, sampled, asked)
 
     def logits(self, batch: Batch, previous: Flight | None = None) -> torch.Tensor:
         """[number of sampling items, V], in the order that `batch` has afterwards (at least one row)."""

@@ -41,16 +41,16 @@ def uniform(seed: int, position: int) -> float:
 
 
 @dataclass(frozen=True, slots=True)
-class Chosen:
+class SampledTokens:
     """The next tokens, on the device of the logits."""
 
     ids_B: torch.Tensor
     """[B], int64."""
-    is_sound_B: torch.Tensor
+    is_finite_B: torch.Tensor
     """[B], bool: False where a row has no best finite logit to choose by; its id means nothing."""
 
 
-def choose(logits_BV: torch.Tensor, items: Seq[Item], eos_token_ids: Seq[int]) -> Chosen:
+def choose(logits_BV: torch.Tensor, items: Seq[Item], eos_token_ids: Seq[int]) -> SampledTokens:
     """Choose the next token of each item.
 
     Args:
@@ -63,7 +63,7 @@ def choose(logits_BV: torch.Tensor, items: Seq[Item], eos_token_ids: Seq[int]) -
     logits_BV = penalise(logits_BV, [item.sequence for item in items])
     ids_B = logits_BV.argmax(-1)
     # NaN counts as the greatest, so one look at the best tells of the whole row.
-    is_sound_B = logits_BV.gather(1, ids_B[:, None]).squeeze(1).isfinite()
+    is_finite_B = logits_BV.gather(1, ids_B[:, None]).squeeze(1).isfinite()
     plain: list[int] = []
     filtered: list[int] = []
     for row, item in enumerate(items):
@@ -79,10 +79,10 @@ def choose(logits_BV: torch.Tensor, items: Seq[Item], eos_token_ids: Seq[int]) -
             # Measured from the best one, so that the smallest temperature makes no infinity of it. What is
             # not sound draws, too, but from nothing that could stop the others.
             scaled -= scaled.amax(-1, keepdim=True)
-            scaled.masked_fill_(~is_sound_B.index_select(0, rows_F)[:, None], 0.0)
+            scaled.masked_fill_(~is_finite_B.index_select(0, rows_F)[:, None], 0.0)
             scaled /= temperatures_F[:, None].float()
             ids_B.index_copy_(0, rows_F, draw(scaled, draws_F[:, None], chosen))
-    return Chosen(ids_B, is_sound_B)
+    return SampledTokens(ids_B, is_finite_B)
 
 
 def _uploads(

@@ -1,6 +1,6 @@
 """What other threads say to the engine's thread, and the session that each of them holds.
 
-Notes go into the engine's inbox; events come back through the session's `deliver`, once per step.
+Messages go into the engine's inbox; events come back through the session's `deliver`, once per step.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ Deliver = Callable[[list[Event]], None]
 class Session:
     """One user of an engine: a front end's connection or a caller in process. Made by `Engine.connect`."""
 
-    def __init__(self, post: Callable[[Note], None], deliver: Deliver) -> None:
+    def __init__(self, post: Callable[[EngineMessage], None], deliver: Deliver) -> None:
         self._post = post
         self._deliver = deliver
         # Below: the engine thread's.
@@ -73,7 +73,7 @@ class Closed:
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
+class StatusRequest:
     """Somebody waits for a status."""
 
     answer: Future[Status]
@@ -84,4 +84,4 @@ class Wake:
     """A load has finished, or the engine is to end: look again."""
 
 
-Note = Sent | Closed | Asked | Wake
+EngineMessage = Sent | Closed | StatusRequest | Wake

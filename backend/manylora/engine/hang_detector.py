@@ -14,7 +14,7 @@ MIN_CPU_S = 0.05
 takes that only waits, and a twentieth of what one thread of an idle machine would be given."""
 
 
-class TurnWatch:
+class HangDetector:
     """Judges one loop by its count of turns.
 
     It counts looks and compares no times, so that a pause of the whole machine is one look, and no reason

@@ -1,4 +1,4 @@
-"""The engine thread's inbox: where other threads leave their notes."""
+"""The engine thread's inbox: where other threads leave messages."""
 
 from __future__ import annotations
 
@@ -8,27 +8,27 @@ import threading
 import time
 from collections.abc import Iterator
 
-from manylora.engine.session import Asked, Note, Sent
+from manylora.engine.session import EngineMessage, Sent, StatusRequest
 from manylora.errors import UnavailableError
 from manylora.messages import Generate
 
 
-class Notes:
-    """A queue of notes. Once it is closed, each one is answered at once with UNAVAILABLE."""
+class Inbox:
+    """A queue of messages. Once it is closed, each one is answered at once with UNAVAILABLE."""
 
     def __init__(self) -> None:
-        self._queue: queue.SimpleQueue[Note] = queue.SimpleQueue()
+        self._queue: queue.SimpleQueue[EngineMessage] = queue.SimpleQueue()
         self._is_closed = threading.Event()
 
-    def put(self, note: Note) -> None:
-        """Leave a note. Thread-safe, never blocks."""
-        self._queue.put(note)
+    def put(self, message: EngineMessage) -> None:
+        """Leave a message. Thread-safe, never blocks."""
+        self._queue.put(message)
         # Looked at afterwards: whatever `close` has not seen in the queue sees the closed flag here.
         if self._is_closed.is_set():
             self._refuse()
 
-    def take(self, *, wait: bool, until_s: float) -> Iterator[Note]:
-        """All notes that are there.
+    def drain(self, *, wait: bool, until_s: float) -> Iterator[EngineMessage]:
+        """All messages that are there.
 
         Args:
             wait: whether to block until there is one.
@@ -51,12 +51,12 @@ class Notes:
     def _refuse(self) -> None:
         while True:
             try:
-                note = self._queue.get_nowait()
+                message = self._queue.get_nowait()
             except queue.Empty:
                 return
             error = UnavailableError("the engine is closed")
-            if isinstance(note, Asked):
-                note.answer.set_exception(error)
-            elif isinstance(note, Sent) and isinstance(note.message, Generate):
-                note.session.fail(note.message.id, error)
-                note.session.flush()
+            if isinstance(message, StatusRequest):
+                message.answer.set_exception(error)
+            elif isinstance(message, Sent) and isinstance(message.message, Generate):
+                message.session.fail(message.message.id, error)
+                message.session.flush()
