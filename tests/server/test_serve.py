@@ -23,7 +23,7 @@ from faults.anatomy import descendants, shared_memory_of, stub_below, stub_of, w
 from faults.silent_mount import may_mount, silent_mount
 from google.protobuf import text_format
 from manylora.errors import UnavailableError
-from manylora.serve import answered, processes, repository
+from manylora.serve import preflight, processes, repository
 from manylora.serve.background import RunningServer, running_server
 from manylora.serve.command import add_arguments, read_settings
 from manylora.serve.installation import Installation, find_installation
@@ -58,7 +58,7 @@ def test_a_folder_that_gives_no_answer_is_named(
 ) -> None:
     if not may_mount():
         pytest.skip("only root may mount a file system that gives no answer")
-    monkeypatch.setattr(answered, "ANSWER_S", 0.5)
+    monkeypatch.setattr(preflight, "ANSWER_S", 0.5)
     folders = {"base_model": "/", "adapter_root": "/", key: str(tmp_path)}
     parser = argparse.ArgumentParser()
     add_arguments(parser)

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import errno
 import logging
-import threading
-from concurrent.futures import Future
-from concurrent.futures import TimeoutError as FutureTimeoutError
 from pathlib import Path
 
 from manylora.adapters.adapter_files import Sight, look_at
 from manylora.adapters.reasons import quote
+from manylora.answered import answered
 from manylora.config import ADAPTER_NAME, resolve_directory
 from manylora.errors import InvalidArgumentError, NotFoundError, UnavailableError
 
@@ -48,19 +46,14 @@ class AdapterRoot:
 
     def _resolve_aside(self) -> None:
         """Resolve the path on a thread that may hang; if it does, `find` tries again where it may."""
-        found: Future[Path] = Future()
-
-        def resolve() -> None:
-            try:
-                found.set_result(resolve_directory(self._given, "adapter_root"))
-            except BaseException as error:
-                found.set_exception(error)
-
-        threading.Thread(target=resolve, name="manylora-root", daemon=True).start()
         try:
-            self.path = found.result(RESOLVE_S)
-        except FutureTimeoutError:
-            log.error("adapter_root=%r has given no answer for %g s", self._given, RESOLVE_S)
+            self.path = answered(
+                f"adapter_root={self._given!r}",
+                lambda: resolve_directory(self._given, "adapter_root"),
+                RESOLVE_S,
+            )
+        except UnavailableError as error:
+            log.error("%s", error.message)
 
     def check_name(self, name: str) -> None:
         """Refuse a name that none of its directories can have, without looking at the disk.

@@ -10,10 +10,10 @@ import sys
 from dataclasses import fields
 
 from manylora import paths
+from manylora.answered import answered
 from manylora.config import EngineConfig, parse_size, resolve_directory
 from manylora.errors import InvalidArgumentError
 from manylora.serve import limits, preflight, processes, repository
-from manylora.serve.answered import answered
 from manylora.serve.installation import environment, find_installation
 from manylora.serve.ports import Ports, hold
 from manylora.serve.restrictions import RESTRICTABLE, read_allowed, restriction_arguments
@@ -167,7 +167,7 @@ def read_settings(arguments: argparse.Namespace) -> dict[str, str]:
 
 
 def _resolved(path: str, key: str) -> str:
-    found = answered(f"{key}={path!r}", lambda: resolve_directory(path, key))
+    found = answered(f"{key}={path!r}", lambda: resolve_directory(path, key), preflight.ANSWER_S)
     return paths.checked_text(found, key)
 
 

@@ -12,15 +12,17 @@ from pathlib import Path
 
 from manylora import paths
 from manylora.adapters.adapter_root import AdapterRoot
+from manylora.answered import answered
 from manylora.commands.table import size
 from manylora.config import EngineConfig, resolve_directory
 from manylora.errors import InvalidArgumentError, ManyloraError, NotFoundError, UnavailableError
-from manylora.serve.answered import answered
 
 RUN_DIR_BYTES = 1 << 20
 """The rendered models, and the first of the log."""
 SHARED_MEMORY_BYTES = 4 << 20
 """Regions of both front ends, as they are at the start."""
+ANSWER_S = 30.0
+"""For a file system to answer."""
 DEVICE_S = 120.0
 """For torch to be read and to find its devices, on a machine that is busy."""
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
@@ -41,8 +43,8 @@ def check(settings: Mapping[str, str], run_dir: Path) -> None:
     check_room(run_dir, RUN_DIR_BYTES, f"--run-dir {run_dir}")
     check_room(paths.SHARED_MEMORY, SHARED_MEMORY_BYTES, "shared memory, through which requests pass,")
     config = EngineConfig.from_strings(settings)
-    answered(f"base_model={config.base_model!r}", lambda: check_base_model(config))
-    answered(f"adapter_root={config.adapter_root!r}", lambda: check_adapters(config))
+    answered(f"base_model={config.base_model!r}", lambda: check_base_model(config), ANSWER_S)
+    answered(f"adapter_root={config.adapter_root!r}", lambda: check_adapters(config), ANSWER_S)
     check_device(config.device)
 
 

@@ -10,19 +10,17 @@ from typing import TypeVar
 
 from manylora.errors import UnavailableError
 
-ANSWER_S = 30.0
-
 T = TypeVar("T")
 
 
-def answered(what: str, look: Callable[[], T]) -> T:
+def answered(what: str, look: Callable[[], T], within_s: float) -> T:
     """What `look` returns or raises. It runs on a thread, which is left alone if it hangs.
 
     Args:
         what: is asked for, for the message.
 
     Raises:
-        UnavailableError: there is no answer within `ANSWER_S`.
+        UnavailableError: there is no answer within `within_s` seconds.
     """
     answer: Future[T] = Future()
 
@@ -34,8 +32,8 @@ def answered(what: str, look: Callable[[], T]) -> T:
 
     threading.Thread(target=run, name="manylora-look", daemon=True).start()
     try:
-        return answer.result(ANSWER_S)
+        return answer.result(within_s)
     except FutureTimeoutError as error:
         if answer.done():
             raise
-        raise UnavailableError(f"{what}: the file system gives no answer within {ANSWER_S:g} s") from error
+        raise UnavailableError(f"{what}: the file system gives no answer within {within_s:g} s") from error
