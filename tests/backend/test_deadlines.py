@@ -13,7 +13,7 @@ import pytest
 from manylora import Engine, EngineConfig
 from manylora.adapters import reader as reader_module
 from manylora.engine import engine as engine_module
-from manylora.engine import notes as notes_module
+from manylora.engine import inbox as inbox_module
 from manylora.engine.batch import Batch
 from manylora.engine.flight import Flight
 from manylora.engine.sequence import Sequence, State
@@ -160,7 +160,7 @@ def test_a_running_sequence_and_one_in_the_queue_end_within_a_step(
 ) -> None:
     """The clock jumps in the middle of the third step."""
     now = SimpleNamespace(s=100.0)
-    for module in (engine_module, notes_module):
+    for module in (engine_module, inbox_module):
         monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: now.s))
     with Engine(make_config(base, adapter_root, max_num_seqs=1)) as engine:
         launch, num_steps = engine.runner.launch, SimpleNamespace(done=0)
@@ -198,7 +198,7 @@ def test_a_call_in_process_has_a_deadline_too(
         (found,) = engine.generate([[5, 6]], max_tokens=2, deadline_ms=2**31 - 1)
         assert len(found.token_ids) == 2
         clock = SimpleNamespace(monotonic=lambda: 1e15)
-        for module in (engine_module, notes_module):
+        for module in (engine_module, inbox_module):
             monkeypatch.setattr(module, "time", clock)
         with pytest.raises(UnavailableError, match="deadline_ms=5000 passed while waiting"):
             engine.generate([[5, 6]], max_tokens=2, deadline_ms=5000)
