@@ -21,7 +21,8 @@ import torch.nn.functional as F
 from loadtest.csv_file import append_csv
 from loadtest.environment import processor_name
 from loadtest.origin import RESULTS, Origin
-from manylora_kernels import Mix, SitePool, add_lora, cpu, reference
+from manylora_kernels import Mix, SitePool, add_lora, reference
+from manylora_kernels.lora import cpu
 
 NUM_LAYERS = 30
 NUM_PAGES = 32

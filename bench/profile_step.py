@@ -23,7 +23,7 @@ from manylora.engine import sampler
 from manylora.engine.batch import Batch, BatchBuilder
 from manylora.engine.flight import Flight
 from manylora.model import grouped_attention, lora_layers
-from manylora_kernels import lora
+from manylora_kernels.lora import entries as lora
 from torch.profiler import ProfilerActivity, profile, record_function
 
 ROOT = Path(__file__).resolve().parent.parent

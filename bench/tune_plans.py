@@ -29,7 +29,7 @@ from loadtest import environment
 if TYPE_CHECKING:
     from gpu.tune_bench import Compilers
     from gpu.tune_space import Cell
-    from manylora_kernels.plan import Plan
+    from manylora_kernels.lora.plan import Plan
 
 ROWS = (32, 64, 8192, 8, 128, 2048, 512)
 """Most rows of a step for each plan; the goals' first."""
@@ -68,7 +68,7 @@ class Tuner:
         from gpu.tune_bench import CellBench
         from gpu.tune_search import rows_of_blocks
         from gpu.tune_space import block_choices
-        from manylora_kernels import plan
+        from manylora_kernels.lora import plan
 
         costs: dict[int, dict[int, float]] = {}
         for num_rows in rows:
@@ -113,7 +113,7 @@ def tune(
     Returns: how many cells were searched.
     """
     from gpu import tune_file
-    from manylora_kernels.plan import PREFILL_BLOCK_ROWS
+    from manylora_kernels.lora.plan import PREFILL_BLOCK_ROWS
 
     table = tune_file.known(path)
     limits = table.rows_of_blocks

@@ -81,7 +81,7 @@ class Bed:
         return run
 
     def _activation(self, name: str) -> Run:
-        from manylora_kernels import gpu  # imports triton, after the interpreter was chosen
+        from manylora_kernels.lora import gpu  # imports triton, after the interpreter was chosen
 
         return lambda: gpu.silu_mul(self.out[name], self.scene.sums[name])
 

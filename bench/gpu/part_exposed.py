@@ -153,7 +153,7 @@ def _behind(bed: Bed, term: Term) -> SiteRun:
 
 def _beside(bed: Bed) -> SiteRun:
     """Shrink on a stream of its own beside the base product, expand behind both: as the model calls it."""
-    from manylora_kernels import gpu  # imports triton, after the interpreter was chosen
+    from manylora_kernels.lora import gpu  # imports triton, after the interpreter was chosen
 
     scene = bed.scene
 
@@ -169,7 +169,7 @@ def _beside(bed: Bed) -> SiteRun:
 
 def _fused(bed: Bed) -> SiteRun:
     """Gate and up together with the activation behind them; other sites as they are best."""
-    from manylora_kernels import gpu  # imports triton, after the interpreter was chosen
+    from manylora_kernels.lora import gpu  # imports triton, after the interpreter was chosen
 
     scene, one = bed.scene, bed.scene.one_adapter
     other = _behind(bed, forms.ours(scene) if one is None else forms.one_adapter(scene))

@@ -80,7 +80,7 @@ def batch_invariant(scene: Scene) -> Term:
 
 
 def _one(scene: Scene) -> Term:
-    from manylora_kernels.one_adapter import OneAdapter
+    from manylora_kernels.lora.one_adapter import OneAdapter
 
     # However few rows the scene has.
     one = OneAdapter.of(scene.slots, scene.scales, [scene.pages], 1, scene.device)
@@ -102,8 +102,8 @@ def _replayed(scene: Scene) -> Term:
 
 
 def _ours(scene: Scene, batch_invariant: bool) -> Term:
-    from manylora_kernels import gpu  # imports triton, after the interpreter was chosen
-    from manylora_kernels.routed import RoutedMix
+    from manylora_kernels.lora import gpu  # imports triton, after the interpreter was chosen
+    from manylora_kernels.lora.routed import RoutedMix
 
     mix = RoutedMix.build(
         scene.slots,
@@ -163,7 +163,7 @@ def _beside(context: Context, point: Point) -> str:
     Raises:
         AssertionError: they are not.
     """
-    from manylora_kernels import gpu  # imports triton, after the interpreter was chosen
+    from manylora_kernels.lora import gpu  # imports triton, after the interpreter was chosen
 
     bed = Bed.of(point, context)
     scene = bed.scene
@@ -185,7 +185,7 @@ def _fused(context: Context, point: Point) -> str:
     Raises:
         AssertionError: they are not.
     """
-    from manylora_kernels import gpu  # imports triton, after the interpreter was chosen
+    from manylora_kernels.lora import gpu  # imports triton, after the interpreter was chosen
 
     bed = Bed.of(point, context, activates=True)
     scene = bed.scene
@@ -241,8 +241,8 @@ def _alone(context: Context, point: Point) -> str:
 def _once(
     scene: Scene, pool: SitePool, name: str, slots: np.ndarray[tuple[int], np.dtype[np.int32]], rows: slice
 ) -> torch.Tensor:
-    from manylora_kernels import gpu  # imports triton, after the interpreter was chosen
-    from manylora_kernels.routed import RoutedMix
+    from manylora_kernels.lora import gpu  # imports triton, after the interpreter was chosen
+    from manylora_kernels.lora.routed import RoutedMix
 
     mix = RoutedMix.build(
         slots,
@@ -264,7 +264,7 @@ def _halves(context: Context, point: Point) -> str:
     Raises:
         AssertionError: they are not.
     """
-    from manylora_kernels import gpu  # imports triton, after the interpreter was chosen
+    from manylora_kernels.lora import gpu  # imports triton, after the interpreter was chosen
 
     scene = Scene(point, context.layer, context.device, context.dtype, num_layers=1)
 

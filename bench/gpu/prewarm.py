@@ -115,14 +115,14 @@ def _launch(job: Job, device: torch.device) -> None:
 
 
 def _beside(scene: Scene) -> Term:
-    from manylora_kernels import gpu  # imports triton, after the interpreter was chosen
+    from manylora_kernels.lora import gpu  # imports triton, after the interpreter was chosen
 
     side = side_stream(scene.device)
     return lambda y, x, pool: lambda: gpu.linear_lora(x, lambda _: y, pool, scene.mix, 0, side)
 
 
 def _fused(scene: Scene) -> Term:
-    from manylora_kernels import gpu  # imports triton, after the interpreter was chosen
+    from manylora_kernels.lora import gpu  # imports triton, after the interpreter was chosen
 
     def build(y: torch.Tensor, x: torch.Tensor, pool: SitePool) -> Run:
         def run() -> None:
@@ -136,7 +136,7 @@ def _fused(scene: Scene) -> Term:
 
 
 def _silu_mul(_scene: Scene) -> Term:
-    from manylora_kernels import gpu  # imports triton, after the interpreter was chosen
+    from manylora_kernels.lora import gpu  # imports triton, after the interpreter was chosen
 
     def build(y: torch.Tensor, _x: torch.Tensor, pool: SitePool) -> Run:
         def run() -> None:

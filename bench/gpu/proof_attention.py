@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from manylora_kernels.attention_plan import Scoring
-from manylora_kernels.paged import PagedBatch
+from manylora_kernels.attention.paged_batch import PagedBatch
+from manylora_kernels.attention.plan import Scoring
 
 from gpu.rows import Context
 
@@ -26,7 +26,7 @@ def prove(context: Context, decodes: bool) -> str:
     Raises:
         AssertionError: a wrong result, or bits that differ.
     """
-    from manylora_kernels.attention import paged_attention
+    from manylora_kernels.attention.paged_attention import paged_attention
 
     heads, kv, size = (4, 2, 16) if context.is_tiny else (_HEADS, _KV_HEADS, _HEAD_SIZE)
     contexts = (

@@ -43,7 +43,7 @@ class Scene:
     def __init__(
         self, point: Point, layer: Layer, device: torch.device, dtype: torch.dtype, num_layers: int = 0
     ) -> None:
-        from manylora_kernels.routed import RoutedMix  # imports triton, after the interpreter was chosen
+        from manylora_kernels.lora.routed import RoutedMix  # imports triton, after the interpreter was chosen
 
         self.point, self.layer, self.device, self.dtype = point, layer, device, dtype
         self.slots, self.pages = point.slots(), point.pages()

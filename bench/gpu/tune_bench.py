@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 from manylora_kernels import PAGE_ROWS, SitePool, SiteShape
-from manylora_kernels.plan import Plan
+from manylora_kernels.lora.plan import Plan
 
 from gpu import floors, tune_search
 from gpu.attempt import attempt
@@ -25,7 +25,7 @@ from gpu.tune_space import Cell
 from gpu.workers import Workers
 
 if TYPE_CHECKING:
-    from manylora_kernels.routed import RoutedMix
+    from manylora_kernels.lora.routed import RoutedMix
 
 _MOST_LAYERS = 256
 _COMPILE_S = 120.0
@@ -76,9 +76,9 @@ class CellBench:
 
 def term_with(mix: RoutedMix, plan: Plan) -> Term:
     """`add_lora` with a plan of our choice, and a route of its blocks."""
-    from manylora_kernels.expand import expand  # imports triton, after the interpreter was chosen
-    from manylora_kernels.route import route
-    from manylora_kernels.shrink import shrink
+    from manylora_kernels.lora.expand import expand  # imports triton, after the interpreter was chosen
+    from manylora_kernels.lora.route import route
+    from manylora_kernels.lora.shrink import shrink
 
     if mix.route.block_rows != plan.block_rows:
         slots = mix.packed[: mix.route.num_rows]
@@ -99,8 +99,8 @@ def products_against_kernels(
     layer: dict[str, SiteShape], num_rows: int, device: torch.device, dtype: torch.dtype, repeats: int
 ) -> tuple[float, float]:
     """Microseconds of a layer of one adapter: of the kernels as planned by now, and of plain products."""
-    from manylora_kernels import gpu  # imports triton, after the interpreter was chosen
-    from manylora_kernels.one_adapter import OneAdapter
+    from manylora_kernels.lora import gpu  # imports triton, after the interpreter was chosen
+    from manylora_kernels.lora.one_adapter import OneAdapter
 
     with torch.inference_mode():
         scene = Scene(Point(num_rows, 1, (PAGE_ROWS,)), layer, device, dtype, num_layers=4)
@@ -146,7 +146,7 @@ def default_compilers() -> int:
 
 def compile_plan(job: tuple[Cell, Plan, torch.dtype, str]) -> None:
     """Launch both kernels of a plan on rows without adapters, whose programs end at once."""
-    from manylora_kernels.routed import RoutedMix
+    from manylora_kernels.lora.routed import RoutedMix
 
     cell, plan, dtype, device_name = job
     device = torch.device(device_name)

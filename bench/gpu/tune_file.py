@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 
-from manylora_kernels import plan_file
-from manylora_kernels.plan import Plan, PlanTable, Tile
+from manylora_kernels.lora import plan_file
+from manylora_kernels.lora.plan import Plan, PlanTable, Tile
 
 from gpu.tune_space import Cell
 

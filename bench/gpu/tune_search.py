@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 
-from manylora_kernels.plan import Plan
+from manylora_kernels.lora.plan import Plan
 
 from gpu.budget import Deadline
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 from manylora_kernels import PAGE_ROWS, SiteShape
 from manylora_kernels.device import Device
-from manylora_kernels.plan import Plan, PlanKey, Tile, formula
+from manylora_kernels.lora.plan import Plan, PlanKey, Tile, formula
 
 MAX_SPLITS = 32
 MAX_PAGES = 8

@@ -13,11 +13,11 @@ import os
 # anything below.
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 
-from manylora_kernels.attention_warmup import warmup_attention
-from manylora_kernels.lora import add_lora, add_lora_silu_mul, expand_lora, shrink_lora, warmup
-from manylora_kernels.mix import Mix
-from manylora_kernels.pool import PAGE_ROWS, SitePool
-from manylora_kernels.product import gate_up_lora, linear_lora, silu_mul
+from manylora_kernels.attention.warmup import warmup_attention
+from manylora_kernels.lora.entries import add_lora, add_lora_silu_mul, expand_lora, shrink_lora, warmup
+from manylora_kernels.lora.mix import Mix
+from manylora_kernels.lora.pool import PAGE_ROWS, SitePool
+from manylora_kernels.lora.product import gate_up_lora, linear_lora, silu_mul
 from manylora_kernels.shapes import AttentionShape, ServedAttention, ServedShapes, SiteShape
 
 __all__ = [

@@ -26,7 +26,7 @@ DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 
 BUILD_S = 120.0
 _FOLDER = Path(__file__).parent
-_UNITS = ("lora_cpu.c", "attention_cpu.c")
+_UNITS = ("lora/lora_cpu.c", "attention/attention_cpu.c")
 _SOURCES = (*_UNITS, "vec.h")
 _FLAGS = ("-O2", "-march=native", "-std=gnu11", "-fPIC", "-fopenmp", "-Wno-psabi")
 
@@ -51,7 +51,10 @@ def _build(path: Path) -> None:
         raise OSError("no C compiler on PATH")
     # Linked without an OpenMP runtime: the one that torch has loaded serves, so that both share threads.
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-        shared, objects = Path(folder) / "shared.so", [str(Path(folder) / f"{unit}.o") for unit in _UNITS]
+        shared, objects = (
+            Path(folder) / "shared.so",
+            [str(Path(folder) / f"{Path(unit).stem}.o") for unit in _UNITS],
+        )
         commands = [
             [compiler, *_FLAGS, "-c", str(_FOLDER / unit), "-o", built]
             for unit, built in zip(_UNITS, objects, strict=True)

@@ -11,9 +11,9 @@ from itertools import pairwise
 
 import torch
 
-from manylora_kernels.attention_plan import Scoring
-from manylora_kernels.paged import PagedBatch
-from manylora_kernels.pool import SitePool
+from manylora_kernels.attention.paged_batch import PagedBatch
+from manylora_kernels.attention.plan import Scoring
+from manylora_kernels.lora.pool import SitePool
 
 
 def shrink(x: torch.Tensor, a: torch.Tensor) -> torch.Tensor:

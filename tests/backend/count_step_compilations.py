@@ -27,8 +27,8 @@ from manylora.engine.batch import Batch, Item
 from manylora.engine.sequence import Sequence as EngineSequence
 from manylora.messages import SamplingParams
 from manylora.model.loading import load_model
-from manylora_kernels import precompile
-from manylora_kernels.precompile_attention import precompile_attention
+from manylora_kernels.attention.precompile import precompile_attention
+from manylora_kernels.lora import precompile
 
 MAX_TOKENS = 160
 MAX_SEQS = 9

@@ -23,7 +23,7 @@ from manylora.model import loading
 from manylora.model.attention import AttentionPlan
 from manylora.model.compiling import compile_forward
 from manylora_kernels import Mix
-from manylora_kernels.paged import PagedBatch
+from manylora_kernels.attention.paged_batch import PagedBatch
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

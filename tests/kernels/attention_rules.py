@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from manylora_kernels.attention_plan import Scoring
+from manylora_kernels.attention.plan import Scoring
 
 SCORINGS: dict[str, dict[str, Any]] = {
     "window_of_1": {"window": 1},

@@ -10,12 +10,12 @@ from typing import Any
 import torch
 import triton
 from compile_kernels import Sources, print_compiled, source
-from manylora_kernels import attention_plan
-from manylora_kernels.attention_decode import _decode_kernel, _merge_kernel
-from manylora_kernels.attention_plan import SPLIT_TOKENS, Gpu, TilePlan
-from manylora_kernels.attention_prefill import _prefill_kernel
-from manylora_kernels.cache_write import _write_cache_kernel
-from manylora_kernels.head_rows import stride_unit
+from manylora_kernels.attention import plan as attention_plan
+from manylora_kernels.attention.cache_write import _write_cache_kernel
+from manylora_kernels.attention.decode import _decode_kernel, _merge_kernel
+from manylora_kernels.attention.head_rows import stride_unit
+from manylora_kernels.attention.plan import SPLIT_TOKENS, Gpu, TilePlan
+from manylora_kernels.attention.prefill import _prefill_kernel
 from triton.compiler import ASTSource
 
 UNALIGNED = ("num_splits",)

@@ -19,8 +19,8 @@ from typing import Any
 
 import torch
 import triton
-from manylora_kernels import activation, expand, expand_silu_mul, plan, route, shrink
 from manylora_kernels.device import Device
+from manylora_kernels.lora import activation, expand, expand_silu_mul, plan, route, shrink
 from manylora_kernels.shapes import SiteShape
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource

@@ -21,10 +21,10 @@ import numpy.typing as npt
 import pytest
 import torch
 from manylora_kernels import SitePool, reference
-from manylora_kernels.paged import PagedBatch
+from manylora_kernels.attention.paged_batch import PagedBatch
 
 if TYPE_CHECKING:
-    from manylora_kernels.routed import RoutedMix
+    from manylora_kernels.lora.routed import RoutedMix
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 TRITON_FILES = [
@@ -65,7 +65,9 @@ class Case:
 
     def routed(self, **options: Any) -> RoutedMix:
         """The step as the Triton forms take it."""
-        from manylora_kernels.routed import RoutedMix  # imports triton, which most of these tests do without
+        from manylora_kernels.lora.routed import (
+            RoutedMix,  # imports triton, which most of these tests do without
+        )
 
         device = self.x.device
         return RoutedMix.build(self.slots, self.scales, [self.pages], MAX_SLOTS, MAX_PAGES, device, **options)

@@ -13,10 +13,10 @@ from dataclasses import dataclass, replace
 import torch
 from count_compilations import CPU, compiled, use_a_driver_that_does_nothing
 from manylora_kernels import AttentionShape, ServedAttention
-from manylora_kernels.attention import paged_attention, write_cache
-from manylora_kernels.attention_plan import Scoring
-from manylora_kernels.paged import PagedBatch
-from manylora_kernels.precompile_attention import precompile_attention
+from manylora_kernels.attention.paged_attention import paged_attention, write_cache
+from manylora_kernels.attention.paged_batch import PagedBatch
+from manylora_kernels.attention.plan import Scoring
+from manylora_kernels.attention.precompile import precompile_attention
 
 BLOCK_SIZE = 16
 MAX_CONTEXT = 5000

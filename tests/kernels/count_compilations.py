@@ -11,8 +11,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from manylora_kernels import ServedShapes, SitePool, SiteShape, gpu, precompile, routed
+from manylora_kernels import ServedShapes, SitePool, SiteShape
 from manylora_kernels.device import Device
+from manylora_kernels.lora import gpu, precompile, routed
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction

@@ -7,8 +7,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from manylora_kernels import SitePool, activation, gpu, reference
-from manylora_kernels.routed import RoutedMix
+from manylora_kernels import SitePool, reference
+from manylora_kernels.lora import activation, gpu
+from manylora_kernels.lora.routed import RoutedMix
 
 
 def numbers(num_rows: int, width: int, dtype: torch.dtype, device: str) -> torch.Tensor:

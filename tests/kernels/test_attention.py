@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from manylora_kernels import attention_flash, reference
-from manylora_kernels.attention import paged_attention
-from manylora_kernels.attention_plan import Scoring
+from manylora_kernels import reference
+from manylora_kernels.attention import flash as attention_flash
+from manylora_kernels.attention.paged_attention import paged_attention
+from manylora_kernels.attention.plan import Scoring
 from torch.nn.attention import varlen
 
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from manylora_kernels import attention_cpu, compiled
+from manylora_kernels import compiled
+from manylora_kernels.attention import cpu as attention_cpu
 
 SHAPES = {
     # (H, V, D, E, contexts)

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from manylora_kernels.attention import paged_attention
-from manylora_kernels.paged import PagedBatch
+from manylora_kernels.attention.paged_attention import paged_attention
+from manylora_kernels.attention.paged_batch import PagedBatch
 
 from .attention_rules import scoring
 

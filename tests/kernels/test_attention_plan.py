@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from manylora_kernels import attention_plan
-from manylora_kernels.attention_plan import SPLIT_TOKENS, Gpu, Scoring, TilePlan
+from manylora_kernels.attention import plan as attention_plan
+from manylora_kernels.attention.plan import SPLIT_TOKENS, Gpu, Scoring, TilePlan
 
 HOPPER = Gpu(9)
 

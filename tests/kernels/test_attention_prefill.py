@@ -6,9 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-from manylora_kernels import attention_plan, reference
-from manylora_kernels.attention_plan import Gpu, Scoring
-from manylora_kernels.attention_prefill import prefill_attention
+from manylora_kernels import reference
+from manylora_kernels.attention import plan as attention_plan
+from manylora_kernels.attention.plan import Gpu, Scoring
+from manylora_kernels.attention.prefill import prefill_attention
 
 from .attention_rules import SCORINGS, TOLERANCE, scoring
 

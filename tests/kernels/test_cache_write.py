@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from manylora_kernels.cache_write import write_cache
+from manylora_kernels.attention.cache_write import write_cache
 
 
 @pytest.mark.parametrize(

@@ -9,8 +9,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from manylora_kernels import Mix, SitePool, add_lora, native, reference
-from manylora_kernels.segments import SegmentBatch, build_segments
+from manylora_kernels import Mix, SitePool, add_lora, reference
+from manylora_kernels.lora import native
+from manylora_kernels.lora.segments import SegmentBatch, build_segments
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 

@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from manylora_kernels import SitePool, gpu
-from manylora_kernels.routed import RoutedMix
+from manylora_kernels import SitePool
+from manylora_kernels.lora import gpu
+from manylora_kernels.lora.routed import RoutedMix
 
 REPEATS = 3 if os.environ.get("TRITON_INTERPRET") == "1" else 100
 K, WIDTHS, SCALE = 80, (48, 24), 0.75

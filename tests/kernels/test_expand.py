@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from manylora_kernels import reference
-from manylora_kernels.expand import expand
+from manylora_kernels.lora.expand import expand
 
 
 def intermediate(case: Any, num_splits: int) -> torch.Tensor:

@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from manylora_kernels import gpu, reference
-from manylora_kernels.expand_silu_mul import expand_silu_mul
+from manylora_kernels import reference
+from manylora_kernels.lora import gpu
+from manylora_kernels.lora.expand_silu_mul import expand_silu_mul
 
 
 def with_base_rows(case: Any) -> torch.Tensor:

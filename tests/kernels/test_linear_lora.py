@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from manylora_kernels import Mix, SitePool, capture, gpu, streams
-from manylora_kernels.one_adapter import OneAdapter
-from manylora_kernels.routed import RoutedMix
+from manylora_kernels import Mix, SitePool, capture, streams
+from manylora_kernels.lora import gpu
+from manylora_kernels.lora.one_adapter import OneAdapter
+from manylora_kernels.lora.routed import RoutedMix
 from manylora_kernels.streams import run_beside, side_stream
 
 

@@ -10,8 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from manylora_kernels import SitePool, native
-from manylora_kernels.native import build_native_segments
+from manylora_kernels import SitePool
+from manylora_kernels.lora import native
+from manylora_kernels.lora.native import build_native_segments
 
 PAGES = [(4,), (7, 5), (), (1, 0, 2, 3)]
 

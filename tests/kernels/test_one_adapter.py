@@ -7,10 +7,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from manylora_kernels import SitePool, gpu, plan, reference
+from manylora_kernels import SitePool, reference
 from manylora_kernels.device import INTERPRETER
-from manylora_kernels.one_adapter import OneAdapter
-from manylora_kernels.routed import RoutedMix
+from manylora_kernels.lora import gpu, plan
+from manylora_kernels.lora.one_adapter import OneAdapter
+from manylora_kernels.lora.routed import RoutedMix
 
 LEAST = plan.one_adapter_rows(INTERPRETER)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from manylora_kernels.paged import PagedBatch
+from manylora_kernels.attention.paged_batch import PagedBatch
 
 
 def test_the_worked_example_of_the_page() -> None:

@@ -10,8 +10,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from manylora_kernels import SiteShape, plan, plan_file
+from manylora_kernels import SiteShape
 from manylora_kernels.device import Device
+from manylora_kernels.lora import plan, plan_file
 
 H200 = Device("NVIDIA H200", num_units=132, shared_bytes=227 << 10, has_dependent_launch=True)
 SMALL = Device("some card", num_units=20, shared_bytes=64 << 10, has_dependent_launch=False)

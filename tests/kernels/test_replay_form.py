@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 from manylora_kernels import Mix, SitePool, add_lora, reference
-from manylora_kernels.attention import paged_attention, write_cache
-from manylora_kernels.paged import PagedBatch
+from manylora_kernels.attention.paged_attention import paged_attention, write_cache
+from manylora_kernels.attention.paged_batch import PagedBatch
 
 from .attention_rules import TOLERANCE, scoring
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from manylora_kernels.route import Route, max_blocks, route
+from manylora_kernels.lora.route import Route, max_blocks, route
 
 
 def check(found: Route, slots: list[int], max_slots: int, block_rows: int) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from manylora_kernels import reference
-from manylora_kernels.shrink import shrink
+from manylora_kernels.lora.shrink import shrink
 
 
 @pytest.mark.parametrize(("num_splits", "pages"), [(1, 2), (4, 4)])

@@ -17,7 +17,8 @@ from gpu.rows import Context
 from gpu.scene import Scene
 from gpu.shapes import TINY_LAYER, TINY_POINTS
 from loadtest.origin import Origin
-from manylora_kernels import gpu, streams
+from manylora_kernels import streams
+from manylora_kernels.lora import gpu
 
 POINT = TINY_POINTS[0]
 

@@ -17,9 +17,10 @@ from gpu import tune_bench, tune_file, tune_search, tune_space
 from gpu.budget import Deadline
 from gpu.shapes import LLAMA_LAYER, TINY_LAYER
 from gpu.tune_space import Cell
-from manylora_kernels import SiteShape, plan, plan_file
+from manylora_kernels import SiteShape
 from manylora_kernels.device import Device
-from manylora_kernels.plan import Plan, PlanTable, Tile
+from manylora_kernels.lora import plan, plan_file
+from manylora_kernels.lora.plan import Plan, PlanTable, Tile
 
 H200 = Device("NVIDIA H200", num_units=132, shared_bytes=227 << 10, has_dependent_launch=True)
 START = Plan(16, 4, Tile(128, 1, 4, 4), Tile(128, 1, 4, 1))

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 from manylora_kernels import Mix
-from manylora_kernels.paged import PagedBatch
+from manylora_kernels.attention.paged_batch import PagedBatch
 from manylora_kernels.upload import upload
 
 from manylora.errors import ManyloraError

@@ -9,7 +9,7 @@ import logging
 
 import torch
 from manylora_kernels import SitePool
-from manylora_kernels.attention_plan import MAX_HEAD_SIZE
+from manylora_kernels.attention.plan import MAX_HEAD_SIZE
 
 from manylora.adapters.device_pool import DevicePool, num_pages_of
 from manylora.config import EngineConfig

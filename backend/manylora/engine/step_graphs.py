@@ -32,7 +32,7 @@ from dataclasses import dataclass
 
 import torch
 from manylora_kernels import Mix
-from manylora_kernels.paged import PagedBatch
+from manylora_kernels.attention.paged_batch import PagedBatch
 
 from manylora.engine.batch import BatchBuilder, StepTensors
 from manylora.engine.graph_recorder import Recorder, Replay

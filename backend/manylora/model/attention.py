@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 
 import torch
 from manylora_kernels import AttentionShape
-from manylora_kernels.attention_plan import Scoring
-from manylora_kernels.paged import PagedBatch
+from manylora_kernels.attention.paged_batch import PagedBatch
+from manylora_kernels.attention.plan import Scoring
 
 from manylora.errors import UnsupportedError
 from manylora.model import grouped_attention, operators
@@ -179,7 +179,10 @@ def _attend_paged(
     scoring: Scoring,
 ) -> torch.Tensor:
     """Attention of a whole step over the blocks where they lie: [T, H, D]."""
-    from manylora_kernels.attention import paged_attention, write_cache  # imports triton: not for a CPU
+    from manylora_kernels.attention.paged_attention import (  # imports triton: not for a CPU
+        paged_attention,
+        write_cache,
+    )
 
     write_cache(cache.keys, cache.values, key_VTD, value_VTD, batch.write_rows)
     return paged_attention(query_HTD, cache.keys, cache.values, batch, scoring)

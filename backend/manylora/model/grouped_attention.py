@@ -13,8 +13,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import torch
-from manylora_kernels import attention_cpu
-from manylora_kernels.attention_plan import Scoring
+from manylora_kernels.attention import cpu as attention_cpu
+from manylora_kernels.attention.plan import Scoring
 from torch.nn import functional
 
 

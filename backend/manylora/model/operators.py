@@ -16,7 +16,7 @@ import weakref
 from typing import TYPE_CHECKING, Any
 
 import torch
-from manylora_kernels.attention_plan import Scoring
+from manylora_kernels.attention.plan import Scoring
 
 if TYPE_CHECKING:
     from manylora.model.attention import PlanHolder

@@ -12,9 +12,9 @@ from typing import TypeAlias
 
 import torch
 
-from manylora_kernels import lora
-from manylora_kernels.mix import Mix
-from manylora_kernels.pool import SitePool
+from manylora_kernels.lora import entries as lora
+from manylora_kernels.lora.mix import Mix
+from manylora_kernels.lora.pool import SitePool
 
 Product: TypeAlias = Callable[[torch.Tensor], torch.Tensor]
 """x [T, K] -> x W^T + bias, [T, N], of all linears of a site: memory of its own, which may be changed."""
@@ -44,7 +44,7 @@ def linear_lora(x: torch.Tensor, product: Product, pool: SitePool, mix: Mix, kin
         lora.add_lora(y, x, pool, mix, kind)
         return y
     lora.check_x(x, pool, mix, kind)
-    from manylora_kernels import gpu  # imports triton, which a CPU does without
+    from manylora_kernels.lora import gpu  # imports triton, which a CPU does without
 
     return gpu.linear_lora(x, _checked(product, pool, mix), pool, mix.routed, kind)
 
@@ -74,7 +74,7 @@ def gate_up_lora(x: torch.Tensor, product: Product, pool: SitePool, mix: Mix, ki
         lora.add_lora(y, x, pool, mix, kind)
         return silu_mul(y)
     lora.check_x(x, pool, mix, kind)
-    from manylora_kernels import gpu  # imports triton, which a CPU does without
+    from manylora_kernels.lora import gpu  # imports triton, which a CPU does without
 
     return gpu.gate_up_lora(x, _checked(product, pool, mix), pool, mix.routed, kind)
 
@@ -100,7 +100,7 @@ def silu_mul(y: torch.Tensor) -> torch.Tensor:
             f"y: found {list(y.shape)} with strides {y.stride()}, allowed [T, N] with N even and stride 1"
         )
     if y.device.type != "cpu":
-        from manylora_kernels import gpu  # imports triton, which a CPU does without
+        from manylora_kernels.lora import gpu  # imports triton, which a CPU does without
 
         out = y.new_empty(y.shape[0], y.shape[1] // 2)
         gpu.silu_mul(out, y)

@@ -15,9 +15,9 @@ import torch
 import triton
 import triton.language as tl
 
-from manylora_kernels.attention_plan import Scoring, TilePlan
-from manylora_kernels.attention_tile import fold_tile, load_tile, sink_start
-from manylora_kernels.head_rows import head_strides, stride_unit
+from manylora_kernels.attention.head_rows import head_strides, stride_unit
+from manylora_kernels.attention.plan import Scoring, TilePlan
+from manylora_kernels.attention.tile import fold_tile, load_tile, sink_start
 
 
 def prefill_attention(

@@ -9,7 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
-from manylora_kernels.head_rows import head_rows, head_strides, stride_unit
+from manylora_kernels.attention.head_rows import head_rows, head_strides, stride_unit
 
 _BLOCK_TOKENS = 8
 

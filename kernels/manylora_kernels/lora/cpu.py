@@ -20,9 +20,9 @@ import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 
-from manylora_kernels import native
-from manylora_kernels.pool import PAGE_ROWS, SitePool
-from manylora_kernels.segments import KindSegments, Rows, Segment, SegmentBatch, Targets, build_segments
+from manylora_kernels.lora import native
+from manylora_kernels.lora.pool import PAGE_ROWS, SitePool
+from manylora_kernels.lora.segments import KindSegments, Rows, Segment, SegmentBatch, Targets, build_segments
 
 
 class KindRows:

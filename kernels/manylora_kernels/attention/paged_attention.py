@@ -10,13 +10,14 @@ import functools
 
 import torch
 
-from manylora_kernels import attention_flash, attention_plan
-from manylora_kernels.attention_decode import decode_attention
-from manylora_kernels.attention_plan import MAX_HEAD_SIZE, Gpu, Scoring
-from manylora_kernels.attention_prefill import prefill_attention
-from manylora_kernels.cache_write import write_cache
-from manylora_kernels.head_rows import head_rows, is_aligned
-from manylora_kernels.paged import PagedBatch
+from manylora_kernels.attention import flash as attention_flash
+from manylora_kernels.attention import plan as attention_plan
+from manylora_kernels.attention.cache_write import write_cache
+from manylora_kernels.attention.decode import decode_attention
+from manylora_kernels.attention.head_rows import head_rows, is_aligned
+from manylora_kernels.attention.paged_batch import PagedBatch
+from manylora_kernels.attention.plan import MAX_HEAD_SIZE, Gpu, Scoring
+from manylora_kernels.attention.prefill import prefill_attention
 
 __all__ = ["Scoring", "paged_attention", "write_cache"]
 

@@ -14,8 +14,8 @@ import torch
 import triton
 import triton.language as tl
 
-from manylora_kernels.plan import Plan
-from manylora_kernels.routed import RoutedMix, row_stride
+from manylora_kernels.lora.plan import Plan
+from manylora_kernels.lora.routed import RoutedMix, row_stride
 
 
 def expand(

@@ -17,6 +17,6 @@ def warmup_attention(device: torch.device | str, served: ServedAttention) -> Non
         served: the attention of the server's steps.
     """
     if torch.device(device).type != "cpu":
-        from manylora_kernels.precompile_attention import precompile_attention  # imports triton
+        from manylora_kernels.attention.precompile import precompile_attention  # imports triton
 
         precompile_attention(torch.device(device), served)

@@ -6,7 +6,7 @@
    position. Nothing is gathered: each key and value is read where it lies, once for the G heads that share it. A task
    is one key/value head of one sequence, so a sequence's bits are the same alone and in any batch. */
 
-#include "vec.h"
+#include "../vec.h"
 
 #define CHUNK 64 /* tokens whose values are added while they are in the nearest cache */
 #define AHEAD 8  /* tokens between asking memory for a key and using it */

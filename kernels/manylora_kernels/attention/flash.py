@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 
-from manylora_kernels.attention_plan import Scoring
-from manylora_kernels.paged import PagedBatch
+from manylora_kernels.attention.paged_batch import PagedBatch
+from manylora_kernels.attention.plan import Scoring
 
 log = logging.getLogger(__name__)
 

@@ -9,10 +9,11 @@ from collections.abc import Iterator
 
 import torch
 
-from manylora_kernels import attention_flash, attention_plan
-from manylora_kernels.attention import paged_attention, write_cache
-from manylora_kernels.attention_plan import Scoring
-from manylora_kernels.paged import PagedBatch
+from manylora_kernels.attention import flash as attention_flash
+from manylora_kernels.attention import plan as attention_plan
+from manylora_kernels.attention.paged_attention import paged_attention, write_cache
+from manylora_kernels.attention.paged_batch import PagedBatch
+from manylora_kernels.attention.plan import Scoring
 from manylora_kernels.shapes import AttentionShape, ServedAttention
 
 

@@ -8,14 +8,14 @@ from __future__ import annotations
 import torch
 
 from manylora_kernels import streams
-from manylora_kernels.activation import silu_mul
-from manylora_kernels.expand import expand
-from manylora_kernels.expand_silu_mul import expand_silu_mul
-from manylora_kernels.plan import Plan
-from manylora_kernels.pool import SitePool
-from manylora_kernels.product import Product
-from manylora_kernels.routed import RoutedMix
-from manylora_kernels.shrink import empty_h, shrink
+from manylora_kernels.lora.activation import silu_mul
+from manylora_kernels.lora.expand import expand
+from manylora_kernels.lora.expand_silu_mul import expand_silu_mul
+from manylora_kernels.lora.plan import Plan
+from manylora_kernels.lora.pool import SitePool
+from manylora_kernels.lora.product import Product
+from manylora_kernels.lora.routed import RoutedMix
+from manylora_kernels.lora.shrink import empty_h, shrink
 
 __all__ = [
     "add_lora",

@@ -17,7 +17,7 @@ import numpy.typing as npt
 import torch
 
 from manylora_kernels.compiled import DTYPES, library
-from manylora_kernels.pool import PAGE_ROWS, SitePool
+from manylora_kernels.lora.pool import PAGE_ROWS, SitePool
 
 
 class _Site(ctypes.Structure):

@@ -18,7 +18,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from manylora_kernels.plan import PREFILL_BLOCK_ROWS, Plan, PlanKey, PlanTable, Tile
+from manylora_kernels.lora.plan import PREFILL_BLOCK_ROWS, Plan, PlanKey, PlanTable, Tile
 from manylora_kernels.shapes import SiteShape
 
 FOLDER = Path(__file__).parent / "plans"

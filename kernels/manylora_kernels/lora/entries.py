@@ -12,13 +12,14 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from manylora_kernels import compiled, cpu
-from manylora_kernels.mix import Mix
-from manylora_kernels.pool import SitePool
+from manylora_kernels import compiled
+from manylora_kernels.lora import cpu
+from manylora_kernels.lora.mix import Mix
+from manylora_kernels.lora.pool import SitePool
 from manylora_kernels.shapes import ServedShapes
 
 if TYPE_CHECKING:
-    from manylora_kernels.routed import RoutedMix
+    from manylora_kernels.lora.routed import RoutedMix
 
 
 def add_lora(y: torch.Tensor, x: torch.Tensor, pool: SitePool, mix: Mix, kind: int) -> None:
@@ -43,7 +44,7 @@ def add_lora(y: torch.Tensor, x: torch.Tensor, pool: SitePool, mix: Mix, kind: i
     if mix.routed is None:
         cpu.add_lora(y, x, pool, mix.rows[kind])
     else:
-        from manylora_kernels import gpu  # imports triton, which a CPU does without
+        from manylora_kernels.lora import gpu  # imports triton, which a CPU does without
 
         gpu.add_lora(y, x, pool, mix.routed, kind)
 
@@ -71,7 +72,7 @@ def shrink_lora(x: torch.Tensor, pool: SitePool, mix: Mix, kind: int) -> torch.T
     routed = _routed(mix, "shrink_lora")
     if routed is None or not mix.page_limits[kind]:
         return x.new_empty(0, dtype=torch.float32)
-    from manylora_kernels import gpu  # imports triton, which a CPU does without
+    from manylora_kernels.lora import gpu  # imports triton, which a CPU does without
 
     return gpu.shrink_lora(x, pool, routed, kind)
 
@@ -94,7 +95,7 @@ def expand_lora(y: torch.Tensor, h: torch.Tensor, pool: SitePool, mix: Mix, kind
     check_rows("y", y, pool.num_outputs, pool, mix)
     routed = _routed(mix, "expand_lora")
     if routed is not None and mix.page_limits[kind]:
-        from manylora_kernels import gpu  # imports triton, which a CPU does without
+        from manylora_kernels.lora import gpu  # imports triton, which a CPU does without
 
         gpu.expand_lora(y, h, pool, routed, kind)
 
@@ -123,13 +124,13 @@ def add_lora_silu_mul(
     _check(y, x, pool, mix, kind)
     check_rows("out", out, pool.widths[0], pool, mix)
     if mix.routed is not None and mix.page_limits[kind]:
-        from manylora_kernels import gpu  # imports triton, which a CPU does without
+        from manylora_kernels.lora import gpu  # imports triton, which a CPU does without
 
         gpu.add_lora_silu_mul(out, y, x, pool, mix.routed, kind)
         return
     add_lora(y, x, pool, mix, kind)
     if y.device.type != "cpu":
-        from manylora_kernels import gpu  # imports triton, which a CPU does without
+        from manylora_kernels.lora import gpu  # imports triton, which a CPU does without
 
         gpu.silu_mul(out, y)
         return
@@ -149,7 +150,7 @@ def warmup(device: torch.device | str, shapes: ServedShapes | None = None) -> No
     if torch.device(device).type == "cpu":
         compiled.library()
     elif shapes is not None:
-        from manylora_kernels.precompile import precompile  # imports triton, which a CPU does without
+        from manylora_kernels.lora.precompile import precompile  # imports triton, which a CPU does without
 
         precompile(torch.device(device), shapes)
 

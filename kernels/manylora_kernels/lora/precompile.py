@@ -10,10 +10,10 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 
-from manylora_kernels import gpu, plan
 from manylora_kernels.device import facts
-from manylora_kernels.pool import PAGE_ROWS, SitePool
-from manylora_kernels.routed import RoutedMix
+from manylora_kernels.lora import gpu, plan
+from manylora_kernels.lora.pool import PAGE_ROWS, SitePool
+from manylora_kernels.lora.routed import RoutedMix
 from manylora_kernels.shapes import ServedShapes, SiteShape
 
 

@@ -12,10 +12,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from manylora_kernels import plan
 from manylora_kernels.device import Device, facts
-from manylora_kernels.one_adapter import OneAdapter
-from manylora_kernels.route import Route, route
+from manylora_kernels.lora import plan
+from manylora_kernels.lora.one_adapter import OneAdapter
+from manylora_kernels.lora.route import Route, route
 from manylora_kernels.shapes import SiteShape
 from manylora_kernels.upload import upload
 

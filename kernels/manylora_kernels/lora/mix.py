@@ -13,10 +13,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from manylora_kernels.cpu import KindRows
+from manylora_kernels.lora.cpu import KindRows
 
 if TYPE_CHECKING:
-    from manylora_kernels.routed import RoutedMix
+    from manylora_kernels.lora.routed import RoutedMix
 
 PageTable = Sequence[Sequence[int]]
 """The pages of each slot in one kind of site."""
@@ -90,7 +90,7 @@ class Mix:
                     built[key] = KindRows(row_slots, row_scales, key)
             rows = tuple(built[tuple(tuple(slot) for slot in table)] for table in pages)
             return cls(num_rows=len(row_slots), page_limits=limits, rows=rows)
-        from manylora_kernels.routed import RoutedMix  # imports triton, which a CPU does without
+        from manylora_kernels.lora.routed import RoutedMix  # imports triton, which a CPU does without
 
         routed = RoutedMix.build(
             row_slots, row_scales, pages, max_slots, max_pages, torch.device(device), batch_invariant
@@ -121,7 +121,7 @@ class Mix:
             device: as of `build`. The kernels' form serves there, whatever the device.
             batch_invariant: as of `build`.
         """
-        from manylora_kernels.routed import RoutedMix  # imports triton, which a CPU does without
+        from manylora_kernels.lora.routed import RoutedMix  # imports triton, which a CPU does without
 
         routed = RoutedMix.blank(
             num_rows, len(page_limits), max_slots, max_pages, torch.device(device), batch_invariant

@@ -16,9 +16,9 @@ import torch
 import triton
 import triton.language as tl
 
-from manylora_kernels.plan import Plan
-from manylora_kernels.pool import PAGE_ROWS
-from manylora_kernels.routed import RoutedMix, row_stride
+from manylora_kernels.lora.plan import Plan
+from manylora_kernels.lora.pool import PAGE_ROWS
+from manylora_kernels.lora.routed import RoutedMix, row_stride
 
 
 def empty_h(num_rows: int, num_linears: int, mix: RoutedMix, plan: Plan) -> torch.Tensor:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 
 from manylora_kernels.device import Device
-from manylora_kernels.pool import PAGE_ROWS
+from manylora_kernels.lora.pool import PAGE_ROWS
 from manylora_kernels.shapes import SiteShape
 
 ROWS_OF_BLOCKS = ((128, 16), (512, 32))
@@ -80,7 +80,7 @@ class PlanTable:
 @functools.lru_cache(maxsize=16)
 def table_of(device: Device) -> PlanTable:
     """The shipped table of a device; an empty one where none is shipped."""
-    from manylora_kernels import plan_file  # reads what this module defines
+    from manylora_kernels.lora import plan_file  # reads what this module defines
 
     return plan_file.shipped(device.name)
 

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from manylora_kernels.pool import PAGE_ROWS, SitePool
+from manylora_kernels.lora.pool import PAGE_ROWS, SitePool
 from manylora_kernels.streams import is_recorded
 from manylora_kernels.upload import upload
 

@@ -15,10 +15,10 @@ import torch
 import triton
 import triton.language as tl
 
-from manylora_kernels.activation import silu_times
-from manylora_kernels.expand import lora_term
-from manylora_kernels.plan import Plan, Tile
-from manylora_kernels.routed import RoutedMix, row_stride
+from manylora_kernels.lora.activation import silu_times
+from manylora_kernels.lora.expand import lora_term
+from manylora_kernels.lora.plan import Plan, Tile
+from manylora_kernels.lora.routed import RoutedMix, row_stride
 
 
 def expand_silu_mul(

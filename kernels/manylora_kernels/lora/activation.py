@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from manylora_kernels.routed import row_stride
+from manylora_kernels.lora.routed import row_stride
 
 _BLOCK_N = 1024
 """Eight 16-bit elements of gate and of up for each thread: one load of 128 bits each."""

@@ -8,7 +8,7 @@
    of a row is made in an order that depends on K, N and the row's pages only, so a row's bits are the same alone and in
    any mix, with any number of threads. */
 
-#include "vec.h"
+#include "../vec.h"
 
 #define RANK_ROWS 16
 #define COLUMNS 64 /* of an expand task */
