@@ -23,7 +23,8 @@ from pathlib import Path
 
 from loadtest.csv_file import append_csv
 from loadtest.origin import RESULTS, Origin
-from manylora import Engine, EngineConfig, launch
+from manylora import Engine, EngineConfig
+from manylora.supervise import engine_process as launch
 from manylora.wait_policy import WaitPolicy
 
 ROOT = Path(__file__).resolve().parent.parent

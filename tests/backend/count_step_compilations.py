@@ -22,9 +22,10 @@ sys.path.append(str(Path(__file__).parents[1] / "kernels"))
 from count_compilations import CPU, compiled, use_a_driver_that_does_nothing
 from manylora import EngineConfig
 from manylora.adapters.device_pool import DevicePool, Placement
-from manylora.engine import runner, warm_up
+from manylora.engine import runner
 from manylora.engine.batch import Batch, Item
 from manylora.engine.sequence import Sequence as EngineSequence
+from manylora.engine.start_up import warm_up
 from manylora.messages import SamplingParams
 from manylora.model.loading import load_model
 from manylora_kernels.attention.precompile import precompile_attention

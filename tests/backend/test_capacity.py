@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 from manylora import Engine, EngineConfig, cli
 from manylora.adapters.device_pool import DevicePool
-from manylora.engine import capacity
-from manylora.engine.capacity import DeviceMemory
 from manylora.engine.runner import Runner
+from manylora.engine.start_up import capacity
+from manylora.engine.start_up.capacity import DeviceMemory
 from manylora.errors import InvalidArgumentError
 from manylora.memory import host_memory
 from manylora.model.loading import load_model

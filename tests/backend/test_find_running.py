@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 from manylora import run_dir
 from manylora.errors import UnavailableError
-from manylora.health import HealthSocket, Stage
 from manylora.serve import command, healthcheck
 from manylora.serve.ports import Ports
 from manylora.serve.records import RECORD, find_running, read
 from manylora.serve.workspace import workspace
+from manylora.supervise.health import HealthSocket, Stage
 
 ME = os.getuid()
 

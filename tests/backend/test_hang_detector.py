@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from manylora.engine.hang_detector import MAX_BLOCKED_LOOKS, MAX_BUSY_LOOKS, MIN_CPU_S, HangDetector
+from manylora.supervise.hang_detector import MAX_BLOCKED_LOOKS, MAX_BUSY_LOOKS, MIN_CPU_S, HangDetector
 
 
 def test_a_loop_that_comes_round_is_never_stuck() -> None:

@@ -8,10 +8,10 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from manylora import launch
 from manylora.config import EngineConfig
 from manylora.errors import UnavailableError
-from manylora.launch import EngineKeeper
+from manylora.supervise import engine_process as launch
+from manylora.supervise.engine_process import EngineKeeper
 
 PATIENCE_S = 30.0
 PATH = Path("llm.sock")

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from manylora import Engine, EngineConfig
-from manylora.engine import kernel_check
+from manylora.engine.start_up import kernel_check
 from manylora.errors import UnsupportedError
 from manylora_kernels import add_lora
 

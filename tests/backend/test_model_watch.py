@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import ClassVar
 
 import pytest
-from manylora.health import HealthSocket, Stage
-from manylora.serve import model_watch
-from manylora.serve.model_watch import ModelWatch
+from manylora.supervise import model_watch
+from manylora.supervise.health import HealthSocket, Stage
+from manylora.supervise.model_watch import ModelWatch
 
 WAIT_S = 60
 NEVER = 10**9

@@ -14,9 +14,9 @@ import torch
 from manylora import run_dir
 from manylora.config import EngineConfig
 from manylora.ipc import EngineConnection, Event
-from manylora.launch import EngineProcess
 from manylora.messages import Failed, Generate, SamplingParams
 from manylora.model.own_weights import take_weights
+from manylora.supervise.engine_process import EngineProcess
 from safetensors.torch import load_file, save_file
 
 WAIT_S = 120

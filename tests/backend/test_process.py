@@ -14,12 +14,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from manylora import launch, pulse, run_dir
+from manylora import run_dir
 from manylora.config import EngineConfig
 from manylora.errors import InternalError, InvalidArgumentError, UnavailableError
 from manylora.ipc import EngineConnection, Event, query_status
-from manylora.launch import EngineKeeper, EngineProcess
 from manylora.messages import Failed, Generate, SamplingParams
+from manylora.supervise import engine_process as launch
+from manylora.supervise import pulse
+from manylora.supervise.engine_process import EngineKeeper, EngineProcess
 
 WAIT_S = 120
 
@@ -122,7 +124,8 @@ def test_it_does_not_outlive_an_owner_that_was_killed(config: EngineConfig, path
         [
             sys.executable,
             "-c",
-            "import sys, time; from pathlib import Path; from manylora.launch import EngineProcess;"
+            "import sys, time; from pathlib import Path;"
+            "from manylora.supervise.engine_process import EngineProcess;"
             "from manylora.config import EngineConfig;"
             "p = EngineProcess(EngineConfig.from_json(sys.argv[1]), Path(sys.argv[2])); p.wait_ready();"
             "print(p.pid, flush=True); time.sleep(600)",
@@ -284,7 +287,8 @@ def test_an_owner_that_was_stopped_too_finds_the_engine_well(
 
 HANGING_ENGINE = """
 import sys, threading
-from manylora.engine import process, hang_detector
+from manylora.engine import process
+from manylora.supervise import hang_detector
 from manylora.engine.steps import Steps
 from manylora.engine.server import EngineServer
 hang_detector.MAX_BLOCKED_LOOKS = 2

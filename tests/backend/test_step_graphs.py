@@ -15,9 +15,10 @@ import numpy as np
 import pytest
 import torch
 from manylora import Engine, EngineConfig
-from manylora.engine import graph_start, runner
+from manylora.engine import runner
 from manylora.engine.batch import BatchBuilder, StepTensors
 from manylora.engine.graph_recorder import PlainRecorder, Replay
+from manylora.engine.start_up import graph_start
 from manylora.engine.step_graphs import StepGraphs, buckets
 from manylora.model import loading
 from manylora.model.attention import AttentionPlan

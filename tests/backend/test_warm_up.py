@@ -14,10 +14,10 @@ import pytest
 import torch
 from manylora import EngineConfig
 from manylora.adapters.device_pool import DevicePool
-from manylora.engine.dry_run import dry_run, run_steps
 from manylora.engine.flight import Flight
 from manylora.engine.runner import Runner
-from manylora.engine.warm_up import served_attention, served_shapes
+from manylora.engine.start_up.dry_run import dry_run, run_steps
+from manylora.engine.start_up.warm_up import served_attention, served_shapes
 from manylora.model.loading import LoadedModel, load_model
 
 HERE = Path(__file__).parent

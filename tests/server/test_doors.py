@@ -22,11 +22,12 @@ from faults.load import NUM_STREAMS, NUM_WHOLE, RIGHT, Bed, Report
 from grpc import StatusCode
 from harness import SYNTHETIC, status_of, wait_idle
 from manylora.run_dir import health_path
-from manylora.serve import limits, model_watch, processes
+from manylora.serve import limits, processes
 from manylora.serve.background import RunningServer
-from manylora.serve.model_watch import ModelWatch
 from manylora.serve.ports import Ports, hold
-from manylora.serve.probe import Line, LineProbe, http_status, ready_path
+from manylora.supervise import model_watch
+from manylora.supervise.model_watch import ModelWatch
+from manylora.supervise.probe import Line, LineProbe, http_status, ready_path
 from manylora_client import Client, InvalidArgument
 from tritonclient.utils import InferenceServerException
 

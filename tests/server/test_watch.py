@@ -17,10 +17,10 @@ from faults.anatomy import engine_of, stub_of
 from faults.freezing import ask_until_one_waits, counted, frozen_thread
 from harness import connect, status_of
 from manylora import run_dir
-from manylora.serve import model_watch
 from manylora.serve.background import RunningServer, running_server
-from manylora.serve.model_watch import ModelWatch
 from manylora.serve.repository import MODELS
+from manylora.supervise import model_watch
+from manylora.supervise.model_watch import ModelWatch
 from manylora_client import Unavailable
 
 WAIT_S = 120

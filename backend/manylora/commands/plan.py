@@ -112,7 +112,7 @@ def make_plan(config: EngineConfig, model: ModelOutline, device_bytes: int = 0) 
         InvalidArgumentError: the KV cache is too small to start.
     """
     from manylora.adapters.device_pool import num_pages_of, pool_dtype, staging_elements
-    from manylora.engine import capacity
+    from manylora.engine.start_up import capacity
 
     lora_dtype = pool_dtype(config, model.dtype)
     largest = num_pages_of(config.max_lora_rank)

@@ -20,14 +20,14 @@ from manylora.adapters.registry import Registry
 from manylora.config import EngineConfig
 from manylora.engine import report
 from manylora.engine.inbox import Inbox
-from manylora.engine.kernel_check import prove_kernels
 from manylora.engine.kv_cache import BlockPool
 from manylora.engine.limits import Limits
-from manylora.engine.room import Room
 from manylora.engine.runner import Runner
 from manylora.engine.scheduler import Finished, Scheduler
 from manylora.engine.sequence import Sequence, State
 from manylora.engine.session import Closed, Deliver, EngineMessage, Sent, Session, StatusRequest, Wake
+from manylora.engine.start_up.kernel_check import prove_kernels
+from manylora.engine.start_up.room import Room
 from manylora.engine.steps import Steps
 from manylora.errors import CancelledRequestError, InternalError, ManyloraError, UnavailableError
 from manylora.memory import keep_freed_memory, missing_memory_told

@@ -1,4 +1,4 @@
-"""The engine process: `python -m manylora.engine.process`, started by `manylora.launch`.
+"""The engine process: `python -m manylora.engine.process`, started by `manylora.supervise.engine_process`.
 
 It reads one JSON line from standard input, `{"socket": path, "config": {...}, "strict_preload": true}` (the
 last may be left out; false: an adapter that cannot be preloaded fails alone), and answers with one on
@@ -20,10 +20,10 @@ from typing import TYPE_CHECKING, Any
 
 from manylora import paths, run_dir
 from manylora.config import EngineConfig
-from manylora.engine import hang_detector
-from manylora.engine.hang_detector import HangDetector
 from manylora.errors import InternalError, InvalidArgumentError, ManyloraError
-from manylora.pulse import Pulse
+from manylora.supervise import hang_detector
+from manylora.supervise.hang_detector import HangDetector
+from manylora.supervise.pulse import Pulse
 
 if TYPE_CHECKING:
     from manylora.engine.engine import Engine

@@ -15,13 +15,13 @@ from manylora.adapters.device_pool import DevicePool, num_pages_of
 from manylora.config import EngineConfig
 from manylora.engine import logprobs, sampler
 from manylora.engine.batch import Batch, BatchBuilder, Item, StepTensors
-from manylora.engine.capacity import num_kv_blocks
 from manylora.engine.flight import Flight, nothing_sampled
 from manylora.engine.graph_recorder import recorder_for
-from manylora.engine.graph_start import allowed_difference, try_start
 from manylora.engine.sequence import Sequence
+from manylora.engine.start_up.capacity import num_kv_blocks
+from manylora.engine.start_up.graph_start import allowed_difference, try_start
+from manylora.engine.start_up.warm_up import prepare_kernels
 from manylora.engine.step_graphs import StepGraphs
-from manylora.engine.warm_up import prepare_kernels
 from manylora.errors import UnsupportedError
 from manylora.memory import zeros
 from manylora.messages import SamplingParams

@@ -32,9 +32,9 @@ from manylora.front_end.tokenising import (
     size_of_tensors,
     tokenise,
 )
-from manylora.health import Stage
 from manylora.ipc import EngineConnection
 from manylora.messages import Cancel, EngineInfo, Failed, Generate
+from manylora.supervise.health import Stage
 
 LONG_BYTES = 8192
 """Of a request, its prompts and parameters, above which it is read and tokenised apart: some 10 ms."""

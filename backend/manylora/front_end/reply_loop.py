@@ -22,9 +22,9 @@ from manylora import errors
 from manylora.errors import CancelledRequestError, InternalError, ManyloraError, UnavailableError
 from manylora.front_end import protocol
 from manylora.front_end.call import Call, Responder, Row
-from manylora.health import Stage
 from manylora.ipc import Event
 from manylora.messages import Failed
+from manylora.supervise.health import Stage
 
 log = logging.getLogger(__name__)
 

@@ -28,8 +28,8 @@ from manylora.front_end import protocol  # noqa: E402
 from manylora.front_end.front_end import FrontEnd  # noqa: E402
 from manylora.front_end.protocol import Tensors  # noqa: E402
 from manylora.front_end.reply_loop import public_error  # noqa: E402
-from manylora.health import HealthSocket, Stage  # noqa: E402
-from manylora.launch import EngineKeeper  # noqa: E402
+from manylora.supervise.engine_process import EngineKeeper  # noqa: E402
+from manylora.supervise.health import HealthSocket, Stage  # noqa: E402
 
 log = logging.getLogger(__name__)
 

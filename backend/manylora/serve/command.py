@@ -17,10 +17,10 @@ from manylora.serve import limits, preflight, processes, repository
 from manylora.serve.installation import environment, find_installation
 from manylora.serve.ports import Ports, hold
 from manylora.serve.restrictions import RESTRICTABLE, read_allowed, restriction_arguments
-from manylora.serve.stop_signals import StopSignals
-from manylora.serve.supervisor import Supervisor
 from manylora.serve.triton_server import TritonServer
 from manylora.serve.workspace import Workspace, workspace
+from manylora.supervise.stop_signals import StopSignals
+from manylora.supervise.supervisor import Supervisor
 
 PATHS = ("base_model", "adapter_root")
 """Settings that are directories."""

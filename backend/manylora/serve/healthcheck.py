@@ -14,10 +14,10 @@ from pathlib import Path
 
 from manylora import run_dir as run_directory
 from manylora.errors import ManyloraError
-from manylora.health import read_stages
 from manylora.serve import records
-from manylora.serve.probe import REPLY_TIMEOUT_S, Probe, is_ready
 from manylora.serve.repository import MODELS
+from manylora.supervise.health import read_stages
+from manylora.supervise.probe import REPLY_TIMEOUT_S, Probe, is_ready
 
 
 def problems(run_dir: Path) -> list[str]:

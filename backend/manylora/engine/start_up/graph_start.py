@@ -15,8 +15,8 @@ from manylora_kernels import Mix
 
 from manylora.engine.batch import Batch, BatchBuilder
 from manylora.engine.graph_recorder import Recorder
+from manylora.engine.start_up.trial_adapter import trial_adapter
 from manylora.engine.step_graphs import Forward, StepGraphs
-from manylora.engine.trial_adapter import trial_adapter
 from manylora.model.loading import LoadedModel, logits_tolerance
 from manylora.model.lora_layers import Site
 

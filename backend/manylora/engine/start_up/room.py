@@ -14,9 +14,9 @@ import torch
 
 from manylora.adapters.device_pool import pool_dtype
 from manylora.config import EngineConfig
-from manylora.engine import capacity
-from manylora.engine.capacity import DeviceMemory
-from manylora.engine.dry_run import dry_run
+from manylora.engine.start_up import capacity
+from manylora.engine.start_up.capacity import DeviceMemory
+from manylora.engine.start_up.dry_run import dry_run
 from manylora.memory import host_memory
 from manylora.model.loading import LoadedModel, resolve_device
 

@@ -18,8 +18,8 @@ from typing import Any
 from manylora import errors, paths
 from manylora.config import EngineConfig
 from manylora.errors import ManyloraError, UnavailableError
-from manylora.process_state import is_alive
-from manylora.pulse import MAX_SILENT_TURNS, MAX_SILENT_TURNS_AT_START, PulseListener, Silence
+from manylora.supervise.process_state import is_alive
+from manylora.supervise.pulse import MAX_SILENT_TURNS, MAX_SILENT_TURNS_AT_START, PulseListener, Silence
 
 log = logging.getLogger(__name__)
 

@@ -17,7 +17,7 @@ from manylora_kernels import Mix, SitePool, add_lora, gate_up_lora, linear_lora,
 from manylora_kernels.streams import as_recorded
 
 from manylora.engine.batch import BatchBuilder
-from manylora.engine.trial_adapter import trial_adapter
+from manylora.engine.start_up.trial_adapter import trial_adapter
 from manylora.errors import UnsupportedError
 from manylora.model.loading import LoadedModel
 

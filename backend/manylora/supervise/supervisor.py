@@ -8,11 +8,11 @@ from pathlib import Path
 
 from manylora.errors import UnavailableError
 from manylora.run_dir import health_path
-from manylora.serve.model_watch import ModelWatch
-from manylora.serve.probe import Probe, is_ready, server_id
 from manylora.serve.repository import MODELS
-from manylora.serve.stop_signals import StopSignals
 from manylora.serve.triton_server import TritonServer
+from manylora.supervise.model_watch import ModelWatch
+from manylora.supervise.probe import Probe, is_ready, server_id
+from manylora.supervise.stop_signals import StopSignals
 
 LOOK_INTERVAL_S = 0.25
 """Between two looks at the processes and the signals."""

@@ -10,8 +10,8 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-from manylora.health import StageState, read_stages
-from manylora.serve.probe import HttpProbe, Line, LineProbe, Probe, http_status, ready_path
+from manylora.supervise.health import StageState, read_stages
+from manylora.supervise.probe import HttpProbe, Line, LineProbe, Probe, http_status, ready_path
 
 LOOKS_BETWEEN = 20
 """Looks from one answer to the next question."""
