@@ -1,11 +1,13 @@
 # `make` alone says what there is.
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check bench serve clean
+.PHONY: help setup demo test test-all check bench serve clean
 PYTHON_FILES := backend kernels client examples scripts tests bench model_repository
 VENV := .venv/bin
+# On two workers; tests that share a server, and those of one file, stay together (tests/conftest.py).
+PYTEST := $(VENV)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder --durations=20
 
 help: ## say what there is
-	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-8s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-8s %s\n", $$1, $$2}'
 
 setup: ## make .venv and .build (packages, tritonserver, base model); PYTHON=... names the interpreter
 	@python=$$(sh scripts/find_python.sh) && exec "$$python" scripts/setup.py
@@ -13,8 +15,11 @@ setup: ## make .venv and .build (packages, tritonserver, base model); PYTHON=...
 demo: setup ## three adapters and the base model answer one mixed batch on a real tritonserver
 	@$(VENV)/python examples/demo.py
 
-test: setup ## the whole CPU test suite, real server included; ARGS="-k name" is passed to pytest
-	@$(VENV)/python -m pytest $(ARGS)
+test: setup ## the CPU test suite, real server included, in ten minutes; ARGS="-k name" is passed to pytest
+	@$(PYTEST) -m "not slow" $(ARGS)
+
+test-all: setup ## the same and the tests marked slow: what is long and rarely breaks
+	@$(PYTEST) $(ARGS)
 
 check: setup ## lint, format and types; changes nothing
 	@$(VENV)/ruff check $(PYTHON_FILES)

@@ -2,15 +2,68 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Generator, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
+SERVERS = Path(__file__).parent / "server"
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Keep together, on one of several workers, the tests of a file, and all those that start servers: no two
+    servers share the processors. The longest group begins first."""
+    items.sort(key=lambda item: SERVERS not in item.path.parents)
+    if not config.pluginmanager.hasplugin("xdist"):
+        return
+    for item in items:
+        group = "servers" if SERVERS in item.path.parents else item.path.stem
+        item.add_marker(pytest.mark.xdist_group(group))
+
+
+@contextmanager
+def locked(path: Path, how: int) -> Iterator[None]:
+    with path.open() as file:
+        fcntl.flock(file, how)
+        try:
+            yield
+        finally:
+            # Said here, since a process that was forked meanwhile has the file open, too.
+            fcntl.flock(file, fcntl.LOCK_UN)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
+    """Run nothing beside a test that is marked `alone`. Any file that is there will do as a lock."""
+    if not hasattr(item.config, "workerinput"):
+        return (yield)
+    is_alone = item.get_closest_marker("alone") is not None
+    # Whoever waits to be alone holds the gate, or the others' turns might never leave a gap.
+    with ExitStack() as turn:
+        with locked(ROOT / "pyproject.toml", fcntl.LOCK_EX):
+            turn.enter_context(locked(Path(__file__), fcntl.LOCK_EX if is_alone else fcntl.LOCK_SH))
+        return (yield)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    """Say below the slowest tests how long each folder took, fixtures included."""
+    if config.option.durations is None:
+        return
+    seconds: Counter[str] = Counter()
+    for reports in terminalreporter.stats.values():
+        for report in reports:
+            if isinstance(report, pytest.TestReport):
+                seconds[str(Path(report.nodeid.partition("::")[0]).parent)] += report.duration
+    terminalreporter.section("seconds of each folder")
+    for folder, spent in seconds.most_common():
+        terminalreporter.line(f"{spent:8.1f} {folder}")
 
 
 @pytest.fixture

@@ -130,6 +130,7 @@ def all_processors() -> int:
     return number
 
 
+@pytest.mark.alone
 def test_threads_that_sleep_beside_make_those_of_an_operator_sleep_at_once(all_processors: int) -> None:
     runtime = openmp_runtime()
     assert runtime
