@@ -24,7 +24,7 @@ from pathlib import Path
 from loadtest.csv_file import append_csv
 from loadtest.origin import RESULTS, Origin
 from manylora import Engine, EngineConfig
-from manylora.supervise import engine_process as launch
+from manylora.supervise import engine_process
 from manylora.wait_policy import WaitPolicy
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -72,7 +72,7 @@ class Child:
     """An engine in a process of its own that waits in one way."""
 
     def __init__(self, way: str) -> None:
-        environment = launch.environment()
+        environment = engine_process.environment()
         for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY", "OMP_NUM_THREADS"):
             environment.pop(name, None)
         self._process = subprocess.Popen(

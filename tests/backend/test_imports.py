@@ -28,8 +28,9 @@ WITHOUT_TORCH = [
     "manylora.ipc",
     "manylora.cli",
     "manylora.serve.command",
+    "manylora.supervise.supervisor",
+    "manylora.supervise.engine_keeper",
 ]
-
 
 MAY_USE_THE_CLIENT = "backend/manylora/commands"
 """What the command line asks of a running server, it asks through the client."""
@@ -73,6 +74,14 @@ def test_nothing_of_the_engine_knows_text_or_front_ends(package: str) -> None:
         str(f)
         for f in files
         if re.search(r"import.*\bfront_end\b|from manylora\.(front_end|offline)", f.read_text())
+    ] == []
+
+
+def test_what_keeps_processes_running_knows_nothing_of_serve() -> None:
+    files = sorted((ROOT / "backend/manylora/supervise").rglob("*.py"))
+    assert files
+    assert [
+        str(f) for f in files if re.search(r"from manylora\.serve|import.*\bserve\b", f.read_text())
     ] == []
 
 

@@ -10,8 +10,8 @@ from types import SimpleNamespace
 import pytest
 from manylora.config import EngineConfig
 from manylora.errors import UnavailableError
-from manylora.supervise import engine_process as launch
-from manylora.supervise.engine_process import EngineKeeper
+from manylora.supervise import engine_keeper
+from manylora.supervise.engine_keeper import EngineKeeper
 
 PATIENCE_S = 30.0
 PATH = Path("llm.sock")
@@ -96,8 +96,8 @@ class Pauses:
 def keep(monkeypatch: pytest.MonkeyPatch, *lives: Life) -> World:
     """Let a keeper go through these lives; its thread must come to the end of them."""
     world = World(list(lives))
-    monkeypatch.setattr(launch, "EngineProcess", world.process)
-    monkeypatch.setattr(launch, "time", SimpleNamespace(monotonic=lambda: world.now_s))
+    monkeypatch.setattr(engine_keeper, "EngineProcess", world.process)
+    monkeypatch.setattr(engine_keeper, "time", SimpleNamespace(monotonic=lambda: world.now_s))
     keeper = EngineKeeper(CONFIG, PATH)
     monkeypatch.setattr(keeper, "_is_stopping", Pauses(world))
     keeper.start()

@@ -1,4 +1,4 @@
-"""The engine process, its launcher and its keeper, on a tiny random model."""
+"""The engine process and its keeper, on a tiny random model."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from manylora.config import EngineConfig
 from manylora.errors import InternalError, InvalidArgumentError, UnavailableError
 from manylora.ipc import EngineConnection, Event, query_status
 from manylora.messages import Failed, Generate, SamplingParams
-from manylora.supervise import engine_process as launch
-from manylora.supervise import pulse
-from manylora.supervise.engine_process import EngineKeeper, EngineProcess
+from manylora.supervise import engine_process, pulse
+from manylora.supervise.engine_keeper import EngineKeeper
+from manylora.supervise.engine_process import EngineProcess
 
 WAIT_S = 120
 
@@ -134,7 +134,7 @@ def test_it_does_not_outlive_an_owner_that_was_killed(config: EngineConfig, path
         ],
         stdout=subprocess.PIPE,
         text=True,
-        env=launch.environment(),
+        env=engine_process.environment(),
     )
     assert owner.stdout
     pid = int(owner.stdout.readline())
@@ -323,7 +323,7 @@ def test_an_engine_process_whose_thread_hangs_or_dies_ends_by_itself(
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env=launch.environment(),
+        env=engine_process.environment(),
     )
     lost = threading.Event()
     connection = EngineConnection(path, on_events=lambda events: None, on_lost=lost.set)
@@ -362,7 +362,7 @@ def test_without_a_readable_order_it_says_so(order: str) -> None:
         input=order,
         capture_output=True,
         text=True,
-        env=launch.environment(),
+        env=engine_process.environment(),
         timeout=WAIT_S,
         check=False,
     )
@@ -374,10 +374,10 @@ def test_without_a_readable_order_it_says_so(order: str) -> None:
 def test_the_interpreter_is_this_environments_also_in_a_program_that_embeds_it(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    expected = Path(launch.python_executable())
+    expected = Path(engine_process.python_executable())
     monkeypatch.setattr(sys, "executable", "/opt/tritonserver/backends/python/triton_python_backend_stub")
-    assert Path(launch.python_executable()).resolve() == expected.resolve()
-    assert Path(launch.python_executable()).parent == Path(sys.prefix) / "bin"
+    assert Path(engine_process.python_executable()).resolve() == expected.resolve()
+    assert Path(engine_process.python_executable()).parent == Path(sys.prefix) / "bin"
 
 
 def test_the_environment_finds_our_packages_and_leaves_out_tritons_libraries(
@@ -387,12 +387,12 @@ def test_the_environment_finds_our_packages_and_leaves_out_tritons_libraries(
         "LD_LIBRARY_PATH", "/x/nvidia_pytriton.libs:/usr/local/nvidia/lib::/opt/tritonserver/lib"
     )
     monkeypatch.setenv("PYTHONPATH", "/somewhere")
-    environment = launch.environment()
+    environment = engine_process.environment()
     assert environment["LD_LIBRARY_PATH"] == "/usr/local/nvidia/lib"
     assert environment["PYTHONPATH"].endswith(":/somewhere")
     found = subprocess.run(
         [
-            launch.python_executable(),
+            engine_process.python_executable(),
             "-c",
             "import json, manylora, manylora_kernels; print(json.dumps(manylora.__file__))",
         ],
@@ -402,7 +402,7 @@ def test_the_environment_finds_our_packages_and_leaves_out_tritons_libraries(
         check=True,
         timeout=WAIT_S,
     )
-    assert Path(json.loads(found.stdout)).parent == Path(launch.__file__).parent
+    assert Path(json.loads(found.stdout)).parent == Path(engine_process.__file__).parent
 
 
 def wait_for_end(pidfd: int) -> None:

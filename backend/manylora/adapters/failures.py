@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from manylora.adapters.adapter_files import Stamp
+from manylora.backoff import Backoff
 from manylora.errors import ManyloraError, from_code
 
 FIRST_PAUSE_S = 1.0
@@ -18,7 +19,7 @@ MAX_REMEMBERED = 1024
 class _Failure:
     error: ManyloraError
     stamp: Stamp | None
-    pause_s: float
+    backoff: Backoff
     retry_at_s: float
 
 
@@ -43,9 +44,11 @@ class Failures:
             stamp: of the files that were read.
         """
         last = self._failures.pop(name, None)
-        is_repeated = last is not None and last.stamp == stamp
-        pause_s = min(2 * last.pause_s, MAX_PAUSE_S) if last is not None and is_repeated else FIRST_PAUSE_S
-        self._failures[name] = _Failure(error, stamp, pause_s, self._clock() + pause_s)
+        if last is not None and last.stamp == stamp:
+            backoff = last.backoff
+        else:
+            backoff = Backoff(first_s=FIRST_PAUSE_S, max_s=MAX_PAUSE_S)
+        self._failures[name] = _Failure(error, stamp, backoff, self._clock() + backoff.fail())
         while len(self._failures) > MAX_REMEMBERED:
             self._failures.popitem(last=False)
 

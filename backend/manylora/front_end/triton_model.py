@@ -28,7 +28,7 @@ from manylora.front_end import protocol  # noqa: E402
 from manylora.front_end.front_end import FrontEnd  # noqa: E402
 from manylora.front_end.protocol import Tensors  # noqa: E402
 from manylora.front_end.reply_loop import public_error  # noqa: E402
-from manylora.supervise.engine_process import EngineKeeper  # noqa: E402
+from manylora.supervise.engine_keeper import EngineKeeper  # noqa: E402
 from manylora.supervise.health import HealthSocket, Stage  # noqa: E402
 
 log = logging.getLogger(__name__)

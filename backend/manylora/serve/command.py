@@ -124,6 +124,7 @@ def main(arguments: argparse.Namespace) -> int:
                 restrictions=restrictions,
                 shared_memory_bytes=shared_memory_bytes,
             ),
+            models=repository.MODELS,
             address=ports.address(ports.http),
             metrics_address=ports.address(ports.metrics),
             run_dir=space.path,

@@ -1,15 +1,15 @@
-"""Keeps a tritonserver running: starts it, waits until both models answer, restarts it when one has died."""
+"""Keeps a tritonserver running: starts it, waits until its models answer, restarts it when one has died."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Protocol
 
+from manylora.backoff import Backoff
 from manylora.errors import UnavailableError
 from manylora.run_dir import health_path
-from manylora.serve.repository import MODELS
-from manylora.serve.triton_server import TritonServer
 from manylora.supervise.model_watch import ModelWatch
 from manylora.supervise.probe import Probe, is_ready, server_id
 from manylora.supervise.stop_signals import StopSignals
@@ -22,10 +22,28 @@ MAX_FAILURES = 6
 """In a row, after which a server that had been ready is given up."""
 STEADY_S = 60.0
 """A server that was up so long has not failed at its start."""
+FIRST_PAUSE_S = 2.0
+"""Before the second restart in a row; the first one follows at once."""
 MAX_PAUSE_S = 30.0
 
 
-class _StopAsked(Exception):
+class Server(Protocol):
+    """A tritonserver, as `serve.triton_server` has it."""
+
+    id: str
+
+    @property
+    def is_running(self) -> bool: ...
+    @property
+    def is_full(self) -> bool: ...
+    def problem(self) -> str: ...
+    def remember_stubs(self) -> None: ...
+    def log_tail(self) -> str: ...
+    def stop(self, is_urgent: Callable[[], bool], /) -> None: ...
+    def kill(self) -> list[int]: ...
+
+
+class _Stop(Exception):
     """Raised where the supervisor may stop, never by a signal's handler."""
 
 
@@ -34,8 +52,9 @@ class Supervisor:
 
     def __init__(
         self,
-        start: Callable[[], TritonServer],
+        start: Callable[[], Server],
         *,
+        models: Sequence[str],
         address: str,
         metrics_address: str,
         run_dir: Path,
@@ -45,6 +64,7 @@ class Supervisor:
         signals: StopSignals,
     ) -> None:
         self._start = start
+        self._models = models
         self._address = address
         self._metrics_address = metrics_address
         self._run_dir = run_dir
@@ -52,7 +72,7 @@ class Supervisor:
         self._on_ready = on_ready
         self._say = say
         self._signals = signals
-        self._server: TritonServer | None = None
+        self._server: Server | None = None
         self.was_ready = False
         self._watches: list[ModelWatch] = []
 
@@ -68,13 +88,12 @@ class Supervisor:
             self._await_answers(self._server)
             self.was_ready = True
             self._on_ready()
-            failures = 0
+            backoff = Backoff(first_s=FIRST_PAUSE_S, max_s=MAX_PAUSE_S, steady_s=STEADY_S, num_immediate=1)
             while True:
-                since = time.monotonic()
+                ready_at = time.monotonic()
                 problem = self._watch(self._server)
-                failures = 1 if time.monotonic() - since > STEADY_S else failures + 1
-                failures = self._restart(problem, failures)
-        except _StopAsked:
+                self._restart(problem, backoff, succeeded_s=time.monotonic() - ready_at)
+        except _Stop:
             pass
         finally:
             self._close_watches()
@@ -87,15 +106,15 @@ class Supervisor:
         while not self._signals.first and (left := end - time.monotonic()) > 0:
             time.sleep(min(left, LOOK_INTERVAL_S))
         if self._signals.first:
-            raise _StopAsked
+            raise _Stop
 
-    def _await_answers(self, server: TritonServer) -> None:
+    def _await_answers(self, server: Server) -> None:
         """Wait until Triton calls both models ready and both front ends say how they are.
 
         Whoever else answers on its port is not believed.
         """
         deadline = time.monotonic() + self._ready_timeout_s
-        waiting = list(MODELS)
+        waiting = list(self._models)
         num_bad_looks = 0
         while waiting:
             if not server.is_running:
@@ -115,11 +134,11 @@ class Supervisor:
                 raise UnavailableError(f"another server, {found!r}, answers on {self._address}")
             if found:
                 waiting = [model for model in waiting if not is_ready(self._address, model)]
-        for model in MODELS:
+        for model in self._models:
             self._await_answer(server, model, deadline)
         server.remember_stubs()
 
-    def _await_answer(self, server: TritonServer, model: str, deadline: float) -> None:
+    def _await_answer(self, server: Server, model: str, deadline: float) -> None:
         probe = Probe(health_path(self._run_dir, model))
         try:
             while not (is_over := probe.poll(LOOK_INTERVAL_S)) and time.monotonic() < deadline:
@@ -130,7 +149,7 @@ class Supervisor:
             why = probe.failure or ("it hangs up" if is_over else "none in time")
             raise UnavailableError(f"{model} is ready but gives no answer: {why}\n{server.log_tail()}")
 
-    def _watch(self, server: TritonServer) -> str:
+    def _watch(self, server: Server) -> str:
         """Look at the server until something is wrong with it.
 
         Returns: what is wrong.
@@ -145,7 +164,7 @@ class Supervisor:
                 is_full=lambda: server.is_full,
                 say=self._say,
             )
-            for model in MODELS
+            for model in self._models
         ]
         while True:
             problem = server.problem()
@@ -160,16 +179,17 @@ class Supervisor:
             watch.close()
         self._watches.clear()
 
-    def _restart(self, problem: str, failures: int) -> int:
-        """Put a new server, which answers, in the place of one that is no good.
+    def _restart(self, problem: str, backoff: Backoff, succeeded_s: float) -> None:
+        """Replace a server that no longer serves by a new one, and wait until that one answers.
 
-        Returns: the failures in a row so far.
+        Args:
+            succeeded_s: seconds for which the old one served.
 
         Raises:
             UnavailableError: no server came up in several attempts.
         """
-        while failures < MAX_FAILURES:
-            pause_s = min(2.0 ** (failures - 1), MAX_PAUSE_S) if failures > 1 else 0.0
+        pause_s = backoff.fail(succeeded_s)
+        while backoff.num_failures < MAX_FAILURES:
             self._say(f"{problem}; starting tritonserver again" + (f" in {pause_s:.0f} s" if pause_s else ""))
             if self._server and (left := self._server.kill()):
                 self._say(f"left behind, since they cannot be killed: processes {', '.join(map(str, left))}")
@@ -178,8 +198,10 @@ class Supervisor:
             try:
                 self._await_answers(self._server)
             except UnavailableError as error:
-                problem, failures = str(error), failures + 1
+                problem, pause_s = str(error), backoff.fail()
                 continue
             self._say("ready again")
-            return failures
-        raise UnavailableError(f"given up after {failures} failures in a row; the last: {problem}")
+            return
+        raise UnavailableError(
+            f"given up after {backoff.num_failures} failures in a row; the last: {problem}"
+        )
