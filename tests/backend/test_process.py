@@ -13,6 +13,7 @@ import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import manylora
 import pytest
 from manylora import run_dir
 from manylora.config import EngineConfig
@@ -402,7 +403,7 @@ def test_the_environment_finds_our_packages_and_leaves_out_tritons_libraries(
         check=True,
         timeout=WAIT_S,
     )
-    assert Path(json.loads(found.stdout)).parent == Path(engine_process.__file__).parent
+    assert Path(json.loads(found.stdout)).parent == Path(manylora.__file__).parent
 
 
 def wait_for_end(pidfd: int) -> None:
