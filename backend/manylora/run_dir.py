@@ -11,7 +11,7 @@ from pathlib import Path
 
 from manylora import errors, paths
 from manylora.errors import InvalidArgumentError, ManyloraError, UnavailableError
-from manylora.supervise.process_state import is_alive
+from manylora.process_state import is_alive
 
 MAX_SOCKET_PATH_BYTES = 107
 """sun_path of a Unix socket is 108 bytes with its end mark."""

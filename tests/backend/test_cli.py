@@ -17,9 +17,9 @@ import pytest
 from manylora import Engine, EngineConfig, cli
 from manylora.commands import asking
 from manylora.commands.generate import describe_logprobs
-from manylora.commands.table import columns, cut, fill, render, size
 from manylora.front_end.parameters import PARAMETERS
 from manylora.model.outline import outline_model
+from manylora.table import columns, cut, fill, render, size
 from manylora_client import TokenLogprob
 from safetensors.torch import load_file, save_file
 

@@ -13,8 +13,8 @@ from typing import Any
 from manylora_client import Client, Completion, TokenLogprob
 
 from manylora.commands import asking
-from manylora.commands.table import columns, cut, fill, render
 from manylora.errors import InvalidArgumentError
+from manylora.table import columns, cut, fill, render
 
 EXAMPLES = """\
 examples:

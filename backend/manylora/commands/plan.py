@@ -8,9 +8,9 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from manylora import settings_table
-from manylora.commands.table import render, size
 from manylora.config import EngineConfig, parse_size
 from manylora.serve.command import read_settings
+from manylora.table import render, size
 
 if TYPE_CHECKING:
     from manylora.model.outline import ModelOutline

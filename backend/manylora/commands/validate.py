@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any
 from manylora import settings_table
 from manylora.adapters.adapter_root import AdapterRoot
 from manylora.adapters.lora_config import MAX_CONFIG_BYTES
-from manylora.commands.table import cut, render, size
 from manylora.config import EngineConfig, resolve_directory
 from manylora.errors import InvalidArgumentError, ManyloraError
 from manylora.serve.command import read_settings
+from manylora.table import cut, render, size
 
 if TYPE_CHECKING:
     import torch

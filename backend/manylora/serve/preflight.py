@@ -13,9 +13,9 @@ from pathlib import Path
 from manylora import paths
 from manylora.adapters.adapter_root import AdapterRoot
 from manylora.answered import answered
-from manylora.commands.table import size
 from manylora.config import EngineConfig, resolve_directory
 from manylora.errors import InvalidArgumentError, ManyloraError, NotFoundError, UnavailableError
+from manylora.table import size
 
 RUN_DIR_BYTES = 1 << 20
 """The rendered models, and the first of the log."""

@@ -9,7 +9,7 @@ import signal
 import time
 from pathlib import Path
 
-from manylora.supervise.process_state import is_alive
+from manylora.process_state import is_alive
 
 __all__ = ["adopt_orphans", "children", "command", "end_children", "end_with_parent", "is_alive"]
 

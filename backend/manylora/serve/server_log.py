@@ -9,8 +9,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from manylora.process_state import is_stopped
 from manylora.serve import log_pump
-from manylora.supervise.process_state import is_stopped
 
 MAX_BYTES = 32 << 20
 """Of the file; as much again is kept of what came before it."""

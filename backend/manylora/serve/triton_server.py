@@ -13,11 +13,11 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from manylora.paths import SHARED_MEMORY
+from manylora.process_state import is_stopped
 from manylora.serve import limits, processes
 from manylora.serve.installation import Installation
 from manylora.serve.ports import Ports
 from manylora.serve.server_log import ServerLog
-from manylora.supervise.process_state import is_stopped
 
 UNLOAD_GRACE_S = 10
 """What tritonserver gets once nothing is in flight any more, to unload the models, which end the engine."""

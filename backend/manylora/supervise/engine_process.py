@@ -17,7 +17,7 @@ from typing import Any
 from manylora import errors, paths
 from manylora.config import EngineConfig
 from manylora.errors import UnavailableError
-from manylora.supervise.process_state import is_alive
+from manylora.process_state import is_alive
 from manylora.supervise.pulse import MAX_SILENT_TURNS, MAX_SILENT_TURNS_AT_START, PulseListener, Silence
 
 log = logging.getLogger(__name__)

@@ -11,7 +11,7 @@ import os
 import select
 import threading
 
-from manylora.supervise.process_state import is_alive, is_stopped
+from manylora.process_state import is_alive, is_stopped
 
 BEAT_S = 1.0
 
