@@ -5,12 +5,12 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from manylora.adapters.device_pool import DevicePool, Placement
+from manylora.adapters.device_pool import DevicePool
+from manylora.adapters.placement import AdapterUse
 from manylora.config import EngineConfig
 from manylora.engine.batch import Batch, Item
 from manylora.engine.runner import Runner
@@ -47,14 +47,6 @@ _TINY = _LLAMA_8B | {
     "num_key_value_heads": 2,
     "max_position_embeddings": 256,
 }
-
-
-@dataclass(slots=True)
-class HeldAdapter:
-    """Stands where a running sequence has its lease: an adapter in the pool, of no file."""
-
-    placement: Placement
-    scale: float = 1.0
 
 
 class ModelBed:
@@ -162,15 +154,14 @@ class ModelBed:
 
     def _batch(self, lengths: list[int], num_new: int, num_adapters: int) -> Batch:
         size, items, next_block = self.config.kv_block_size, [], 0
-        # A step counts adapters by where they lie: one placement each, whichever sequences have it.
         adapters = [
-            HeldAdapter(Placement(pages=((page,),) * len(self.pool.kinds), copied=None))
+            AdapterUse(version=str(page), scale=1.0, pages=((page,),) * len(self.pool.kinds))
             for page in range(num_adapters)
         ]
         for index, length in enumerate(lengths):
             num_blocks = -(-length // size)
-            lease: Any = adapters[index % num_adapters] if num_adapters else None
-            sequence = _sequence(index, length, self.hf_config.vocab_size, lease)
+            adapter = adapters[index % num_adapters] if num_adapters else None
+            sequence = _sequence(index, length, self.hf_config.vocab_size, adapter)
             sequence.table = list(range(next_block, next_block + num_blocks))
             sequence.num_computed = length - num_new if num_new else 0
             next_block += num_blocks
@@ -193,13 +184,13 @@ def _random_model(hf_config: LlamaConfig, device: torch.device, dtype: torch.dty
     return module.eval().requires_grad_(False)
 
 
-def _sequence(index: int, length: int, vocab_size: int, lease: Any) -> Sequence:
+def _sequence(index: int, length: int, vocab_size: int, adapter: AdapterUse | None) -> Sequence:
     return Sequence(
         id=index,
-        session=None,  # type: ignore[arg-type]  # belongs to nobody
         token_ids=[(7 * index + 3 * t) % vocab_size for t in range(length)],
         num_prompt=length,
         params=SamplingParams(),
         seed=0,
-        lease=lease,
+        lease=None,
+        adapter=adapter,
     )

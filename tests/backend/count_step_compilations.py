@@ -21,7 +21,8 @@ sys.path.append(str(Path(__file__).parents[1] / "kernels"))
 
 from count_compilations import CPU, compiled, use_a_driver_that_does_nothing
 from manylora import EngineConfig
-from manylora.adapters.device_pool import DevicePool, Placement
+from manylora.adapters.device_pool import DevicePool
+from manylora.adapters.placement import AdapterUse
 from manylora.engine import runner
 from manylora.engine.batch import Batch, Item
 from manylora.engine.sequence import Sequence as EngineSequence
@@ -37,20 +38,12 @@ BLOCK_SIZE = 4
 MAX_LEN = 256
 
 
-class Held:
-    """What a step asks of a lease."""
-
-    def __init__(self, placement: Placement, scale: float) -> None:
-        self.placement = placement
-        self.scale = scale
-
-
-def steps(placements: Sequence[Placement | None]) -> Iterator[list[Item]]:
+def steps(adapters: Sequence[AdapterUse | None]) -> Iterator[list[Item]]:
     """Decodes of every number and context, prompts and chunks of every length, alone and together."""
     draw = random.Random(1)
 
     def item(num_tokens: int, start: int, nth: int) -> Item:
-        return Item(sequence(num_tokens + start, start, placements[nth % len(placements)]), num_tokens)
+        return Item(sequence(num_tokens + start, start, adapters[nth % len(adapters)]), num_tokens)
 
     for num_seqs in range(1, MAX_SEQS + 1):
         for longest in (1, 17, MAX_LEN):
@@ -63,15 +56,15 @@ def steps(placements: Sequence[Placement | None]) -> Iterator[list[Item]]:
         yield [*decodes, item(num_tokens // 2 + 1, 5, 1), item(num_tokens - num_tokens // 2, 0, 2)]
 
 
-def sequence(num_tokens: int, num_computed: int, placement: Placement | None) -> EngineSequence:
+def sequence(num_tokens: int, num_computed: int, adapter: AdapterUse | None) -> EngineSequence:
     return EngineSequence(
         id=0,
-        session=None,
         token_ids=[3] * num_tokens,
         num_prompt=num_tokens,
         params=SamplingParams(),
         seed=0,
-        lease=None if placement is None else Held(placement, 0.5),
+        lease=None,
+        adapter=adapter,
         table=list(range(-(-num_tokens // BLOCK_SIZE))),
         num_computed=num_computed,
     )
@@ -96,13 +89,13 @@ def main() -> None:
     pool = DevicePool(model.spec, config.max_loras, config.max_lora_rank, model.dtype, model.device)
     served = runner.Runner(model, config, pool)
     num_kinds = len(model.spec.kinds)
-    placements = [
+    adapters = [
         None,
-        *(Placement(pages=(pages,) * num_kinds, copied=None) for pages in ((0,), (1, 2), (3, 4, 5))),
+        *(AdapterUse("", 0.5, (pages,) * num_kinds) for pages in ((0,), (1, 2), (3, 4, 5))),
     ]
-    one_kind = Placement(pages=((6,), *((),) * (num_kinds - 1)), copied=None)
+    one_kind = AdapterUse("", 0.5, ((6,), *((),) * (num_kinds - 1)))
 
-    every = list(steps([*placements, one_kind]))
+    every = list(steps([*adapters, one_kind]))
     with torch.inference_mode():
         served.logits(Batch(every[-1]))
         cold = Counter(compiled)

@@ -32,7 +32,6 @@ def sequence(length: int, prompt: int, seed: int = 0, **params: object) -> Seque
     generator = torch.Generator().manual_seed(seed)
     return Sequence(
         id=0,
-        session=None,
         # Few distinct ids, so that many come again.
         token_ids=torch.randint(0, 23, (length,), generator=generator).tolist(),
         num_prompt=prompt,

@@ -18,7 +18,6 @@ VOCAB = 1000
 def sequence(seed: int = 0, length: int = 5, prompt: int = 3, **params: object) -> Sequence:
     return Sequence(
         id=0,
-        session=None,
         token_ids=[1] * length,
         num_prompt=prompt,
         params=SamplingParams(**params),

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from manylora.adapters.placement import AdapterUse
 from manylora.engine.kv_cache import BlockPool
 from manylora.engine.limits import Limits
 from manylora.engine.scheduler import Scheduler
@@ -45,16 +46,16 @@ class FakeRegistry:
     awaited: list[str] = field(default_factory=list)
     """Adapters whose copy a step waits for."""
 
-    def try_activate(self, lease: FakeLease) -> bool:
+    def try_activate(self, lease: FakeLease) -> AdapterUse | None:
         if lease.name not in self.resident:
             idle = [name for name in self.resident if not self.uses.get(name)]
             if len(self.resident) >= self.num_places and not idle:
-                return False
+                return None
             if len(self.resident) >= self.num_places:
                 self.resident.remove(idle[0])
             self.resident.append(lease.name)
         self.uses[lease.name] = self.uses.get(lease.name, 0) + 1
-        return True
+        return AdapterUse(lease.version, 1.0, ((self.resident.index(lease.name),),))
 
     def is_copied(self, lease: FakeLease) -> bool:
         return lease.name not in self.copying
@@ -77,7 +78,6 @@ def sequence(number: int, prompt: int = 3, adapter: str = "", **params: object) 
     params.setdefault("max_tokens", 4)
     return Sequence(
         id=number,
-        session=None,
         token_ids=[10 + number] * prompt,
         num_prompt=prompt,
         params=SamplingParams(**params),
@@ -154,7 +154,7 @@ def test_max_model_len_ends_a_sequence_with_length() -> None:
     step(scheduler)
     batch = scheduler.schedule()
     batch.items[0].next_id = 5
-    assert [r.finish_reason for r in scheduler.finish(batch)] == ["length"]
+    assert [tokens.finish_reason for _, tokens in scheduler.finish(batch)] == ["length"]
 
 
 def test_a_full_queue_refuses_and_says_so() -> None:

@@ -108,7 +108,6 @@ class World:
         lease = self.registry.acquire(wanted.adapter, wanted.priority) if wanted.adapter else None
         sequence = Sequence(
             id=self.num_added,
-            session=None,
             token_ids=[100 + self.num_added if wanted.token is None else wanted.token] * wanted.prompt,
             num_prompt=wanted.prompt,
             params=SamplingParams(max_tokens=wanted.max_tokens),
@@ -146,9 +145,9 @@ class World:
         if batch is not None:
             for item in batch.sampling_items:
                 item.next_id = 7
-            for result in self.scheduler.finish(batch):
-                if result.finish_reason:
-                    self.end(result.sequence)
+            for sequence, tokens in self.scheduler.finish(batch):
+                if tokens.finish_reason:
+                    self.end(sequence)
         assert self.scheduler.check() + self.registry.check() == []
         self.may_read.set()
         for _ in range(sum(entry.stage is Stage.LOADING for entry in self.registry._versions)):

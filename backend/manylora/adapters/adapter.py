@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 from manylora.adapters.adapter_files import Sight
 from manylora.adapters.device_pool import Placement, needed_pages
+from manylora.adapters.placement import AdapterUse
 from manylora.adapters.weights import AdapterWeights
 from manylora.errors import ManyloraError
 
@@ -73,6 +74,13 @@ class Adapter:
     def version(self) -> str:
         """Content hash; empty before it has been read."""
         return self.weights.version if self.weights else ""
+
+    @property
+    def use(self) -> AdapterUse:
+        """What steps need to know of it. Only while it is on the device."""
+        assert self.weights is not None, f"{self} is not loaded"
+        assert self.placement is not None, f"{self} is not on the device"
+        return AdapterUse(self.version, self.weights.scale, self.placement.pages)
 
     @property
     def is_idle(self) -> bool:

@@ -25,6 +25,7 @@ from manylora.adapters.load_queue import LoadQueue
 from manylora.adapters.loader import Loader
 from manylora.adapters.lookout import STALL_S, Lookout
 from manylora.adapters.pins import Pins
+from manylora.adapters.placement import AdapterUse
 from manylora.adapters.preload import read_first
 from manylora.adapters.reader import Read, reader
 from manylora.adapters.registry_view import check_adapter, state_of
@@ -146,8 +147,8 @@ class Registry:
         """When `poll` has something to do though nothing wakes it, on the clock; infinity: never."""
         return min(self._lookout.next_s, self._loader.next_s, self._looker.next_s)
 
-    def try_activate(self, lease: Lease) -> bool:
-        """Make the adapter resident in the device pool and count a use; False if pages lack now.
+    def try_activate(self, lease: Lease) -> AdapterUse | None:
+        """Make the adapter resident in the device pool and count a use; None if pages lack now.
 
         On CUDA its copy may go on: a step that uses it before `is_copied` comes behind `await_copy`.
         """
@@ -157,11 +158,11 @@ class Registry:
         assert not lease.is_active, f"lease {lease.number} is active already"
         assert lease.used_version in ("", adapter.version), f"{lease.number} began with another {adapter}"
         if not self._residents.try_place(adapter):
-            return False
+            return None
         self._residents.use(adapter)
         lease.is_active = True
         lease.used_version = adapter.version
-        return True
+        return adapter.use
 
     def is_copied(self, lease: Lease) -> bool:
         """Whether a step that uses the adapter of an active lease would wait for no copy."""

@@ -220,25 +220,24 @@ class BatchBuilder:
         return (blocks[:, None] * size + np.arange(size)).reshape(-1)[: item.end]
 
     def _mix(self, batch: Batch, num_rows: int) -> Mix | None:
-        slots: dict[int, int] = {}
+        slots: dict[tuple[tuple[int, ...], ...], int] = {}
         pages: list[list[tuple[int, ...]]] = [[] for _ in range(self.num_kinds)]
         row_slots = np.full(num_rows, -1, dtype=np.int32)
         row_scales = np.zeros(num_rows, dtype=np.float32)
         row = 0
         for item in batch.items:
-            lease = item.sequence.lease
+            adapter = item.sequence.adapter
             scale = item.sequence.adapter_scale
             # At scale 0 the rows are the base model's, whatever the adapter's term may overflow to.
-            if lease is not None and scale != 0:
-                placement = lease.placement
-                assert placement is not None, "a running sequence's adapter is not on the device"
-                slot = slots.get(id(placement))
+            if adapter is not None and scale != 0:
+                # Two adapters of equal content are two slots: each has pages of its own.
+                slot = slots.get(adapter.pages)
                 if slot is None:
-                    slot = slots[id(placement)] = len(slots)
-                    for of_kind, taken in zip(pages, placement.pages, strict=True):
-                        of_kind.append(tuple(taken))
+                    slot = slots[adapter.pages] = len(slots)
+                    for of_kind, mine in zip(pages, adapter.pages, strict=True):
+                        of_kind.append(mine)
                 row_slots[row : row + item.num_tokens] = slot
-                row_scales[row : row + item.num_tokens] = _to_float32(lease.scale * scale)
+                row_scales[row : row + item.num_tokens] = _to_float32(adapter.scale * scale)
             row += item.num_tokens
         if not slots:
             return None
@@ -263,5 +262,5 @@ def _to_float32(scale: float) -> float:
 
 def _pool_order(item: Item) -> tuple[tuple[int, ...], ...]:
     """Sorts rows as their adapters lie in the pool, so that the CPU form reads both without a gather."""
-    lease = item.sequence.lease
-    return lease.placement.pages if lease is not None and lease.placement is not None else ()
+    adapter = item.sequence.adapter
+    return adapter.pages if adapter is not None else ()

@@ -22,9 +22,10 @@ from manylora.engine import report
 from manylora.engine.inbox import Inbox
 from manylora.engine.kv_cache import BlockPool
 from manylora.engine.limits import Limits
+from manylora.engine.requests import Requests
 from manylora.engine.runner import Runner
-from manylora.engine.scheduler import Finished, Scheduler
-from manylora.engine.sequence import Sequence, State
+from manylora.engine.scheduler import Scheduler
+from manylora.engine.sequence import Sequence
 from manylora.engine.session import Closed, Deliver, EngineMessage, Sent, Session, StatusRequest, Wake
 from manylora.engine.start_up.kernel_check import prove_kernels
 from manylora.engine.start_up.room import Room
@@ -55,6 +56,8 @@ class Engine:
         self.config = config
         self._inbox = Inbox()
         self._sessions: set[Session] = set()
+        self._requests = Requests()
+        self._num_sequences = 0
         self._counters = dict.fromkeys(("accepted", "finished", "cancelled", "failed"), 0)
         self.num_turns = 0
         """Of the thread's loop; for those who watch whether it hangs."""
@@ -180,7 +183,7 @@ class Engine:
         )
         on_cpu = self.model.device.type == "cpu"
         self._wait_policy = WaitPolicy(torch.get_num_threads() if on_cpu else 1)
-        self.steps = Steps(self.runner, self.scheduler, self._take_result)
+        self.steps = Steps(self.runner, self.scheduler, self._deliver)
         for line in report.capacity(self.pool, self.blocks, config, self.model):
             log.info(line)
         self.info = EngineInfo(
@@ -214,18 +217,9 @@ class Engine:
         self._wait_policy.close()
         self._end_all(error)
 
-    def _take_result(self, result: Finished) -> None:
-        sequence = result.sequence
-        sequence.session.events.append(
-            Tokens(
-                id=sequence.id,
-                token_ids=[result.token_id],
-                finish_reason=result.finish_reason,
-                adapter_version=sequence.version,
-                logprobs=[result.logprobs] if result.logprobs is not None else [],
-            )
-        )
-        if result.finish_reason:
+    def _deliver(self, sequence: Sequence, tokens: Tokens) -> None:
+        self._requests.session_of(sequence.id).events.append(tokens)
+        if tokens.finish_reason:
             self._counters["finished"] += 1
             self._forget(sequence)
 
@@ -233,19 +227,19 @@ class Engine:
         if isinstance(message, StatusRequest):
             message.answer.set_result(self._status())
         elif isinstance(message, Closed):
-            for sequence in list(message.session.sequences.values()):
+            for sequence in self._requests.of(message.session):
                 self._cancel(sequence)
             self._sessions.discard(message.session)
         elif isinstance(message, Sent):
             self._sessions.add(message.session)
             if isinstance(message.message, Generate):
                 self._add(message.session, message.message)
-            elif message.message.id in message.session.sequences:
-                self._cancel(message.session.sequences[message.message.id])
+            elif (found := self._requests.find(message.session, message.message.id)) is not None:
+                self._cancel(found)
 
     def _add(self, session: Session, message: Generate) -> None:
         lease = None
-        if message.id in session.sequences:
+        if self._requests.find(session, message.id) is not None:
             log.error("a session used the id %d twice; its second request is dropped", message.id)
             return
         self._counters["accepted"] += 1
@@ -256,8 +250,8 @@ class Engine:
                 lease = self.registry.acquire(message.adapter_id, message.priority)
             seed = message.params.seed
             sequence = Sequence(
-                id=message.id,
-                session=session,
+                id=self._num_sequences,
+                request_id=message.id,
                 token_ids=list(message.input_ids),
                 num_prompt=len(message.input_ids),
                 params=message.params,
@@ -270,7 +264,8 @@ class Engine:
                 deadline_s=message.deadline_s,
             )
             self.scheduler.add(sequence)
-            session.sequences[message.id] = sequence
+            self._num_sequences += 1
+            self._requests.add(session, sequence)
         except ManyloraError as error:
             if lease is not None:
                 self.registry.release(lease)
@@ -295,11 +290,11 @@ class Engine:
 
     def _fail(self, sequence: Sequence, error: ManyloraError) -> None:
         self._counters["failed"] += not isinstance(error, CancelledRequestError)
-        sequence.session.fail(sequence.id, error)
+        self._requests.session_of(sequence.id).fail(sequence.request_id, error)
         self._forget(sequence)
 
     def _forget(self, sequence: Sequence) -> None:
-        del sequence.session.sequences[sequence.id]
+        self._requests.remove(sequence)
         if sequence.lease is not None:
             self.registry.release(sequence.lease)
 
@@ -313,21 +308,11 @@ class Engine:
 
     def check(self) -> list[str]:
         """Broken invariants of every part. Engine thread only; others ask `status`."""
-        wrong = self.scheduler.check() + self.registry.check()
-        for session in self._sessions:
-            wrong += [
-                f"session keeps ended sequence {i}"
-                for i, s in session.sequences.items()
-                if s.state is State.ENDED
-            ]
-        return wrong
+        return self.scheduler.check() + self.registry.check() + self._requests.check()
 
     def _end_all(self, error: ManyloraError) -> None:
         """Answer what is in flight. Touches no queue or cache: after a fault these may be broken."""
-        for session in self._sessions:
-            for sequence_id in session.sequences:
-                session.fail(sequence_id, error)
-            session.sequences.clear()
-            session.flush()
+        self._requests.fail_all(error)
+        self._flush()
         self._inbox.close()
         self.registry.close()

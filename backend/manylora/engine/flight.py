@@ -61,7 +61,7 @@ def nothing_sampled(device: torch.device) -> SampledTokens:
 def _overflow(item: Item) -> ManyloraError:
     sequence = item.sequence
     after = f"logits that are not finite after {item.end - sequence.num_prompt} tokens"
-    if sequence.lease is None:
+    if sequence.adapter is None:
         return InternalError(f"the base model gave {after}")
     return InvalidArgumentError(
         f"adapter {sequence.adapter_id!r} with adapter_scale={sequence.adapter_scale:g} gave {after}; "

@@ -212,7 +212,6 @@ class Runner:
 def _probe_sequence(index: int, tokens: list[int], table: list[int]) -> Sequence:
     return Sequence(
         id=index,
-        session=None,  # type: ignore[arg-type]  # belongs to nobody
         token_ids=tokens,
         num_prompt=len(tokens),
         params=SamplingParams(),

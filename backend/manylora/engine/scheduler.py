@@ -24,7 +24,6 @@ import bisect
 import itertools
 from collections import Counter
 from collections.abc import Collection
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 from manylora.engine.batch import Batch, Item
@@ -34,29 +33,20 @@ from manylora.engine.limits import Limits
 from manylora.engine.penalties import asks
 from manylora.engine.sequence import Sequence, State
 from manylora.errors import ManyloraError, UnavailableError
-from manylora.messages import TokenLogprobs
+from manylora.messages import Tokens
 
 if TYPE_CHECKING:
     from manylora.adapters.adapter import Adapter, Lease
+    from manylora.adapters.placement import AdapterUse
 
 
 class Activator(Protocol):
     """What the scheduler asks of adapters.registry.Registry."""
 
-    def try_activate(self, lease: Lease, /) -> bool: ...
+    def try_activate(self, lease: Lease, /) -> AdapterUse | None: ...
     def deactivate(self, lease: Lease, /) -> None: ...
     def is_copied(self, lease: Lease, /) -> bool: ...
     def await_copy(self, lease: Lease, /) -> None: ...
-
-
-@dataclass(slots=True)
-class Finished:
-    """What one step did for one sequence."""
-
-    sequence: Sequence
-    token_id: int
-    finish_reason: str = ""
-    logprobs: TokenLogprobs | None = None
 
 
 class Scheduler:
@@ -155,8 +145,11 @@ class Scheduler:
             item.sequence.num_pending += item.samples
         return Batch(self._items) if self._items else None
 
-    def finish(self, batch: Batch) -> list[Finished]:
-        """Take over a step's tokens: grow the sequences, end those that are done.
+    def finish(self, batch: Batch) -> list[tuple[Sequence, Tokens]]:
+        """Append a step's tokens to the sequences and end those that are done.
+
+        Returns:
+            What each sequence's session is to get.
 
         What has ended meanwhile stays as it is; a step that was scheduled before that was known is in vain.
         """
@@ -175,11 +168,17 @@ class Scheduler:
             assert item.next_id is not None, "a step left a finished prompt without a token"
             sequence.token_ids.append(item.next_id)
             sequence.num_pending -= 1
-            reason = self._finish_reason(sequence, item.next_id)
-            if reason:
+            tokens = Tokens(
+                id=sequence.request_id,
+                token_ids=[item.next_id],
+                finish_reason=self._finish_reason(sequence, item.next_id),
+                adapter_version=sequence.version,
+                logprobs=[item.logprobs] if item.logprobs is not None else [],
+            )
+            if tokens.finish_reason:
                 self._stop(sequence)
                 sequence.state = State.ENDED
-            results.append(Finished(sequence, item.next_id, reason, item.logprobs))
+            results.append((sequence, tokens))
         return results
 
     def check(self) -> list[str]:
@@ -251,7 +250,8 @@ class Scheduler:
         used = _used(sequence)
         if used not in self._active and len(self._active) >= self.limits.max_loras:
             return False
-        if not self.registry.try_activate(sequence.lease):
+        sequence.adapter = self.registry.try_activate(sequence.lease)
+        if sequence.adapter is None:
             return False
         self._active[used] += 1
         return True
@@ -264,6 +264,7 @@ class Scheduler:
         if not self._active[used]:
             del self._active[used]
         self.registry.deactivate(sequence.lease)
+        sequence.adapter = None
 
     def _try_start(self, sequence: Sequence) -> bool:
         keys = self.blocks.prefix_keys(sequence.namespace, sequence.token_ids, sequence.keys)

@@ -14,7 +14,7 @@ from manylora.messages import SamplingParams
 
 if TYPE_CHECKING:
     from manylora.adapters.adapter import Lease
-    from manylora.engine.session import Session
+    from manylora.adapters.placement import AdapterUse
 
 
 class State(enum.Enum):
@@ -32,15 +32,18 @@ class Sequence:
     """
 
     id: int
-    """The session's own number."""
-    session: Session
+    """Its number in this engine."""
+    request_id: int = 0
+    """What its session calls it: the `id` of its answer."""
     token_ids: list[int]
     """Prompt, then what was generated."""
     num_prompt: int
     params: SamplingParams
     seed: int
     lease: Lease | None
-    """None: the base model."""
+    """Its hold on the adapter, from the queue to its end. None: the base model."""
+    adapter: AdapterUse | None = None
+    """What steps use of the adapter, while the sequence runs. None: the base model, or it waits."""
     adapter_id: str = ""
     adapter_scale: float = 1.0
     """Multiplies the adapter's own scaling."""
@@ -97,13 +100,13 @@ class Sequence:
 
     @property
     def version(self) -> str:
-        """Content hash of the adapter, empty for the base model."""
-        return self.lease.version if self.lease is not None else ""
+        """Content hash of the adapter that computes it, empty for the base model. Only while it runs."""
+        return self.adapter.version if self.adapter is not None else ""
 
     @property
     def namespace(self) -> str:
-        """What decides keys and values besides the tokens. Two scales of an adapter are two namespaces; at
-        scale 0 it adds nothing, and the base model's are the right ones."""
-        if self.lease is None or self.adapter_scale == 0:
+        """What decides keys and values besides the tokens. Only while it runs. Two scales of an adapter are
+        two namespaces; at scale 0 it adds nothing, and the base model's are the right ones."""
+        if self.adapter is None or self.adapter_scale == 0:
             return ""
         return self.version if self.adapter_scale == 1 else f"{self.version} x {self.adapter_scale!r}"

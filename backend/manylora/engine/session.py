@@ -10,7 +10,6 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
 
-from manylora.engine.sequence import Sequence
 from manylora.errors import ManyloraError
 from manylora.messages import Cancel, Failed, Generate, Status, Tokens
 
@@ -27,7 +26,6 @@ class Session:
         self._post = post
         self._deliver = deliver
         # Below: the engine thread's.
-        self.sequences: dict[int, Sequence] = {}
         self.events: list[Event] = []
 
     def send(self, message: Generate | Cancel) -> None:
@@ -39,9 +37,9 @@ class Session:
         self._deliver = _drop
         self._post(Closed(self))
 
-    def fail(self, sequence_id: int, error: ManyloraError) -> None:
-        """Note that a sequence ended with an error. Engine thread only."""
-        self.events.append(Failed(sequence_id, error.code, error.message))
+    def fail(self, request_id: int, error: ManyloraError) -> None:
+        """Note that a request ended with an error. Engine thread only."""
+        self.events.append(Failed(request_id, error.code, error.message))
 
     def flush(self) -> None:
         """Deliver what the step left. Engine thread only."""

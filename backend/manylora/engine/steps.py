@@ -10,9 +10,10 @@ import torch
 from manylora.engine.batch import Batch
 from manylora.engine.flight import Flight
 from manylora.engine.runner import Runner
-from manylora.engine.scheduler import Finished, Scheduler
-from manylora.engine.sequence import State
+from manylora.engine.scheduler import Scheduler
+from manylora.engine.sequence import Sequence, State
 from manylora.errors import InternalError
+from manylora.messages import Tokens
 
 log = logging.getLogger(__name__)
 
@@ -29,14 +30,16 @@ class Steps:
     Args:
         runner: computes.
         scheduler: chooses; sequences of a step that fails are found in its `failed`.
-        take: called with what a step gave to each sequence.
+        deliver: called with each sequence that a step gave tokens, and with these.
     """
 
-    def __init__(self, runner: Runner, scheduler: Scheduler, take: Callable[[Finished], None]) -> None:
+    def __init__(
+        self, runner: Runner, scheduler: Scheduler, deliver: Callable[[Sequence, Tokens], None]
+    ) -> None:
         self.runner = runner
         self.scheduler = scheduler
         self.counters = dict.fromkeys(("steps", "steps_ahead", "prompt_tokens", "generated_tokens"), 0)
-        self._take = take
+        self._deliver = deliver
         self._flight: Flight | None = None
 
     def turn(self) -> bool:
@@ -77,9 +80,9 @@ class Steps:
         self.counters["steps"] += 1
         for item in flight.batch.items:
             self.counters["prompt_tokens"] += max(0, min(item.end, item.sequence.num_prompt) - item.start)
-        for result in self.scheduler.finish(flight.batch):
-            self.counters["generated_tokens"] += 1
-            self._take(result)
+        for sequence, tokens in self.scheduler.finish(flight.batch):
+            self.counters["generated_tokens"] += len(tokens.token_ids)
+            self._deliver(sequence, tokens)
 
     def _fail(self, batch: Batch, error: Exception) -> None:
         log.error("a step failed; its %d sequences end with INTERNAL", len(batch.items), exc_info=error)

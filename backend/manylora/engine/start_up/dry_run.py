@@ -74,7 +74,6 @@ def run_steps(runner: Runner, config: EngineConfig) -> list[int]:
 def _sequence(num_tokens: int, table: list[int], params: SamplingParams = _PARAMS[0]) -> Sequence:
     return Sequence(
         id=0,
-        session=None,  # type: ignore[arg-type]  # belongs to nobody
         token_ids=[0] * num_tokens,
         num_prompt=num_tokens,
         params=params,

@@ -1,0 +1,17 @@
+"""Where adapters lie on the device, as plain data that any process can be handed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterUse:
+    """What steps need to know of an adapter that a running sequence uses."""
+
+    version: str
+    """Content hash."""
+    scale: float
+    """The adapter's own scaling."""
+    pages: tuple[tuple[int, ...], ...]
+    """Ascending page numbers by kind; empty where the adapter targets nothing of the kind."""
