@@ -1,4 +1,4 @@
-"""Questions to file systems that may give no answer: a dead network file system hangs whoever asks."""
+"""Calls to file systems that may never return: a dead network file system hangs its callers."""
 
 from __future__ import annotations
 
@@ -14,10 +14,11 @@ T = TypeVar("T")
 
 
 def answered(what: str, look: Callable[[], T], within_s: float) -> T:
-    """What `look` returns or raises. It runs on a thread, which is left alone if it hangs.
+    """Call `look` on a thread of its own, which is abandoned if it hangs.
 
     Args:
-        what: is asked for, for the message.
+        what: names what is looked at, for the message.
+        look: what it returns or raises, this returns or raises.
 
     Raises:
         UnavailableError: there is no answer within `within_s` seconds.

@@ -1,4 +1,4 @@
-"""Memory of the CPU: taken as it is used, kept once it is taken."""
+"""Host memory: allocated when it is first written, and kept when it is freed."""
 
 from __future__ import annotations
 
@@ -37,8 +37,9 @@ def zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> t
 def keep_freed_memory() -> None:
     """Have glibc keep what is freed: a step's temporaries then come back without a page fault for each page.
 
-    Left to itself, malloc returns blocks of some megabytes to the system at every step and takes them anew,
-    and the pages of each are zeroed and mapped again. For the whole process; without glibc, nothing happens.
+    By default malloc returns blocks of some megabytes to the system at every step and requests them again,
+    and the kernel zeroes and maps their pages each time. For the whole process; without glibc, nothing
+    happens.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is None:
@@ -51,7 +52,7 @@ def keep_freed_memory() -> None:
 def host_memory() -> int:
     """Bytes that processes may hold here, swapped ones with them, within the control group's limit.
 
-    Not what is free: that changes, and much of what others hold can be had.
+    Not what is free: that changes, and much of what other processes hold can be reclaimed.
     """
     found = {}
     for line in Path("/proc/meminfo").read_text().splitlines():
@@ -63,8 +64,8 @@ def host_memory() -> int:
 
 
 @contextlib.contextmanager
-def missing_memory_told() -> Iterator[None]:
-    """Raise UnavailableError, in one line, for memory of host or device that is not to be had."""
+def out_of_memory_as_error() -> Iterator[None]:
+    """Turn a failed allocation of host or device memory into a one-line UnavailableError."""
     try:
         yield
     except (MemoryError, torch.OutOfMemoryError) as error:

@@ -1,7 +1,7 @@
 """Paths as settings, messages and other processes carry them: UTF-8 text.
 
-Not every process takes that for the encoding of file names. The interpreter inside a Triton stub always takes
-ASCII, whatever the locale is, and cannot open the `ü` that it is given as text.
+Not every process uses UTF-8 for file names. The interpreter inside a Triton stub always uses ASCII, whatever
+the locale, and cannot open a name with an `ü` that it is given as text.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What the kernel says of another process."""
+"""The state of another process, as the kernel reports it."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ def process_state(pid: int) -> str:
 
 
 def is_stopped(pid: int) -> bool:
-    """Say whether a signal (SIGSTOP and its like) holds the process. One under a debugger is not meant."""
+    """Whether a signal such as SIGSTOP has stopped the process. A process under a debugger does not count."""
     return process_state(pid) == "T"
 
 
 def is_alive(pid: int) -> bool:
-    """Say whether the process runs. A zombie does not, nor one whose last threads hang in the kernel."""
+    """Whether the process runs. A zombie does not, even one with threads that still hang in the kernel."""
     return process_state(pid) not in ("", "Z", "X")

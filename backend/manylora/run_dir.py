@@ -1,4 +1,4 @@
-"""The run directory: where the engine's socket lies, and where `llm` leaves word that its start failed."""
+"""The run directory: it holds the engine's socket and, if `llm` failed to start, the reason."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def default_path(server_pid: int) -> Path:
 
 
 def find_default() -> list[Path]:
-    """Where this user's front ends under a bare tritonserver that runs have met, or are about to."""
+    """Default run directories of this user's front ends whose tritonserver is alive."""
     found = []
     for path in sorted(Path("/tmp").glob(f"manylora-{os.getuid()}-*")):
         pid = path.name.rpartition("-")[2]
@@ -39,7 +39,7 @@ def find_default() -> list[Path]:
 
 
 def prepare(path: Path) -> Path:
-    """Create the directory where it is missing, and make sure that nobody else can open it.
+    """Create the directory if it is missing, and check that nobody else can open it.
 
     Raises:
         InvalidArgumentError: it cannot be made, is no directory, is another user's or open to others.
@@ -73,7 +73,7 @@ def socket_path(run_dir: Path, model: str) -> Path:
 
 
 def health_path(run_dir: Path, model: str) -> Path:
-    """The socket on which the front end of `model` says how it is (`health.py`).
+    """The socket on which the front end of `model` reports (`supervise/health.py`).
 
     Raises:
         InvalidArgumentError: the path is longer than a Unix socket's may be.
@@ -113,7 +113,7 @@ def lock(path: Path) -> int:
             os.close(fd)
             if not holder.isdigit() or is_alive(int(holder)):
                 break
-            # It has ended, but for threads that hang in the kernel and keep its lock.
+            # Its process has ended except for threads that hang in the kernel and keep the lock.
             lock_path.unlink(missing_ok=True)
         else:
             os.ftruncate(fd, 0)
@@ -125,7 +125,7 @@ def lock(path: Path) -> int:
 
 
 def clear(run_dir: Path, model: str) -> None:
-    """Remove what an engine and a failed start have left: socket, locks and failure note.
+    """Remove what an engine or a failed start has left: socket, locks and failure note.
 
     Does nothing while an engine serves there.
     """
@@ -139,14 +139,14 @@ def clear(run_dir: Path, model: str) -> None:
 
 
 def remove(run_dir: Path) -> None:
-    """Remove the directory, unless it is used for more than this."""
+    """Remove the directory if it is empty."""
     # Another front end may have removed it, or something may lie in it.
     with contextlib.suppress(OSError):
         run_dir.rmdir()
 
 
 def claim(run_dir: Path, model: str) -> int:
-    """Show that this process starts and keeps the engine of `model`, for as long as it lives.
+    """Claim the engine of `model` for this process, for as long as it lives.
 
     Returns: a file descriptor that holds the claim.
 
@@ -167,7 +167,7 @@ def claim(run_dir: Path, model: str) -> int:
 
 
 def owner_has_died(run_dir: Path, model: str) -> bool:
-    """Say whether the `llm` of this same tritonserver has begun to start its engine, and lives no more."""
+    """Whether the `llm` of this same tritonserver has begun to start its engine and has died since."""
     try:
         fd = os.open(run_dir / f"{model}.owner", os.O_RDONLY | os.O_CLOEXEC)
     except FileNotFoundError:
@@ -186,7 +186,7 @@ def owner_has_died(run_dir: Path, model: str) -> bool:
 
 
 def write_failure(run_dir: Path, model: str, error: ManyloraError) -> None:
-    """Tell those who wait for the engine of `model` that it will not come."""
+    """Tell those who wait for the engine of `model` that it failed to start."""
     note = {"server_pid": os.getppid(), "code": error.code, "message": error.message}
     path = run_dir / f"{model}.failed"
     partial = path.with_suffix(".failed.tmp")

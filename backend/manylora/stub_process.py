@@ -1,4 +1,4 @@
-"""What a front end's own process, Triton's Python stub, must be made to keep to itself."""
+"""Limits and file modes of a front end's own process, Triton's Python stub."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from manylora.errors import UnavailableError
 from manylora.paths import SHARED_MEMORY
 
 SMALL_BYTES = 256 << 10
-"""Of a reply that finds room in what the shared memory has at the start."""
+"""Replies up to this size fit into the shared memory as it is at the start."""
 GROWTH_BYTES = 1 << 20
-"""By which it grows at a time."""
+"""The step by which the shared memory grows."""
 
 log = logging.getLogger(__name__)
 
 
-def shut_region() -> None:
-    """Let nobody but this user open the shared memory in which requests come and replies go.
+def restrict_region() -> None:
+    """Give the shared memory of requests and replies mode 0600.
 
-    tritonserver makes it readable for every user of the machine, whatever the umask. Its name stands on the
-    stub's command line, and the file keeps its mode when it grows.
+    tritonserver makes it readable by every user of the machine, whatever the umask. Its name is on the stub's
+    command line, and the file keeps its mode when it grows.
     """
     words = Path("/proc/self/cmdline").read_bytes().decode(errors="replace").split("\0")
     regions = [SHARED_MEMORY / word for word in words[1:] if word and "/" not in word]
@@ -39,7 +39,7 @@ def shut_region() -> None:
 
 
 def lift_file_limit() -> None:
-    """Take back the limit that tritonserver has on the length of files, which is meant for requests alone.
+    """Lift the file size limit inherited from tritonserver, which is meant for requests only.
 
     Replies are as long as the engine's limits make them, and the engine, a child of this one, writes files.
     """
@@ -48,10 +48,10 @@ def lift_file_limit() -> None:
 
 
 def check_room(outputs: Mapping[str, np.ndarray], *, free_in_region: Callable[[], int]) -> None:
-    """Make sure that a reply fits into the shared memory, which may have to grow for it.
+    """Check that a reply fits into the shared memory, which may have to grow for it.
 
     Args:
-        free_in_region: bytes that are free in what the shared memory has already; it never shrinks.
+        free_in_region: free bytes of the shared memory at its present size; it never shrinks.
 
     Raises:
         UnavailableError: its file system is full.

@@ -34,14 +34,14 @@ LEAST_WAITED = 0.27
 process, 0.19 at most beside those front ends and clients."""
 FREE_S = 1.0
 IDLE_S = 1.0
-"""A look so long after the last one is a new first one: what lies between was no row of steps."""
+"""A look so long after the last one starts a new measurement: in between, the engine was idle."""
 
 
 class WaitPolicy:
-    """The policy of one process, kept by the thread that runs its steps.
+    """The policy of one process, owned by the thread that runs its steps.
 
     Args:
-        num_threads: threads of a step. One waits for nobody.
+        num_threads: threads of a step; a single one never waits.
         waited_s: the seconds that this process's threads have waited for a processor, since they began.
     """
 
@@ -80,24 +80,24 @@ class WaitPolicy:
             return
         if not self._crowd.are_there and share > MOST_WAITED:
             self._crowd.start()
-            self._tell("other processes want the processors: threads of a step sleep at once")
+            self._log_change("other processes want the processors: threads of a step sleep at once")
         elif self._crowd.are_there and now_s - self._busy_s >= FREE_S:
             self._crowd.stop()
-            self._tell("the processors are free again: threads of a step spin before they sleep")
+            self._log_change("the processors are free again: threads of a step spin before they sleep")
 
     def close(self) -> None:
         """End the threads that sleep."""
         if self._crowd is not None:
             self._crowd.stop()
 
-    def _tell(self, what: str) -> None:
-        """The first change and its end as news; a server whose neighbours come and go has many more."""
+    def _log_change(self, what: str) -> None:
+        """Log the first change and its end as INFO, later ones as DEBUG: they may be many."""
         self._num_changes += 1
         log.log(logging.INFO if self._num_changes <= 2 else logging.DEBUG, "%s", what)
 
 
 class _RunQueue:
-    """What the kernel counts of this process's threads."""
+    """The time that this process's threads have waited for a processor, as the kernel counts it."""
 
     REFRESH_LOOKS = 10
     """Between two looks for new threads, which cost more than reading the known ones."""

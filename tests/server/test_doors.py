@@ -27,7 +27,7 @@ from manylora.serve.background import RunningServer
 from manylora.serve.ports import Ports, hold
 from manylora.supervise import model_watch
 from manylora.supervise.model_watch import ModelWatch
-from manylora.supervise.probe import Line, LineProbe, http_status, ready_path
+from manylora.supervise.probe import KeptConnection, KeptConnectionProbe, http_status, ready_path
 from manylora_client import Client, InvalidArgument
 from tritonclient.utils import InferenceServerException
 
@@ -241,14 +241,14 @@ def test_a_full_server_is_asked_over_connections_that_are_open_and_is_not_taken_
     monkeypatch.setattr(model_watch, "HUNG_LOOKS", 200)
     pace = threading.Event()
     said: list[str] = []
-    held = Line(bed.server.http)
+    held = KeptConnection(bed.server.http)
     _ask(held)
     with doors.full(bed.server), contextlib.closing(_watch(bed, said)) as watch:
         # Twice over the same connection, while another one is not even looked at.
-        late = Line(bed.server.http)
+        late = KeptConnection(bed.server.http)
         for _ in range(2):
             assert http_status(_ask(held).answer.decode()) == 200
-        waiting = LineProbe(late, ready_path("llm"))
+        waiting = KeptConnectionProbe(late, ready_path("llm"))
         while not said:
             assert watch.look() == ""
             # The front end itself answers within so many looks.
@@ -263,8 +263,8 @@ def test_a_full_server_is_asked_over_connections_that_are_open_and_is_not_taken_
     assert text.startswith("llm cannot be asked: tritonserver has as many connections as it may have open")
 
 
-def _ask(line: Line) -> LineProbe:
-    probe = LineProbe(line, ready_path("llm"))
+def _ask(line: KeptConnection) -> KeptConnectionProbe:
+    probe = KeptConnectionProbe(line, ready_path("llm"))
     assert probe.poll(DONE_S)
     probe.close()
     assert line.is_accepted

@@ -31,7 +31,7 @@ from manylora.engine.start_up.kernel_check import prove_kernels
 from manylora.engine.start_up.room import Room
 from manylora.engine.steps import Steps
 from manylora.errors import CancelledRequestError, InternalError, ManyloraError, UnavailableError
-from manylora.memory import keep_freed_memory, missing_memory_told
+from manylora.memory import keep_freed_memory, out_of_memory_as_error
 from manylora.messages import EngineInfo, Generate, Status, Tokens
 from manylora.model.loading import LoadedModel, load_model, use_device
 from manylora.token_checks import check_input_ids, check_stop_token_ids
@@ -121,7 +121,7 @@ class Engine:
     def _run(self, built: Future[None], strict_preload: bool) -> None:
         try:
             use_device(self.config)
-            with missing_memory_told():
+            with out_of_memory_as_error():
                 self._build(self.config, strict_preload)
         except BaseException as error:
             built.set_exception(error)

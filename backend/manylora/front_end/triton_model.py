@@ -73,7 +73,7 @@ class _Model:
         logging.basicConfig(
             level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
         )
-        stub_process.shut_region()
+        stub_process.restrict_region()
         stub_process.lift_file_limit()
         self._name = args["model_name"]
         self._numbers = itertools.count(1)

@@ -1,4 +1,4 @@
-"""`manylora serve` as a child of another program: demo, tests, benchmarks."""
+"""`manylora serve` as a child process of another program: demo, tests, benchmarks."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ STOP_S = 90.0
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RunningServer:
-    """What the `ready` line says."""
+    """The facts of the `ready` line."""
 
     http: str
     """host:port"""

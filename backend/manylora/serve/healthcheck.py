@@ -1,8 +1,8 @@
-"""Whether the servers of this user are well, for a container's health check. No model is asked.
+"""A container's health check: whether this user's servers are healthy. It sends no request to a model.
 
 python3 -m manylora.serve.healthcheck [RUN_DIR ...]
 
-Without words: those of `manylora serve`, wherever their run directories are, else those of a bare
+Without arguments: all servers of `manylora serve`, wherever their run directories are, else those of a bare
 tritonserver.
 """
 
@@ -31,7 +31,7 @@ def problems(run_dir: Path) -> list[str]:
     return [
         text
         for model in MODELS
-        # A front end whose process hangs is one that Triton goes on calling ready.
+        # Triton keeps calling a front end ready whose process hangs.
         if (text := _silence(run_directory.health_path(run_dir, model), model) or _unready(http, model))
     ]
 
@@ -66,7 +66,7 @@ def _warn(text: str) -> None:
 
 
 def main(words: Sequence[str]) -> int:
-    """Returns: 0 where there is a server and each one is well, else 1."""
+    """Returns: 0 if there is a server and each one is healthy, else 1."""
     try:
         served = [Path(word) for word in words] or records.find_running(_warn)
         bare = [] if served else run_directory.find_default()

@@ -1,4 +1,4 @@
-"""The tritonserver that is used: where it is, and how its Python backend is made to run this Python."""
+"""The tritonserver to use: where it is, and how its Python backend is made to run this interpreter."""
 
 from __future__ import annotations
 

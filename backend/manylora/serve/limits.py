@@ -1,4 +1,4 @@
-"""What the system lets a server have: open files, and bytes of a file."""
+"""System limits of a server: open files and file sizes."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ MAX_DESCRIPTORS = 1 << 20
 DEFAULT_BYTES = 64 << 20
 """More than a whole batch of the longest prompts takes with the default `max_model_len`."""
 MIN_ASKED_BYTES = 2 << 20
-"""A region begins with half of it."""
+"""A region starts with half of it."""
 MAX_ASKED_BYTES = (1 << 63) - 1
-"""Of a file, and of a limit on it."""
+"""The largest file size and limit on one."""
 MAX_BATCH = 64
 """Sequences that come to a front end at once, as `max_batch_size` in config.pbtxt says."""
 TOKEN_BYTES = 16
-"""Of a prompt's text, generously."""
+"""Upper estimate of a prompt's text per token."""
 
 
 def raise_descriptors() -> None:
@@ -33,7 +33,7 @@ def raise_descriptors() -> None:
 
 
 def bound_files(max_bytes: int) -> None:
-    """Let no file that this process makes grow beyond a length; a write past it is an error and not its end.
+    """Limit the size of files that this process writes; a write past it fails and does not kill the process.
 
     Meant for tritonserver, which writes no files but the shared memory in which it hands requests to a model:
     that would grow with the longest request, for good. Only the soft limit: those it starts can lift it.
@@ -46,7 +46,7 @@ def bound_files(max_bytes: int) -> None:
 
 
 def region_bytes(asked: int, *, max_model_len: int, total_bytes: int) -> int:
-    """To which requests may make the shared memory of a front end grow.
+    """The size up to which requests may make the shared memory of a front end grow.
 
     Args:
         asked: by the operator; 0 is what the longest prompts of a whole batch take.
@@ -73,7 +73,7 @@ def shared_memory_bytes() -> int:
 
 
 def num_free_descriptors(pid: int) -> int:
-    """How many more files and connections a process may open; as many as ever where it has ended."""
+    """How many more files and connections a process may open; MAX_DESCRIPTORS if it has ended."""
     try:
         used = len(os.listdir(f"/proc/{pid}/fd"))
         line = next(

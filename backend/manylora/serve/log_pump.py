@@ -1,7 +1,7 @@
 """Writes what comes on standard input into a log of bounded length: `python log_pump.py FILE MAX_BYTES`.
 
-A program of its own that needs no packages. It always reads, also while the disk is full or does not answer;
-what cannot be written is lost. It ends when nobody can write to it any more.
+A program of its own that needs no packages. It keeps reading even while the disk is full or hangs; what
+cannot be written is lost. It ends when the last writer has closed the pipe.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ import threading
 
 READ_BYTES = 1 << 16
 MAX_QUEUED_BYTES = 8 << 20
-"""What waits for a slow disk."""
+"""Bytes that may wait for a slow disk."""
 LAST_WRITE_S = 5.0
-"""For what is left at the end."""
+"""Time to write what is left at the end."""
 
 
 class LogPump:
@@ -83,7 +83,7 @@ def main() -> None:
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     LogPump(sys.argv[1], int(sys.argv[2])).run()
-    # A writer that hangs in the kernel keeps an orderly end from happening.
+    # A thread that hangs in the kernel would block a regular exit.
     os._exit(0)
 
 

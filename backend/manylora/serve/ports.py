@@ -13,11 +13,11 @@ from pathlib import Path
 from manylora.errors import UnavailableError
 
 MAX_CHOICES = 20
-"""Free ports that are tried in the place of a 0; one may be taken between its choice and its use."""
+"""Attempts at a free port for a 0; a chosen one may be taken before it is used."""
 EVERY_INTERFACE = ("0.0.0.0", "::")
-"""Addresses that meet every other one on the same port."""
+"""Addresses that conflict with every other one on the same port."""
 GATE_PAUSE_S = 0.01
-"""Between two tries to be the one that claims a port; the other one needs a moment."""
+"""Between two attempts to enter the gate of a port."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -72,7 +72,7 @@ def _hold_any(held: contextlib.ExitStack, host: str) -> int:
 
 
 def _hold_port(held: contextlib.ExitStack, host: str, port: int) -> int:
-    """Keep one port from everybody but a tritonserver of this process.
+    """Reserve one port for a tritonserver of this process.
 
     Raises:
         OSError: somebody else has it.
@@ -80,10 +80,10 @@ def _hold_port(held: contextlib.ExitStack, host: str, port: int) -> int:
     with contextlib.ExitStack() as fresh:
         bound = fresh.enter_context(_bind(host, port))
         port = bound.getsockname()[1]
-        # Two such sockets do not meet, so another `manylora serve` would find the port free.
+        # Two such sockets do not conflict, so another `manylora serve` would find the port free.
         address = bound.getsockname()[0]
         with _gate(port):
-            if any(_meet(address, other) for other in _claims(port)):
+            if any(_conflict(address, other) for other in _claims(port)):
                 raise OSError(errno.EADDRINUSE, "Address already in use (another `manylora serve` has it)")
             fresh.enter_context(_named(f"{port}-{address}"))
         held.push(fresh.pop_all())
@@ -107,7 +107,8 @@ def _named(name: str) -> socket.socket:
 
 @contextlib.contextmanager
 def _gate(port: int) -> Iterator[None]:
-    """Claim a port alone: of two that claim it at once, one sees the other's claim."""
+    """Exclusive right to claim a port: of two that claim it at once, the second sees the first one's
+    claim."""
     while True:
         try:
             gate = _named(f"{port}-gate")
@@ -122,7 +123,7 @@ def _gate(port: int) -> Iterator[None]:
 
 
 def _claims(port: int) -> list[str]:
-    """The addresses on which servers keep a port, as the names of their sockets say."""
+    """The addresses on which servers hold a port, from the names of their sockets."""
     begin = f"@manylora-port-{port}-"
     lines = Path("/proc/net/unix").read_text(errors="replace").splitlines()
     names = [line.split(maxsplit=7)[-1] for line in lines]
@@ -130,7 +131,7 @@ def _claims(port: int) -> list[str]:
     return [address for address in found if address != "gate"]
 
 
-def _meet(one: str, other: str) -> bool:
+def _conflict(one: str, other: str) -> bool:
     return one == other or one in EVERY_INTERFACE or other in EVERY_INTERFACE
 
 

@@ -1,4 +1,4 @@
-"""What is looked at before tritonserver starts, so that what cannot end well ends at once and in one line."""
+"""Checks before tritonserver starts, so that a start that cannot succeed fails at once with one line."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ RUN_DIR_BYTES = 1 << 20
 SHARED_MEMORY_BYTES = 4 << 20
 """Regions of both front ends, as they are at the start."""
 ANSWER_S = 30.0
-"""For a file system to answer."""
+"""Time for a file system to answer."""
 DEVICE_S = 120.0
-"""For torch to be read and to find its devices, on a machine that is busy."""
+"""Time for torch to be imported and to find its devices on a busy machine."""
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
 
@@ -35,10 +35,10 @@ print(torch.cuda.device_count() if torch.cuda.is_available() else 0, torch.__ver
 
 
 def check(settings: Mapping[str, str], run_dir: Path) -> None:
-    """Look at the places and the device that a server with these settings needs.
+    """Check the directories and the device that a server with these settings needs.
 
     Raises:
-        ManyloraError: one of them will not do.
+        ManyloraError: one of them cannot be used.
     """
     check_room(run_dir, RUN_DIR_BYTES, f"--run-dir {run_dir}")
     check_room(paths.SHARED_MEMORY, SHARED_MEMORY_BYTES, "shared memory, through which requests pass,")

@@ -1,4 +1,4 @@
-"""The process tree below this one: who is in it, and how it ends whatever happened to its middle."""
+"""The process tree below this one: its members, and how all of them are ended even if a parent has died."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 
 def adopt_orphans() -> None:
-    """Make every descendant whose parent dies a child of this process, so that none gets away."""
+    """Make every descendant whose parent dies a child of this process, so that none escapes."""
     if _libc.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0):
         raise OSError(ctypes.get_errno(), "prctl(PR_SET_CHILD_SUBREAPER)")
 
@@ -35,7 +35,7 @@ def children(pid: int) -> list[int]:
 
 
 def dead_children(pid: int) -> list[int]:
-    """The processes that have ended and whose parent `pid` has not taken notice of it."""
+    """The zombies among the children of `pid`: ended and not waited for."""
     return [child for child, state in _children(pid) if state == "Z"]
 
 
@@ -66,8 +66,8 @@ def end_children(grace_s: float, killed_grace_s: float = 5.0) -> list[int]:
     Only for a process that has adopted orphans and owns all its children.
 
     Args:
-        killed_grace_s: what they get to end once they are killed. One that waits in the kernel, as for a disk
-            that gives no answer, may never end.
+        killed_grace_s: seconds to end once they are killed. A process that waits in the kernel, as for a disk
+            that does not answer, may never end.
 
     Returns:
         Those that are left.

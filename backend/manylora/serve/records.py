@@ -1,4 +1,4 @@
-"""Where servers say what they are: a file in the run directory, and how those of this user are found."""
+"""The record of a running server, a file in its run directory, and how this user's servers are found."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ MAX_RECORD_BYTES = 1 << 16
 
 
 def prefix() -> str:
-    """Of directories in the usual place, that of temporary files."""
+    """The prefix of run directories in the default place, the directory of temporary files."""
     return f"manylora-serve-{os.getuid()}-"
 
 
@@ -76,10 +76,10 @@ def read(folder: Path) -> dict[str, Any]:
 
 
 def find_running(warn: Callable[[str], None]) -> list[Path]:
-    """The run directories of this user's servers that are up and say so in the usual place.
+    """The run directories of this user's servers that run and have a record in the default place.
 
     Args:
-        warn: told of each one that is passed over since others may have made it, or since it cannot be read.
+        warn: called for each one that is skipped because others may have made it or it cannot be read.
     """
     found = []
     # Everybody may make a directory of that name there.
@@ -87,7 +87,7 @@ def find_running(warn: Callable[[str], None]) -> list[Path]:
         try:
             record = read(folder)
         except FileNotFoundError:
-            # Of a server that is not ready, or has stopped.
+            # Its server is not ready yet, or has stopped.
             continue
         except (OSError, ValueError) as error:
             warn(f"{folder}: passed over: {error}")

@@ -29,9 +29,9 @@ def read_allowed(words: Iterable[str]) -> frozenset[str]:
 def restriction_arguments(allowed: frozenset[str]) -> list[str]:
     """The words of tritonserver's command line that close what is not in `allowed`.
 
-    Whoever sends a header of the right name and value is let in, and every user of the machine sees both in
-    the list of processes. So the name holds a line break, which neither tritonserver's HTTP nor its gRPC
-    takes in a name. In the value alone, gRPC takes it.
+    A request with a header of the right name and value is admitted, and every user of the machine can see
+    both in the list of processes. So the name contains a line break, which neither tritonserver's HTTP nor
+    its gRPC accepts in a name. In a value, gRPC accepts it.
     """
     closed = ",".join(name for name in RESTRICTABLE if name not in allowed)
     if not closed:

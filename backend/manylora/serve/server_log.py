@@ -13,24 +13,24 @@ from manylora.process_state import is_stopped
 from manylora.serve import log_pump
 
 MAX_BYTES = 32 << 20
-"""Of the file; as much again is kept of what came before it."""
+"""Of the file; one earlier file of the same size is kept."""
 PIPE_BYTES = 1 << 20
-"""What the pipe holds while nobody reads it. The default of 64 KB is a moment of a noisy server."""
+"""Capacity of the pipe. A noisy server fills the default of 64 KB in a moment."""
 MAX_STOPPED_LOOKS = 4
-"""Looks in a row at a stopped pump, which would come to stop those who write."""
+"""Looks in a row at a stopped pump; with a full pipe, its writers would stop too."""
 TAIL_WAIT_S = 1.0
-"""For the last words of a server that has ended to reach the file."""
+"""Time for the last lines of a server that has ended to reach the file."""
 MAX_TAIL_BYTES = 4 << 20
 
 
 class ServerLog:
-    """Takes in what is written to `write_end`, without end and whatever becomes of disk and pump."""
+    """Accepts everything written to `write_end`, whatever happens to the disk or the pump."""
 
     def __init__(self, path: Path, *, max_bytes: int = MAX_BYTES) -> None:
         self._path = path
         self._max_bytes = max_bytes
         self._start = _identity(path)
-        # Held here too, or a pump that ends would end those who write.
+        # Held here too: without a reader, the end of a pump would kill the writers.
         self._read_end, self.write_end = os.pipe()
         with contextlib.suppress(OSError):
             fcntl.fcntl(self._read_end, fcntl.F_SETPIPE_SZ, PIPE_BYTES)
@@ -38,11 +38,11 @@ class ServerLog:
         self._pump = self._start_pump()
 
     def close_write_end(self) -> None:
-        """To be called when the server has it. The log ends when nobody is left who can write to it."""
+        """Call it once the server has its copy. The log ends when its last writer has gone."""
         os.close(self.write_end)
 
     def look(self) -> None:
-        """Replace a pump that has ended or been stopped; to be called again and again."""
+        """Replace a pump that has ended or been stopped; to be called regularly."""
         if self._read_end < 0:
             return
         self._num_stopped_looks = self._num_stopped_looks + 1 if is_stopped(self._pump.pid) else 0
@@ -54,7 +54,7 @@ class ServerLog:
             self._pump = self._start_pump()
 
     def close(self) -> None:
-        """Let go of it; the pump goes by itself."""
+        """Close the log; the pump ends by itself."""
         if self._read_end >= 0:
             os.close(self._read_end)
             self._read_end = -1
@@ -71,7 +71,7 @@ class ServerLog:
         return b"".join(parts)[-MAX_TAIL_BYTES:].decode(errors="replace")
 
     def _start_pump(self) -> subprocess.Popen[bytes]:
-        # Neither packages nor the environment are its business. A session of its own: Ctrl-C is not for it.
+        # Isolated: it needs neither packages nor the environment. Its own session, so that Ctrl-C spares it.
         return subprocess.Popen(
             [sys.executable, "-I", "-S", log_pump.__file__, str(self._path), str(self._max_bytes)],
             stdin=self._read_end,

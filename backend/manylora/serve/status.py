@@ -1,4 +1,4 @@
-"""`manylora status`: the engine's state, asked over its socket."""
+"""`manylora status`: prints the engine's state, which it asks for over the engine's socket."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def _only_one() -> Path:
 
 
 def describe(status: Status) -> str:
-    """A table for people."""
+    """The state as a table for people."""
     gauges, counters = status.gauges, status.counters
     lines = [
         f"sequences   {gauges.get('running', 0)} running, {gauges.get('waiting', 0)} waiting; "

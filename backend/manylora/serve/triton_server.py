@@ -20,18 +20,19 @@ from manylora.serve.ports import Ports
 from manylora.serve.server_log import ServerLog
 
 UNLOAD_GRACE_S = 10
-"""What tritonserver gets once nothing is in flight any more, to unload the models, which end the engine."""
+"""Time for tritonserver to unload the models, which ends the engine, once nothing is in flight."""
 CHILDREN_GRACE_S = 5.0
-"""What the engine gets to end by itself once tritonserver and its stubs are gone."""
+"""Time for the engine to end by itself once tritonserver and its stubs are gone."""
 
 MAX_STOPPED_LOOKS = 12
-"""Looks in a row at a process that a signal holds. Where all were stopped, we too, not all go on at once."""
+"""Looks in a row at a process that a signal has stopped. If all were stopped, with us, not all resume at
+once."""
 
 MIN_FREE_DESCRIPTORS = 4
-"""By which a server counts as able to accept a connection: others come and go while they are counted."""
+"""A server with fewer cannot accept a connection for sure: others come and go while they are counted."""
 
 ENGINE = "manylora.engine.process"
-"""In the command line of the engine."""
+"""Part of the engine's command line."""
 MAX_LINE = 400
 """Characters of a log line that are shown."""
 
@@ -43,7 +44,7 @@ _CHATTER = re.compile(
 _OWN_ERROR = re.compile(
     r"\[(?:INVALID_ARG|NOT_FOUND|UNSUPPORTED|UNAVAILABLE|INTERNAL)\] .+?(?=\\n\\nAt:|\s*\||$)", re.MULTILINE
 )
-"""Up to where Triton goes on."""
+"""One of our own errors, up to where Triton's text continues."""
 
 
 class TritonServer:
@@ -72,7 +73,7 @@ class TritonServer:
         self._exit_timeout_s = exit_timeout_s
         self._shm_prefix = f"manylora_{secrets.token_hex(6)}_"
         self.id = secrets.token_hex(16)
-        """By which it is told from another server on its ports."""
+        """Tells it apart from other servers on its ports."""
         command = [
             str(installation.binary),
             f"--id={self.id}",
@@ -119,7 +120,7 @@ class TritonServer:
         return self._process.poll() is None
 
     def remember_stubs(self) -> None:
-        """Take note of the processes that run the models. Each is meant to live as long as the server."""
+        """Record the processes that run the models. Each must live as long as the server."""
         self._stubs.update(_stubs_below(self._process.pid))
 
     def problem(self) -> str:
@@ -144,7 +145,7 @@ class TritonServer:
 
     @property
     def is_full(self) -> bool:
-        """Say whether it holds so many connections that it cannot accept another one."""
+        """Whether it has so many connections that it cannot accept another one."""
         return limits.num_free_descriptors(self._process.pid) < MIN_FREE_DESCRIPTORS
 
     def stop(self, is_urgent: Callable[[], bool]) -> None:
@@ -153,7 +154,7 @@ class TritonServer:
         What does not end in order is killed.
 
         Args:
-            is_urgent: asked all the time; true means to kill at once.
+            is_urgent: polled meanwhile; true means to kill at once.
         """
         if self._was_killed:
             return
@@ -166,8 +167,8 @@ class TritonServer:
             for pid in self._engines():
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGTERM)
-            # Without an engine all have been answered. tritonserver 24.10 may wait none the less: it loses
-            # count of streams that were cancelled.
+            # Without an engine all requests have been answered. tritonserver 24.10 may still wait: it loses
+            # count of cancelled streams.
             self._await_end(time.monotonic() + UNLOAD_GRACE_S, is_urgent)
         self.kill()
 
@@ -184,7 +185,7 @@ class TritonServer:
         """Stop at once. What is in flight is lost. Removes what tritonserver leaves behind.
 
         Returns:
-            Processes that are left, since they wait in the kernel, where nothing ends them.
+            Processes that are left because they wait in the kernel, where no signal reaches them.
         """
         if self.is_running:
             self._process.kill()
@@ -202,11 +203,11 @@ class TritonServer:
         return left
 
     def log_tail(self, max_lines: int = 25) -> str:
-        """The end of this server's log; its errors in our own words come first, where there are any."""
+        """The end of this server's log, preceded by our own errors in it."""
         text = self._log.tail()
         own = list(dict.fromkeys(_OWN_ERROR.findall(text)))
         lines = [line[:MAX_LINE] for line in text.splitlines() if line.strip() and not _CHATTER.match(line)]
-        # Triton says each of them several times.
+        # Triton repeats each of them several times.
         lines = [line for line in lines if not any(error[:MAX_LINE] in line for error in own)]
         return "\n".join([*own[:3], *lines[-max_lines:]])
 

@@ -1,4 +1,4 @@
-"""The run directory as `manylora serve` uses it: made or taken over at the start, tidied at the end."""
+"""The run directory of `manylora serve`: created or reused at the start, cleaned up at the end."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from manylora.serve import records
 from manylora.serve.repository import MODELS
 
 PLAIN = re.compile(r"[A-Za-z0-9_./+@%=,-]+")
-"""Paths that Triton's Python backend can be given: it writes them into a command of a shell, and its
-interpreter takes the encoding of file names for ASCII."""
+"""Paths that Triton's Python backend can handle: it writes them into a shell command, and its interpreter
+takes ASCII for the encoding of file names."""
 
 
 class Workspace:
-    """Paths below one run directory, and what must lie on a plain path."""
+    """The files of one server below its run directory, and those that need a plain path."""
 
     def __init__(self, path: Path, plain: Path, sign: Path | None) -> None:
         """
@@ -42,7 +42,7 @@ class Workspace:
         self._recorded = [path] if sign is None else [path, sign]
 
     def write_record(self, facts: Mapping[str, str | int]) -> None:
-        """Say what the server is, for `manylora status` and other programs.
+        """Write the record of the server, for `manylora status` and other programs.
 
         Raises:
             OSError: a disk is full, or takes no file.
@@ -70,13 +70,13 @@ class Workspace:
 
 @contextlib.contextmanager
 def workspace(asked: str | None) -> Iterator[Workspace]:
-    """Make the run directory, or take over the one that is named, for as long as the block runs.
+    """Create the run directory, or reuse the one that is named, for as long as the block runs.
 
-    One that was made here is removed when the block ends well; after an error it is left if a log is in it.
+    A directory created here is removed after success; after an error it is kept if it holds a log.
 
     Raises:
         InvalidArgumentError: others can open it, or its path is too long for a socket.
-        UnavailableError: another server runs in it, or it takes no file.
+        UnavailableError: another server runs in it, or no file can be written to it.
     """
     path = _prepared(asked)
     lock_path = path / "serve.lock"
@@ -139,7 +139,7 @@ def _plain_directory(path: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def _sign(asked: str | None) -> Iterator[Path | None]:
-    """Where a server says in the usual place that it runs, if its run directory is not there."""
+    """A directory in the default place that leads to a server whose run directory is elsewhere."""
     with contextlib.ExitStack() as opened:
         sign = None
         if asked:

@@ -17,11 +17,11 @@ log = logging.getLogger(__name__)
 FIRST_PAUSE_S = 1.0
 MAX_PAUSE_S = 30.0
 STEADY_S = 60.0
-"""An engine that served so long starts a new series of pauses when it dies."""
+"""An engine that has served for so long begins a new series of pauses when it dies."""
 
 
 class EngineKeeper:
-    """Keeps an engine running: one that dies is started again, after pauses of 1, 2, 4 .. 30 s."""
+    """Keeps an engine running: restarts one that has died, after pauses of 1, 2, 4 .. 30 s."""
 
     def __init__(self, config: EngineConfig, socket_path: Path) -> None:
         self._config = config
@@ -79,8 +79,8 @@ class EngineKeeper:
             # A start may take minutes: one that dies as soon as it serves must not pass for steady.
             ready_at = time.monotonic()
 
-    # A fault of any kind, foreseen or not, ends one turn of the watch and not its thread: without that, no
-    # engine would ever be started again.
+    # A fault of any kind ends one turn of the watch and not its thread: without the thread, no engine would
+    # ever be started again.
 
     def _wait_for_end(self) -> None:
         process = self._process
@@ -96,7 +96,7 @@ class EngineKeeper:
 
     def _start_again(self) -> None:
         try:
-            # All its adapters were sound once. One that has broken since must not keep the others down.
+            # All its adapters were valid once. One that has broken since must not keep the others down.
             self._start_process(strict_preload=False).wait_ready()
             log.info("the engine is back")
         except (ManyloraError, OSError) as error:

@@ -39,8 +39,8 @@ class EngineProcess:
     """
 
     def __init__(self, config: EngineConfig, socket_path: Path, *, strict_preload: bool = True) -> None:
-        # The server's working directory may hold packages for its own use (an older numpy), so it is not the
-        # engine's, and paths relative to it must be made whole.
+        # The server's working directory may hold packages of its own (an older numpy), so the engine runs in
+        # another one, and relative paths must be made absolute.
         directories = {name: _absolute(getattr(config, name)) for name in ("base_model", "adapter_root")}
         order = {
             "socket": paths.to_text(socket_path.absolute()),
@@ -90,7 +90,7 @@ class EngineProcess:
             raise errors.from_code(answer["error"]["code"], answer["error"]["message"])
 
     def wait(self) -> int:
-        """Wait for its end, and bring it about when it shows no life.
+        """Wait for its end; kill it when it shows no sign of life.
 
         Returns: the exit status, negative for a signal.
         """
@@ -99,7 +99,7 @@ class EngineProcess:
         return self._await_end(KILL_S)
 
     def _listen(self, max_silent_turns: int) -> bytes | None:
-        """The next line that it says; None when it has ended, or shows no life and is killed."""
+        """The next line of its output; None when it has ended, or was killed for its silence."""
         assert self._process.stdout
         with self._listening:
             try:
@@ -126,7 +126,7 @@ class EngineProcess:
         return status
 
     def _await_end(self, timeout_s: float) -> int:
-        """Wait for its end, but for no thread of it that hangs in the kernel, which no signal ends.
+        """Wait for its end, but not for threads that hang in the kernel, which no signal ends.
 
         Returns: the exit status; HANGS if it has none yet.
         """
@@ -134,7 +134,7 @@ class EngineProcess:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 return self._process.wait(LOOK_S)
             if not is_alive(self.pid):
-                # Only its first thread has ended. It keeps its memory, and harms nobody.
+                # Only its first thread has ended. The rest keeps its memory and harms nobody.
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     return self._process.wait(LOOK_S)
                 log.error("the engine process %d has ended but for threads that hang in the kernel", self.pid)

@@ -1,24 +1,24 @@
-"""Notices a thread that goes round a loop no more."""
+"""Detects a thread that is stuck in one turn of its loop."""
 
 from __future__ import annotations
 
 LOOK_S = 1.0
 """Between two looks."""
 MAX_BLOCKED_LOOKS = 120
-"""Looks in a row at a turn for which the process hardly computes: a deadlock, or a disk that answers no more.
-A step that computes, however slowly, never counts."""
+"""Looks in a row at the same turn while the process uses almost no processor time: a deadlock, or a disk that
+no longer answers. A step that computes, however slowly, never counts."""
 MAX_BUSY_LOOKS = 3600
-"""Looks at a turn that computes all the time. No step takes an hour."""
+"""Looks in a row at the same turn while the process computes. No step takes an hour."""
 MIN_CPU_S = 0.05
-"""Processor time between two looks below which the process hardly computes: several times what a process
-takes that only waits, and a twentieth of what one thread of an idle machine would be given."""
+"""Processor time between two looks below which the process counts as idle: several times what a process that
+only waits uses, and a twentieth of what one busy thread gets."""
 
 
 class HangDetector:
-    """Judges one loop by its count of turns.
+    """Judges one loop by the number of its turns.
 
-    It counts looks and compares no times, so that a pause of the whole machine is one look, and no reason
-    to end a process that is well.
+    It counts looks instead of comparing times, so a pause of the whole machine is one look and no reason to
+    end a healthy process.
     """
 
     def __init__(self) -> None:
@@ -31,7 +31,7 @@ class HangDetector:
         """Look.
 
         Args:
-            num_turns: how often the loop has come round so far. One that idles must be woken for each look.
+            num_turns: turns of the loop so far. An idle loop must be woken for each look.
             cpu_s: processor time of the whole process so far.
         """
         used_s = cpu_s - self._cpu_s

@@ -1,7 +1,8 @@
-"""What a front end says of itself: a line of JSON for whoever connects to its socket in the run directory.
+"""A front end's report on itself: one line of JSON to everyone who connects to its socket in the run
+directory.
 
-It is no request: Triton and the engine know nothing of it, and count nothing. That a process answers says
-that it lives and that its interpreter runs; how its loops go round says that they serve.
+This is no request, so neither Triton nor the engine counts it. An answer shows that the process lives and its
+interpreter runs; the turns of its loops show that they serve.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ log = logging.getLogger(__name__)
 
 
 class Stage:
-    """One loop that serves requests. Its thread enters for each turn that has work, and leaves after it."""
+    """One loop that serves requests. Its thread enters the context for each turn that has work."""
 
     def __init__(self) -> None:
         self.num_turns = 0
@@ -49,7 +50,7 @@ class StageState:
 
 
 class HealthSocket:
-    """Answers on a Unix socket, from a thread of its own, until it is closed."""
+    """Answers on a Unix socket from its own thread until it is closed."""
 
     def __init__(self, path: Path, stages: Mapping[str, Stage]) -> None:
         """Begin to answer.
@@ -73,7 +74,7 @@ class HealthSocket:
         self._thread.start()
 
     def close(self) -> None:
-        """End, and remove the socket."""
+        """Stop answering and remove the socket."""
         self._path.unlink(missing_ok=True)
         # Wakes the thread from its wait.
         with contextlib.suppress(OSError):
@@ -87,7 +88,7 @@ class HealthSocket:
                 connection, _ = self._listener.accept()
             except OSError:
                 return
-            # A line is shorter than what a socket takes at once; one who has gone is no error.
+            # One line fits into a socket's buffer; a peer that has hung up is no error.
             with connection, contextlib.suppress(OSError):
                 connection.sendall(self._line())
 
@@ -97,10 +98,10 @@ class HealthSocket:
 
 
 def read_stages(line: str) -> dict[str, StageState]:
-    """Read what a front end has said.
+    """Parse a front end's report.
 
     Raises:
-        ValueError: it is not what a front end says.
+        ValueError: it is not such a report.
     """
     try:
         return {name: StageState(*state) for name, state in json.loads(line).items()}

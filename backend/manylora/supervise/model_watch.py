@@ -1,7 +1,7 @@
-"""Watches one model of a running server, and says when it is dead or hung.
+"""Watches one model of a running server and reports when it is dead or hung.
 
-Triton goes on calling a model ready whose process is dead or hung. So its front end is asked itself, and what
-Triton has for it is compared with what reaches it. None of the questions is a request, so none is counted.
+Triton keeps calling a model ready whose process is dead or hung. So the front end itself is asked, and what
+Triton has queued for it is compared with what reaches it. None of the questions is a request.
 """
 
 from __future__ import annotations
@@ -11,15 +11,23 @@ from collections.abc import Callable
 from pathlib import Path
 
 from manylora.supervise.health import StageState, read_stages
-from manylora.supervise.probe import HttpProbe, Line, LineProbe, Probe, http_status, ready_path
+from manylora.supervise.probe import (
+    HttpProbe,
+    KeptConnection,
+    KeptConnectionProbe,
+    Probe,
+    http_status,
+    ready_path,
+)
 
 LOOKS_BETWEEN = 20
 """Looks from one answer to the next question."""
 HUNG_LOOKS = 240
-"""Looks that an answer may take. None needs the engine, a model or more than a moment."""
+"""Looks that an answer may take. It needs neither engine nor model, and only a moment."""
 HUNG_ANSWERS = 12
-"""Answers in a row, a minute or more, from one and the same turn of a busy stage: one that has a thousand
-prompts to tokenise is through in that time. Also of metrics with requests of which none gets through."""
+"""Answers in a row, over a minute or more, that show a stage busy in the same turn: a turn with a thousand
+prompts to tokenise ends in that time. Also answers in a row of metrics with requests that do not get
+through."""
 MAX_BAD_ANSWERS = 2
 """In a row, by which a model is given up as dead."""
 
@@ -30,7 +38,8 @@ _PENDING = r'^nv_inference_pending_request_count\{{[^}}]*model="{}"[^}}]*\}} (\d
 
 
 class ModelWatch:
-    """Counts its looks, four a second, and compares no times: a pause of the whole machine is one look."""
+    """Counts its looks, four a second, instead of comparing times: a pause of the whole machine is one
+    look."""
 
     def __init__(
         self,
@@ -61,8 +70,8 @@ class ModelWatch:
         """Turns of `execute` by the answer before."""
         self._is_full = is_full
         self._say = say
-        self._has_told_full = False
-        self._line = Line(http)
+        self._has_warned = False
+        self._kept = KeptConnection(http)
         self._questions = (
             _Question(
                 lambda: Probe(health),
@@ -71,7 +80,7 @@ class ModelWatch:
                 dead=f"{model} does not say how it is",
             ),
             _Question(
-                lambda: LineProbe(self._line, ready_path(model)),
+                lambda: KeptConnectionProbe(self._kept, ready_path(model)),
                 _judge_ready,
                 silent=f"tritonserver hangs: it does not say whether {model} is ready",
                 dead=f"tritonserver does not call {model} ready",
@@ -90,22 +99,23 @@ class ModelWatch:
         return next(filter(None, problems), "")
 
     def close(self) -> None:
-        """Give up what is on its way."""
+        """Abandon the questions in flight."""
         for question in self._questions:
             question.close()
-        self._line.close()
+        self._kept.close()
 
     def _cannot_ask(self) -> bool:
-        """Whether tritonserver may be silent since it cannot accept our connection, not since it hangs."""
-        if self._line.is_accepted or not self._is_full():
-            self._has_told_full = False
+        """Whether tritonserver may be silent because it cannot accept our connection, not because it
+        hangs."""
+        if self._kept.is_accepted or not self._is_full():
+            self._has_warned = False
             return False
-        if not self._has_told_full:
+        if not self._has_warned:
             self._say(
                 f"{self._model} cannot be asked: tritonserver has as many connections as it may have open "
                 "files; bound them with a proxy in front, or raise the limit (ulimit -n)"
             )
-        self._has_told_full = True
+        self._has_warned = True
         return True
 
     def _judge_health(self, answer: str) -> str:

@@ -1,4 +1,4 @@
-"""Questions to sockets of this machine that never wait. None is a request to a model, so none is counted."""
+"""Non-blocking questions to sockets of this machine. None is a request to a model, so none is counted."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _STATUS = re.compile(r"HTTP/1\.[01] (\d{3})\b")
 
 
 class Probe:
-    """One question, on its way. It is over when there is an answer, or a reason why there is none."""
+    """One question in flight. It is over when there is an answer or a reason why there is none."""
 
     def __init__(
         self, address: str | Path, ask: bytes = b"", *, connection: socket.socket | None = None
@@ -30,7 +30,7 @@ class Probe:
         Args:
             address: host:port, or the path of a Unix socket.
             ask: what to send. The other side closes the connection after its answer.
-            connection: one to this address that there is already.
+            connection: an open one to this address; None: connect.
         """
         self.answer = b""
         self.failure: OSError | None = None
@@ -43,7 +43,7 @@ class Probe:
 
     @property
     def nobody_is_there(self) -> bool:
-        """Whether it failed because nobody listens, or hung up. Other failures are our own side's."""
+        """Whether nobody listens or the peer hung up. Other failures are on our own side."""
         return isinstance(self.failure, ConnectionError | FileNotFoundError)
 
     def poll(self, wait_s: float) -> bool:
@@ -87,23 +87,23 @@ class HttpProbe(Probe):
         super().__init__(address, head.encode())
 
 
-class Line:
-    """A connection to tritonserver that stays open from one question to the next: a server whose other
-    connections are so many that it can accept no more still answers on it."""
+class KeptConnection:
+    """A connection to tritonserver that stays open between questions: a server that has too many connections
+    to accept another one still answers on it."""
 
     def __init__(self, address: str) -> None:
         self.address = address
         self.is_accepted = False
-        """An answer has come over it. Until then it may only wait for the server to take it."""
+        """An answer has come over it; until then the server may not have accepted it yet."""
         self._connection: socket.socket | None = None
-        # The first question finds it taken, whatever comes in between.
+        # Made now, so that the server has accepted it before others fill its table.
         with contextlib.suppress(OSError):
             self._connection = _connect(address)
 
-    def take(self) -> socket.socket | None:
-        """The connection, for one question; None where there is none any more."""
+    def acquire(self) -> socket.socket | None:
+        """The connection, for one question; None if it has been closed."""
         connection, self._connection = self._connection, None
-        # Nothing has been asked, so what there is to read is its end.
+        # Nothing has been asked, so anything readable is the end of the connection.
         if connection and self.is_accepted and select.select([connection], [], [], 0)[0]:
             connection.close()
             connection = None
@@ -111,8 +111,8 @@ class Line:
             self.is_accepted = False
         return connection
 
-    def give_back(self, connection: socket.socket) -> None:
-        """After an answer that has come whole."""
+    def release(self, connection: socket.socket) -> None:
+        """Give the connection back after a whole answer."""
         self._connection = connection
         self.is_accepted = True
 
@@ -121,17 +121,17 @@ class Line:
             self._connection.close()
 
 
-class LineProbe(Probe):
-    """A GET over a line."""
+class KeptConnectionProbe(Probe):
+    """A GET over a kept connection."""
 
-    def __init__(self, line: Line, path: str) -> None:
-        self._line = line
-        head = f"GET {path} HTTP/1.1\r\nHost: {line.address}\r\n\r\n"
-        super().__init__(line.address, head.encode(), connection=line.take())
+    def __init__(self, kept: KeptConnection, path: str) -> None:
+        self._kept = kept
+        head = f"GET {path} HTTP/1.1\r\nHost: {kept.address}\r\n\r\n"
+        super().__init__(kept.address, head.encode(), connection=kept.acquire())
 
     def close(self) -> None:
         if self._socket and not self.failure and self._is_whole():
-            self._line.give_back(self._socket)
+            self._kept.release(self._socket)
         else:
             super().close()
 
@@ -145,7 +145,7 @@ class LineProbe(Probe):
 
 
 def http_status(answer: str) -> int:
-    """The status in an answer over HTTP; 0 where it is none."""
+    """The status of an HTTP answer; 0 if it is none."""
     found = _STATUS.match(answer)
     return int(found[1]) if found else 0
 

@@ -1,7 +1,7 @@
-"""The pulse of the engine process: lines on its standard output, by which its owner knows that it runs.
+"""The pulse of the engine process: lines on its standard output that show its owner that it runs.
 
-An empty line comes each second from a thread that does nothing else, beginning with the first moment of the
-start; the answer to the owner's order comes in between as one line of JSON.
+A thread that does nothing else writes an empty line each second from the very beginning; the answer to the
+owner's order comes in between, as one line of JSON.
 """
 
 from __future__ import annotations
@@ -16,26 +16,26 @@ from manylora.process_state import is_alive, is_stopped
 BEAT_S = 1.0
 
 MAX_STOPPED_TURNS = 3
-"""Silent seconds of a process that a signal has stopped. Nothing but another signal lets it go on."""
+"""Silent seconds of a process that a signal has stopped: only another signal would resume it."""
 MAX_SILENT_TURNS = 60
-"""Silent seconds of one that serves. A beat needs a moment of the processor and of the interpreter's lock,
-which a step gives away all the time; even a machine that is many times overloaded grants that in a minute."""
+"""Silent seconds of a process that serves. A beat needs a moment of the processor and of the interpreter's
+lock, which steps release all the time; even a heavily overloaded machine grants that within a minute."""
 MAX_SILENT_TURNS_AT_START = 600
-"""Silent seconds of one that starts: reading a large tensor from a slow disk holds the interpreter's lock."""
+"""Silent seconds of a process that starts: reading a large tensor from a slow disk holds the lock."""
 
 
 class Pulse:
     """The engine's side."""
 
     def __init__(self, fd: int) -> None:
-        """Begin to beat on a pipe, until its reader has gone."""
+        """Beat on a pipe until its reader has closed it."""
         self._fd = fd
         # Guards the pipe: an answer may be longer than what is written in one piece.
         self._lock = threading.Lock()
         threading.Thread(target=self._beat, name="manylora-pulse", daemon=True).start()
 
     def answer(self, line: str) -> None:
-        """Write a line that is not empty. A reader that has gone is no error."""
+        """Write a line that is not empty. A reader that has closed the pipe is no error."""
         with self._lock, contextlib.suppress(BrokenPipeError):
             left = line.encode() + b"\n"
             while left:
@@ -56,8 +56,8 @@ class Silence(Exception):
 class PulseListener:
     """The owner's side. Used by one thread at a time.
 
-    It counts its own turns of about a second and compares no times: when the whole machine, or the owner too,
-    was paused, the pause is one turn and no silence of the engine.
+    It counts its own turns of about a second instead of comparing times: if the whole machine or the owner
+    was paused, that is one turn and no silence of the engine.
     """
 
     def __init__(self, fd: int, pid: int) -> None:
@@ -70,7 +70,7 @@ class PulseListener:
     def next_line(self, max_silent_turns: int) -> bytes | None:
         """Wait for a line.
 
-        Returns: the line, empty for a beat; None when the process has closed the pipe, as its end does.
+        Returns: the line, empty for a beat; None when the pipe is closed, as at the end of the process.
 
         Raises:
             Silence: nothing came for `max_silent_turns`, or MAX_STOPPED_TURNS of a process that is stopped.

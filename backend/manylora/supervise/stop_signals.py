@@ -7,22 +7,22 @@ from types import FrameType
 
 
 class StopSignals:
-    """Notes SIGINT, SIGTERM and SIGHUP from when it is made, so that what must be tidied is tidied."""
+    """Records SIGINT, SIGTERM and SIGHUP from its creation on, so that the program can stop in order."""
 
     def __init__(self) -> None:
         self._received: list[int] = []
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            signal.signal(number, self._note)
+            signal.signal(number, self._record)
 
     @property
     def first(self) -> int:
-        """The first one; 0 while there is none."""
+        """The first signal; 0 while there is none."""
         return self._received[0] if self._received else 0
 
     @property
     def is_urgent(self) -> bool:
-        """Asked more than once."""
+        """Whether there was more than one."""
         return len(self._received) > 1
 
-    def _note(self, number: int, frame: FrameType | None) -> None:
+    def _record(self, number: int, frame: FrameType | None) -> None:
         self._received.append(number)

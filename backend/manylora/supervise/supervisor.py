@@ -109,9 +109,9 @@ class Supervisor:
             raise _Stop
 
     def _await_answers(self, server: Server) -> None:
-        """Wait until Triton calls both models ready and both front ends say how they are.
+        """Wait until Triton calls all models ready and all front ends report.
 
-        Whoever else answers on its port is not believed.
+        An answer from any other server on its port is not accepted.
         """
         deadline = time.monotonic() + self._ready_timeout_s
         waiting = list(self._models)
