@@ -6,20 +6,22 @@ import functools
 import queue
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from manylora.engine.engine import Engine as _Engine
 from manylora.errors import InvalidArgumentError, from_code
+from manylora.front_end.answer import Answer, GrowingAnswer, new_answer
 from manylora.front_end.parameters import parse
+from manylora.front_end.prompt import Prompt
 from manylora.front_end.text import Tokenizer
-from manylora.front_end.text_stream import TextStream
-from manylora.messages import Cancel, EngineInfo, Failed, Generate, SamplingParams, TokenLogprobs, Tokens
-from manylora.token_checks import check_input_ids, check_stop_token_ids
+from manylora.front_end.tokenising import check_size, tokenise
+from manylora.messages import Cancel, Failed, Generate, SamplingParams, TokenLogprobs, Tokens
+from manylora.token_checks import check_stop_token_ids
 
 T = TypeVar("T")
 
-Prompt = str | Sequence[int] | Sequence[Mapping[str, str]]
+PromptContent = str | Sequence[int] | Sequence[Mapping[str, str]]
 """A text, token ids, or chat messages of `{role, content}`."""
 
 
@@ -40,35 +42,6 @@ class Completion:
     """One for each of `token_ids`; None unless asked for."""
 
 
-@dataclass(slots=True, kw_only=True)
-class _Growing:
-    """One sequence until it has finished."""
-
-    message: Generate
-    stream: TextStream
-    texts: list[str] = field(default_factory=list)
-    token_ids: list[int] = field(default_factory=list)
-    logprobs: list[TokenLogprobs] = field(default_factory=list)
-    completion: Completion | None = None
-
-    def add(self, event: Tokens) -> None:
-        """Take new tokens; `completion` is there once they are the last."""
-        text, num_taken = self.stream.add(event.token_ids)
-        self.texts.append(text)
-        self.token_ids += event.token_ids[:num_taken]
-        self.logprobs += event.logprobs[:num_taken]
-        if event.finish_reason or self.stream.stopped:
-            self.texts.append(self.stream.finish())
-            self.completion = Completion(
-                text="".join(self.texts),
-                token_ids=self.token_ids,
-                finish_reason="stop" if self.stream.stopped else event.finish_reason,
-                num_input_tokens=len(self.message.input_ids),
-                adapter_version=event.adapter_version,
-                logprobs=self.logprobs if self.message.params.logprobs else None,
-            )
-
-
 class Engine(_Engine):
     """A base model with many adapters, in this process.
 
@@ -83,7 +56,7 @@ class Engine(_Engine):
 
     def generate(
         self,
-        prompts: Sequence[Prompt],
+        prompts: Sequence[PromptContent],
         *,
         adapter_ids: Sequence[str] | None = None,
         adapter_scales: Sequence[float] | None = None,
@@ -118,54 +91,67 @@ class Engine(_Engine):
         params = _params(sampling)
         check_stop_token_ids(params, self.info)
         deadline_ms = parse({"deadline_ms": deadline_ms}, "option")["deadline_ms"]
-        growing = [
-            _Growing(
-                message=Generate(
-                    id=number,
-                    input_ids=_encode(self.tokenizer, prompt, self.info, add_special_tokens),
-                    adapter_id=name,
-                    **_row_options(scale, priority),
-                    deadline_ms=deadline_ms,
-                    deadline_s=begun_s + deadline_ms / 1000 if deadline_ms else 0.0,
-                    params=params,
-                ),
-                stream=TextStream(self.tokenizer, stop=stop, min_tokens=params.min_tokens),
+        answers, messages = [], []
+        for number, (content, name, scale, priority) in enumerate(
+            zip(
+                prompts,
+                _per_prompt("adapter_ids", adapter_ids, "", len(prompts)),
+                _per_prompt("adapter_scales", adapter_scales, 1.0, len(prompts)),
+                _per_prompt("priorities", priorities, 0, len(prompts)),
+                strict=True,
             )
-            for number, (prompt, name, scale, priority) in enumerate(
-                zip(
-                    prompts,
-                    _per_prompt("adapter_ids", adapter_ids, "", len(prompts)),
-                    _per_prompt("adapter_scales", adapter_scales, 1.0, len(prompts)),
-                    _per_prompt("priorities", priorities, 0, len(prompts)),
-                    strict=True,
-                )
+        ):
+            prompt = Prompt(
+                **_content(content),
+                add_special_tokens=add_special_tokens,
+                adapter_id=name,
+                **_row_options(scale, priority),
+                deadline_ms=deadline_ms,
+                stop=tuple(stop),
+                params=params,
             )
-        ]
-        return _run(self, growing)
+            check_size(prompt, self.tokenizer, self.info)
+            input_ids = tokenise(prompt, self.tokenizer, self.info)
+            answer = new_answer(number, prompt, self.tokenizer, begun_s, lambda _ids, logprobs: logprobs)
+            answer.num_input_tokens = len(input_ids)
+            answers.append(answer)
+            messages.append(prompt.message(number, input_ids, answer.deadline_s))
+        return _run(self, messages, answers)
 
 
-def _run(engine: _Engine, growing: list[_Growing]) -> list[Completion]:
+def _run(engine: _Engine, messages: Sequence[Generate], answers: Sequence[GrowingAnswer]) -> list[Completion]:
     events: queue.SimpleQueue[list[Tokens | Failed]] = queue.SimpleQueue()
     session = engine.connect(events.put)
-    num_left = len(growing)
+    num_left = len(answers)
     try:
-        for sequence in growing:
-            session.send(sequence.message)
+        for message in messages:
+            session.send(message)
         while num_left:
             for event in events.get():
-                sequence = growing[event.id]
-                if sequence.completion is not None:
+                answer = answers[event.id]
+                if answer.finish_reason:
                     continue
                 if isinstance(event, Failed):
                     raise from_code(event.code, event.message)
-                sequence.add(event)
-                if sequence.completion is not None:
+                answer.add(event)
+                if answer.finish_reason:
                     num_left -= 1
                     if not event.finish_reason:
                         session.send(Cancel(event.id))
     finally:
         session.close()
-    return [sequence.completion for sequence in growing if sequence.completion is not None]
+    return [_completion(answer.drain()) for answer in answers]
+
+
+def _completion(answer: Answer) -> Completion:
+    return Completion(
+        text=answer.text,
+        token_ids=list(answer.token_ids),
+        finish_reason=answer.finish_reason,
+        num_input_tokens=answer.num_input_tokens,
+        adapter_version=answer.adapter_version,
+        logprobs=None if answer.logprobs is None else list(answer.logprobs),
+    )
 
 
 def _per_prompt(option: str, values: Sequence[T] | None, default: T, num_prompts: int) -> Sequence[T]:
@@ -190,12 +176,9 @@ def _params(sampling: Mapping[str, object]) -> SamplingParams:
     return SamplingParams(**parse(given, "option"))
 
 
-def _encode(tokenizer: Tokenizer, prompt: Prompt, info: EngineInfo, add_special_tokens: bool) -> list[int]:
+def _content(prompt: PromptContent) -> dict[str, Any]:
     if isinstance(prompt, str):
-        ids = tokenizer.encode(prompt, add_special_tokens=add_special_tokens)
-    elif prompt and isinstance(prompt[0], Mapping):
-        ids = tokenizer.encode_chat(prompt)  # type: ignore[arg-type]  # messages, by their first element
-    else:
-        ids = [int(token_id) for token_id in prompt]  # type: ignore[arg-type]  # ids, by elimination
-    check_input_ids(ids, info)
-    return ids
+        return {"text": prompt}
+    if prompt and isinstance(prompt[0], Mapping):
+        return {"messages": prompt}
+    return {"input_ids": [int(token_id) for token_id in prompt]}  # type: ignore[arg-type]  # ids, by elimination

@@ -35,9 +35,9 @@ class FaultyRecorder(Recorder):
             self._times -= 1
             raise make(self._fault)
 
-    def send(self, outputs: Tensors, *, is_last: bool) -> None:
+    def send_tensors(self, outputs: Tensors, *, is_last: bool) -> None:
         self._strike("send")
-        super().send(outputs, is_last=is_last)
+        super().send_tensors(outputs, is_last=is_last)
 
     def fail(self, error: ManyloraError) -> None:
         self._strike("fail")

@@ -17,6 +17,7 @@ from manylora.config import EngineConfig
 from manylora.engine.engine import Engine
 from manylora.engine.server import EngineServer
 from manylora.errors import ManyloraError
+from manylora.front_end import tensor_door
 from manylora.front_end.front_end import FrontEnd
 from manylora.front_end.protocol import Tensors
 from manylora.front_end.text import Tokenizer
@@ -25,11 +26,12 @@ from manylora.ipc import query_status
 WAIT_S = 60
 
 
-class Recorder:
+class Recorder(tensor_door.TensorResponder):
     """Holds what one request was answered, and refuses anything after the last reply, as Triton does."""
 
-    def __init__(self, *, fail_sends: int = 0) -> None:
+    def __init__(self, *, fail_sends: int = 0, is_streaming: bool = True) -> None:
         self.request_id = "r1"
+        self.is_streaming = is_streaming
         self.replies: list[Tensors] = []
         self.error: ManyloraError | None = None
         self.num_finals = 0
@@ -38,7 +40,7 @@ class Recorder:
         self.done: queue.SimpleQueue[None] = queue.SimpleQueue()
         self._fail_sends = fail_sends
 
-    def send(self, outputs: Tensors, *, is_last: bool) -> None:
+    def send_tensors(self, outputs: Tensors, *, is_last: bool) -> None:
         if self._fail_sends:
             self._fail_sends -= 1
             raise RuntimeError("a fault of the sender")
@@ -99,7 +101,7 @@ class Setting:
 
     def front_end(self, is_streaming: bool) -> FrontEnd:
         if is_streaming not in self.front_ends:
-            self.front_ends[is_streaming] = FrontEnd(self.path, is_streaming=is_streaming)
+            self.front_ends[is_streaming] = FrontEnd(self.path)
         assert self.front_ends[is_streaming].wait_ready(WAIT_S)
         return self.front_ends[is_streaming]
 
@@ -107,15 +109,19 @@ class Setting:
         self, is_streaming: bool, prompt: Any = "hi", recorder: Recorder | None = None, **parameters: Any
     ) -> Recorder:
         recorder = recorder or Recorder()
-        self.front_end(is_streaming).submit(
-            recorder, tensors(prompt), json.dumps(parameters), time.monotonic()
-        )
+        recorder.is_streaming = is_streaming
+        submit(self.front_end(is_streaming), recorder, prompt, **parameters)
         return recorder
 
     def status(self) -> Any:
         status = query_status(self.path, WAIT_S)
         assert status.check_errors == []
         return status
+
+
+def submit(front_end: FrontEnd, recorder: Recorder, prompt: Any = "hi", **parameters: Any) -> None:
+    """As Triton's models do."""
+    tensor_door.submit(front_end, recorder, tensors(prompt), json.dumps(parameters), time.monotonic())
 
 
 def tensors(prompt: Any) -> Tensors:

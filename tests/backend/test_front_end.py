@@ -20,9 +20,10 @@ from manylora.errors import (
     NotFoundError,
     UnavailableError,
 )
+from manylora.front_end import tensor_door
 from manylora.front_end.front_end import FrontEnd
 
-from .front_end_setting import WAIT_S, Recorder, Setting, running_setting, tensors, wait_until
+from .front_end_setting import WAIT_S, Recorder, Setting, running_setting, submit, tensors, wait_until
 
 
 @pytest.fixture(scope="module")
@@ -186,7 +187,7 @@ def test_a_fault_while_reading_ends_the_request_with_internal(
     setting: Setting, caplog: pytest.LogCaptureFixture
 ) -> None:
     recorder = Recorder()
-    setting.front_end(False).submit(recorder, tensors("hi"), "{not json", time.monotonic())
+    tensor_door.submit(setting.front_end(False), recorder, tensors("hi"), "{not json", time.monotonic())
     assert isinstance(recorder.wait().error, InternalError)
     assert "JSONDecodeError" in caplog.text
 
@@ -215,18 +216,18 @@ def test_the_end_of_the_engine_ends_requests_and_the_next_engine_serves(
     assert isinstance(answer.error, UnavailableError) or answer.finish_reason == "length"
     refused = Recorder()
     wait_until(lambda: not front_end.is_ready)
-    front_end.submit(refused, tensors("hi"), "", time.monotonic())
+    submit(front_end, refused)
     assert isinstance(refused.wait().error, UnavailableError)
     setting.start_engine()
     assert setting.begin(is_streaming, max_tokens=5).wait().ids == expected
 
 
 def test_closing_fails_what_is_in_flight_and_frees_it(setting: Setting) -> None:
-    front_end = FrontEnd(setting.path, is_streaming=False)
+    front_end = FrontEnd(setting.path)
     assert front_end.wait_ready(WAIT_S)
-    answers = [Recorder() for _ in range(3)]
+    answers = [Recorder(is_streaming=False) for _ in range(3)]
     for answer in answers:
-        front_end.submit(answer, tensors("hi"), '{"max_tokens": 250, "ignore_eos": true}', time.monotonic())
+        submit(front_end, answer, max_tokens=250, ignore_eos=True)
     front_end.close()
     for answer in answers:
         assert isinstance(answer.wait().error, UnavailableError)

@@ -24,7 +24,7 @@ FORBIDDEN = {
 WITHOUT_TORCH = [
     "manylora.front_end.triton_model",
     "manylora.front_end.front_end",
-    "manylora.front_end.protocol",
+    "manylora.front_end.tensor_door",
     "manylora.ipc",
     "manylora.cli",
     "manylora.serve.command",
@@ -64,6 +64,17 @@ def test_only_one_file_knows_tritons_own_module() -> None:
         if "triton_python_backend_utils" in imported(f)
     ]
     assert users == ["backend/manylora/front_end/triton_model.py"]
+
+
+def test_a_front_door_needs_nothing_of_tritons() -> None:
+    """Tensors, and the contract in tensors, are one door's affair."""
+    doors = {"protocol.py", "tensor_door.py", "triton_model.py"}
+    files = sorted((ROOT / "backend/manylora/front_end").glob("*.py"))
+    assert doors < {f.name for f in files}
+    triton = re.compile(
+        r"\bnumpy\b|pb_utils|front_end\.(protocol|tensor_door|triton_model)|import .*protocol"
+    )
+    assert [f.name for f in files if f.name not in doors and triton.search(f.read_text())] == []
 
 
 @pytest.mark.parametrize("package", ["engine", "adapters", "model"])

@@ -14,7 +14,7 @@ from manylora.front_end import front_end as module
 from manylora.front_end import long_prompts
 from manylora.front_end.front_end import FrontEnd
 from manylora.front_end.protocol import Tensors
-from manylora.front_end.tokenising import size_of_parameters
+from manylora.front_end.tensor_door import TensorRequest
 
 from .front_end_setting import WAIT_S, Recorder, Setting, running_setting, tensors, wait_until
 
@@ -115,11 +115,13 @@ def test_long_parameters_are_not_read_on_the_thread_of_all_requests(
 def test_long_parameters_are_measured_over_all_sequences() -> None:
     batch = with_parameters("hi", 64)
     alone = with_parameters("hi", 1)
-    assert size_of_parameters(alone, "") < module.LONG_BYTES // 16
+    assert TensorRequest(alone, "").parsing_cost < module.LONG_BYTES // 16
     num_bytes = 64 * len(alone["sampling_parameters"][0, 0])
-    assert size_of_parameters(batch, "") == num_bytes // 4
-    assert size_of_parameters(batch, "x" * 400) == (num_bytes + 400) // 4
-    assert size_of_parameters(with_parameters("hi", 64, triton_x=[[]] * 16_000), "") > module.LONG_BYTES
+    assert TensorRequest(batch, "").parsing_cost == num_bytes // 4
+    assert TensorRequest(batch, "x" * 400).parsing_cost == (num_bytes + 400) // 4
+    assert (
+        TensorRequest(with_parameters("hi", 64, triton_x=[[]] * 16_000), "").parsing_cost > module.LONG_BYTES
+    )
 
 
 def test_a_client_that_leaves_ends_what_waits_and_it_never_reaches_the_engine(

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from manylora.errors import InvalidArgumentError
+from manylora.front_end.answer import Answer
 from manylora.front_end.chat_messages import read_messages
 from manylora.front_end.parameters import (
     MAX_CHARS,
@@ -18,15 +19,10 @@ from manylora.front_end.parameters import (
     MAX_STOP_TOKEN_IDS,
     PARAMETERS,
 )
-from manylora.front_end.protocol import (
-    Answer,
-    Prompt,
-    decode,
-    encode,
-    read_text,
-)
+from manylora.front_end.prompt import Prompt
+from manylora.front_end.protocol import decode, encode
 from manylora.front_end.text import Tokenizer
-from manylora.front_end.tokenising import tokenise
+from manylora.front_end.tokenising import read_text, tokenise
 from manylora.messages import EngineInfo, SamplingParams
 from manylora.token_checks import check_input_ids, check_stop_token_ids
 
@@ -50,7 +46,7 @@ def decoded(parameters: dict[str, Any] | None = None, **tensors: Any) -> Prompt:
 
 
 def test_a_bare_text_gets_the_defaults() -> None:
-    assert decoded() == Prompt(text_input=b"hi", params=SamplingParams())
+    assert decoded() == Prompt(text=b"hi", params=SamplingParams())
     assert decoded().params == SamplingParams(max_tokens=128, temperature=0, top_p=1, top_k=0)
     assert (decoded().adapter_scale, decoded().priority, decoded().deadline_ms) == (1, 0, 0)
 
@@ -76,7 +72,7 @@ def test_ids_arrive_as_plain_integers() -> None:
     input_ids = tokenise(prompt, TOKENIZER, INFO)
     assert input_ids == [5, 6, 7]
     assert type(input_ids[0]) is int
-    assert prompt.text_input is None
+    assert prompt.text is None
 
 
 @pytest.mark.parametrize("names", [[], ["text_input", "input_ids"]], ids=["neither", "both"])
@@ -378,8 +374,8 @@ def test_rows_of_a_batch_have_their_own_sampling_parameters() -> None:
     assert (second.deadline_ms, second.adapter_scale, second.params.logprobs) == (0, 2.0, 3)
     assert first.input_ids is not None
     assert second.input_ids is not None
-    assert (first.input_ids.tolist(), first.adapter_id, first.params.max_tokens) == ([1, 2], "a", 4)
-    assert (second.input_ids.tolist(), second.adapter_id, second.params.max_tokens) == ([3, 4], "b", 4)
+    assert (list(first.input_ids), first.adapter_id, first.params.max_tokens) == ([1, 2], "a", 4)
+    assert (list(second.input_ids), second.adapter_id, second.params.max_tokens) == ([3, 4], "b", 4)
 
 
 @pytest.mark.parametrize("chat", [False, True])

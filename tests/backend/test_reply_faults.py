@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 from manylora.errors import CancelledRequestError, InternalError, InvalidArgumentError
-from manylora.front_end import call as call_module
 from manylora.front_end import front_end as front_end_module
-from manylora.front_end import protocol
-from manylora.front_end.call import Row
+from manylora.front_end import protocol, tensor_door
+from manylora.front_end.answer import Answer, GrowingAnswer
+from manylora.front_end.prompt import Prompt
 from manylora.front_end.protocol import Tensors
 from manylora.front_end.text import Tokenizer
 from manylora.front_end.text_stream import TextStream
@@ -43,21 +43,21 @@ def expected(setting: Setting) -> list[Recorder]:
     return [setting.begin(False, f"other {n}", **LONG_ENOUGH).wait() for n in range(3)]
 
 
-def in_take(patch: pytest.MonkeyPatch, fault: type[BaseException]) -> None:
-    take = Row.take
+def in_add(patch: pytest.MonkeyPatch, fault: type[BaseException]) -> None:
+    add = GrowingAnswer.add
 
-    def strike(self: Row, event: Tokens) -> None:
+    def strike(self: GrowingAnswer, event: Tokens) -> None:
         if self.num_input_tokens == len(VICTIM) and self.stream.num_tokens >= 3:
             raise make(fault)
-        take(self, event)
+        add(self, event)
 
-    patch.setattr(Row, "take", strike)
+    patch.setattr(GrowingAnswer, "add", strike)
 
 
 def in_encode(patch: pytest.MonkeyPatch, fault: type[BaseException]) -> None:
     encode = protocol.encode
 
-    def strike(answers: list[protocol.Answer]) -> Tensors:
+    def strike(answers: list[Answer]) -> Tensors:
         if answers[0].num_input_tokens == len(VICTIM):
             raise make(fault)
         return encode(answers)
@@ -70,7 +70,7 @@ def in_logprobs(patch: pytest.MonkeyPatch, fault: type[BaseException]) -> None:
         raise make(fault)
 
     # Nobody but the victim asks for them.
-    patch.setattr(call_module, "entries_json", strike)
+    patch.setattr(tensor_door, "entries_json", strike)
 
 
 def in_stop_search(patch: pytest.MonkeyPatch, fault: type[BaseException]) -> None:
@@ -85,9 +85,9 @@ def in_stop_search(patch: pytest.MonkeyPatch, fault: type[BaseException]) -> Non
 def in_decode(patch: pytest.MonkeyPatch, fault: type[BaseException]) -> None:
     decode = protocol.decode
 
-    def strike(given: Tensors, parameters_json: str) -> list[protocol.Prompt]:
+    def strike(given: Tensors, parameters_json: str) -> list[Prompt]:
         prompts = decode(given, parameters_json)
-        if prompts[0].text_input == VICTIM.encode():
+        if prompts[0].text == VICTIM.encode():
             raise make(fault)
         return prompts
 
@@ -105,26 +105,26 @@ def in_tokenising(patch: pytest.MonkeyPatch, fault: type[BaseException]) -> None
     patch.setattr(Tokenizer, "encode", strike)
 
 
-def in_row(patch: pytest.MonkeyPatch, fault: type[BaseException]) -> None:
-    row = front_end_module._row
+def in_new_answer(patch: pytest.MonkeyPatch, fault: type[BaseException]) -> None:
+    new_answer = front_end_module.new_answer
 
-    def strike(row_id: int, prompt: protocol.Prompt, *args: Any) -> Row:
-        if prompt.text_input == VICTIM.encode():
+    def strike(sequence_id: int, prompt: Prompt, *args: Any) -> GrowingAnswer:
+        if prompt.text == VICTIM.encode():
             raise make(fault)
-        return row(row_id, prompt, *args)
+        return new_answer(sequence_id, prompt, *args)
 
-    patch.setattr(front_end_module, "_row", strike)
+    patch.setattr(front_end_module, "new_answer", strike)
 
 
 def in_message(patch: pytest.MonkeyPatch, fault: type[BaseException]) -> None:
-    message = front_end_module._message
+    message = Prompt.message
 
-    def strike(row: Row, prompt: protocol.Prompt, input_ids: list[int]) -> Generate:
-        if prompt.text_input == VICTIM.encode():
+    def strike(self: Prompt, *args: Any) -> Generate:
+        if self.text == VICTIM.encode():
             raise make(fault)
-        return message(row, prompt, input_ids)
+        return message(self, *args)
 
-    patch.setattr(front_end_module, "_message", strike)
+    patch.setattr(Prompt, "message", strike)
 
 
 def in_send_to_engine(patch: pytest.MonkeyPatch, fault: type[BaseException]) -> None:
@@ -144,13 +144,13 @@ def nowhere(patch: pytest.MonkeyPatch, fault: type[BaseException]) -> None:
 
 
 PLACES: dict[str, Callable[[pytest.MonkeyPatch, type[BaseException]], None]] = {
-    "take": in_take,
+    "add": in_add,
     "encode": in_encode,
     "logprobs": in_logprobs,
     "stop search": in_stop_search,
     "decode": in_decode,
     "tokenising": in_tokenising,
-    "row": in_row,
+    "new answer": in_new_answer,
     "message": in_message,
     "send to engine": in_send_to_engine,
     "send": nowhere,

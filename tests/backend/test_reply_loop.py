@@ -1,4 +1,4 @@
-"""The reply loop fed by hand: what has been put and what has been followed is known at every moment."""
+"""The reply loop fed by hand: what has been put and what has been handled is known at every moment."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 from manylora.errors import InternalError, InvalidArgumentError, UnavailableError
 from manylora.front_end import reply_loop
-from manylora.front_end.call import Call, Row
+from manylora.front_end.answer import GrowingAnswer
+from manylora.front_end.call import Call
 from manylora.front_end.protocol import Tensors
 from manylora.front_end.reply_loop import Lost, Refused, ReplyLoop
 from manylora.front_end.text import Tokenizer
@@ -28,17 +29,20 @@ class Fed:
     def __init__(self, *, is_streaming: bool = True) -> None:
         self.tokenizer = Tokenizer(byte_tokenizer())
         self.cancelled: list[int] = []
-        self.loop = ReplyLoop(is_streaming=is_streaming, cancel=self.cancelled.append)
+        self.is_streaming = is_streaming
+        self.loop = ReplyLoop(cancel=self.cancelled.append)
         self._ids = itertools.count(1)
 
     def call(
         self, num_rows: int = 1, recorder: Recorder | None = None, **options: Any
     ) -> tuple[Recorder, Call]:
-        rows = [
-            Row(id=next(self._ids), num_input_tokens=1, stream=TextStream(self.tokenizer), **options)
+        answers = [
+            GrowingAnswer(
+                id=next(self._ids), num_input_tokens=1, stream=TextStream(self.tokenizer), **options
+            )
             for _ in range(num_rows)
         ]
-        call = Call(recorder or Recorder(), rows)
+        call = Call(recorder or Recorder(is_streaming=self.is_streaming), answers)
         self.loop.put(call)
         assert isinstance(call.responder, Recorder)
         return call.responder, call
@@ -47,9 +51,9 @@ class Fed:
         """One more token for every row, in one step."""
         self.loop.put(
             [
-                Tokens(id=row.id, token_ids=[70], finish_reason=finish_reason)
+                Tokens(id=answer.id, token_ids=[70], finish_reason=finish_reason)
                 for call in calls
-                for row in call.rows
+                for answer in call.answers
             ]
         )
 
@@ -87,7 +91,7 @@ class Trap:
 
 @every_fault
 @pytest.mark.parametrize("is_after", [False, True], ids=["before", "after"])
-@pytest.mark.parametrize("place", ["_turn", "_take_notes", "_follow", "_reply", "_check_calls", "_fail"])
+@pytest.mark.parametrize("place", ["_turn", "_fetch_items", "_handle", "_reply", "_check_calls", "_fail"])
 def test_a_fault_of_the_loop_itself_ends_all_calls_and_the_loop_goes_on(
     fed: Fed, monkeypatch: pytest.MonkeyPatch, place: str, is_after: bool, fault: type[BaseException]
 ) -> None:
@@ -99,18 +103,18 @@ def test_a_fault_of_the_loop_itself_ends_all_calls_and_the_loop_goes_on(
         assert recorder.first.wait(WAIT_S)
     trap.is_armed.set()
     if place == "_fail":
-        fed.loop.put([Failed(calls[0][1].rows[0].id, "UNAVAILABLE", "no")])
+        fed.loop.put([Failed(calls[0][1].answers[0].id, "UNAVAILABLE", "no")])
     if place == "_reply":
         fed.say(*(call for _, call in calls), finish_reason="stop")
     late = [fed.call() for _ in range(2)]
     assert trap.has_struck.wait(WAIT_S)
-    # What came in the very turn of the fault is ended too, or is followed.
+    # What came in the very turn of the fault is ended too, or is handled.
     fed.say(*(call for _, call in late), finish_reason="stop")
     for recorder, _ in calls + late:
         recorder.wait()
     assert fed.serves()
     assert [recorder.num_finals for recorder, _ in calls + late] == [1] * 6
-    ended = {row.id for recorder, call in calls if recorder.error for row in call.rows}
+    ended = {answer.id for recorder, call in calls if recorder.error for answer in call.answers}
     assert place == "_reply" or all(recorder.error for recorder, _ in calls)
     # Those that the engine had ended itself need no cancelling.
     assert place in ("_reply", "_fail") or ended == set(fed.cancelled) & ended
@@ -124,8 +128,8 @@ def test_a_whole_answer_is_sent_though_the_engine_is_lost_in_the_same_turn(fed: 
             super().__init__()
             self.is_open = threading.Event()
 
-        def send(self, outputs: Tensors, *, is_last: bool) -> None:
-            super().send(outputs, is_last=is_last)
+        def send_tensors(self, outputs: Tensors, *, is_last: bool) -> None:
+            super().send_tensors(outputs, is_last=is_last)
             assert self.is_open.wait(WAIT_S)
 
     held = Held()
@@ -184,7 +188,7 @@ def test_events_that_make_no_sense_harm_nobody(fed: Fed) -> None:
     assert fed.serves()
 
 
-def test_a_note_that_fails_ends_the_request_in_it(fed: Fed) -> None:
+def test_an_item_that_fails_ends_the_request_in_it(fed: Fed) -> None:
     recorder = Recorder()
     fed.loop.put(Call(recorder, [None]))  # type: ignore[list-item]  # what no front end makes
     recorder.wait()
@@ -196,7 +200,7 @@ def test_a_note_that_fails_ends_the_request_in_it(fed: Fed) -> None:
 
 def test_the_loss_of_the_engine_spares_what_is_finished(fed: Fed) -> None:
     (lost, first), (done, second) = fed.call(num_rows=2), fed.call(num_rows=2)
-    fed.loop.put([Tokens(id=first.rows[0].id, token_ids=[70], finish_reason="stop")])
+    fed.loop.put([Tokens(id=first.answers[0].id, token_ids=[70], finish_reason="stop")])
     fed.say(second, finish_reason="length")
     fed.loop.put(Lost())
     assert isinstance(lost.wait().error, UnavailableError)
@@ -211,27 +215,27 @@ def test_the_earliest_deadline_of_what_has_not_finished_counts(monkeypatch: pyte
     fed = Fed(is_streaming=False)
     try:
         recorder, call = fed.call(num_rows=3)
-        call.rows[0].deadline_ms, call.rows[0].deadline_s = 1000, 101.0
-        call.rows[1].deadline_ms, call.rows[1].deadline_s = 5000, 105.0
+        call.answers[0].deadline_ms, call.answers[0].deadline_s = 1000, 101.0
+        call.answers[1].deadline_ms, call.answers[1].deadline_s = 5000, 105.0
         timeless, _ = fed.call()
-        fed.loop.put([Tokens(id=call.rows[0].id, token_ids=[70], finish_reason="stop")])
+        fed.loop.put([Tokens(id=call.answers[0].id, token_ids=[70], finish_reason="stop")])
 
-        def follow() -> None:
-            """Wait until the loop has followed all that was put, and has looked at the calls at this time."""
+        def settle() -> None:
+            """Wait until the loop has handled all that was put, and has looked at the calls at this time."""
             for _ in range(3):
                 probe, probed = fed.call()
                 fed.say(probed, finish_reason="stop")
                 probe.wait()
 
-        follow()
-        assert call.next_deadline is call.rows[1]
+        settle()
+        assert call.next_deadline is call.answers[1]
         for now_s[0] in (101.5, 105.0, 105.2):
-            follow()
+            settle()
             assert recorder.num_finals == 0
         now_s[0] = 105.3
         assert isinstance(recorder.wait().error, UnavailableError)
         assert recorder.error.message.startswith("deadline_ms=5000 passed after 0 tokens")
-        assert fed.cancelled == [call.rows[1].id, call.rows[2].id]
+        assert fed.cancelled == [call.answers[1].id, call.answers[2].id]
         assert timeless.num_finals == 0
     finally:
         fed.loop.close()
@@ -240,6 +244,6 @@ def test_the_earliest_deadline_of_what_has_not_finished_counts(monkeypatch: pyte
 
 def test_the_engines_own_word_on_a_deadline_comes_first(fed: Fed) -> None:
     recorder, call = fed.call(deadline_ms=5, deadline_s=0.0)
-    fed.loop.put([Failed(call.rows[0].id, "UNAVAILABLE", "deadline_ms=5 passed while waiting")])
+    fed.loop.put([Failed(call.answers[0].id, "UNAVAILABLE", "deadline_ms=5 passed while waiting")])
     assert recorder.wait().error is not None
     assert recorder.error.message == "deadline_ms=5 passed while waiting"

@@ -40,6 +40,19 @@ def read_messages(text: str, max_messages: int) -> Sequence[Message]:
     return reader.conversation()
 
 
+def require_few(num: int, what: str, max_model_len: int) -> None:
+    """
+    Raises:
+        InvalidArgumentError: more than `max_model_len` messages or parts, each of which is at least one
+            token.
+    """
+    if num > max_model_len:
+        raise InvalidArgumentError(
+            f"chat: more than {max_model_len} {what}, which cannot be below "
+            f"max_model_len={max_model_len} tokens"
+        )
+
+
 class _Reader:
     """A place in the text, which only moves on."""
 
@@ -63,7 +76,7 @@ class _Reader:
             )
         messages: list[Message] = []
         for number in self._items("[", "]"):
-            self._require_few(number, "messages")
+            require_few(number + 1, "messages", self._max_messages)
             messages.append(self._message(f"message {number}"))
         if self.next_char:
             raise self._malformed("the end of the text after the list of messages")
@@ -87,8 +100,8 @@ class _Reader:
         return self._read_text(place, or_else=" and a list of parts")
 
     def _part(self, place: str) -> str:
-        self._require_few(self._num_parts, "parts of contents")
         self._num_parts += 1
+        require_few(self._num_parts, "parts of contents", self._max_messages)
 
         def read_type() -> str:
             kind = self._read_text(f"{place}: type")
@@ -112,19 +125,12 @@ class _Reader:
                 )
             if key in found:
                 raise InvalidArgumentError(f"chat: {place} has the key {key} twice")
-            self._take(":")
+            self._expect(":")
             found[key] = readers[key]()
         for key in readers:
             if key not in found:
                 raise InvalidArgumentError(f"chat: {place} lacks the key {key}; needed are {allowed}")
         return {key: found[key] for key in readers}
-
-    def _require_few(self, num_before: int, what: str) -> None:
-        if num_before == self._max_messages:
-            raise InvalidArgumentError(
-                f"chat: more than {self._max_messages} {what}, which cannot be below "
-                f"max_model_len={self._max_messages} tokens"
-            )
 
     def _read_text(self, place: str, or_else: str = "") -> str:
         self._require('"', f"{place} is {{found}}; allowed is text{or_else}")
@@ -144,17 +150,17 @@ class _Reader:
 
     def _items(self, opening: str, closing: str) -> Iterator[int]:
         """Stop at each element, for the caller to read it, and count them."""
-        self._take(opening)
+        self._expect(opening)
         number = 0
         if self.next_char != closing:
             yield number
             while self.next_char != closing:
-                self._take(",", f" or {closing}")
+                self._expect(",", f" or {closing}")
                 number += 1
                 yield number
         self._at += 1
 
-    def _take(self, char: str, or_else: str = "") -> None:
+    def _expect(self, char: str, or_else: str = "") -> None:
         if self.next_char != char:
             raise self._malformed(char + or_else)
         self._at += 1

@@ -1,75 +1,80 @@
-"""What both Triton models do with a request, without Triton: read it, tokenise it, send it to the engine.
+"""The engine for front doors: prompts in through `submit`, answers out through a `Responder`.
 
-Short prompts are read and tokenised on the caller's thread, long ones on a thread of their own: the caller is
-Triton's one thread for all requests, and a prompt of a megabyte takes it a second. So are long parameters.
+Which door it is makes no difference here: Triton's models are one, with tensors and all that is Triton's in
+`tensor_door` and `triton_model`.
 """
 
 from __future__ import annotations
 
+import functools
 import itertools
-import math
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import numpy.typing as npt
 
 from manylora import token_checks
 from manylora.errors import InvalidArgumentError, ManyloraError, UnavailableError
-from manylora.front_end import protocol
-from manylora.front_end.call import Call, Responder, Row
+from manylora.front_end.answer import GrowingAnswer, new_answer
+from manylora.front_end.call import Call
 from manylora.front_end.long_prompts import LongPrompts
-from manylora.front_end.protocol import Prompt
+from manylora.front_end.prompt import Prompt, UnreadRequest
 from manylora.front_end.reply_loop import Lost, Refused, ReplyLoop, public_error
+from manylora.front_end.responder import Responder
 from manylora.front_end.text import Tokenizer
 from manylora.front_end.text_stream import TextStream
-from manylora.front_end.tokenising import (
-    check_size,
-    echo,
-    size_of,
-    size_of_parameters,
-    size_of_tensors,
-    tokenise,
-)
+from manylora.front_end.tokenising import check_size, echo, size_of, tokenise
 from manylora.ipc import EngineConnection
-from manylora.messages import Cancel, EngineInfo, Failed, Generate
+from manylora.messages import Cancel, EngineInfo, Failed
 from manylora.supervise.health import Stage
 
 LONG_BYTES = 8192
-"""Of a request, its prompts and parameters, above which it is read and tokenised apart: some 10 ms."""
+"""Of text, or of what costs as much, above which a request is parsed and tokenised apart: some 10 ms."""
+
+
+class _Read:
+    """A request whose prompts are there already."""
+
+    parsing_cost = num_content_bytes = 0
+
+    def __init__(self, prompts: Sequence[Prompt]) -> None:
+        self._prompts = prompts
+        self.num_prompts = len(prompts)
+
+    def read(self) -> Sequence[Prompt]:
+        return self._prompts
 
 
 @dataclass(kw_only=True, slots=True)
 class _Job:
-    """A request that is to be read, tokenised and sent."""
+    """A request on its way to the engine."""
 
-    tensors: Mapping[str, npt.NDArray[Any]]
-    parameters_json: str
+    request: UnreadRequest
     arrived_s: float
     info: EngineInfo
     tokenizer: Tokenizer
     call: Call
-    """Its rows are filled with the prompts."""
+    """`_read` fills its answers in."""
     prompts: Sequence[Prompt] = ()
     """Filled by `_read`."""
 
 
 class FrontEnd:
-    """Serves requests through the engine behind a socket. All methods are for one caller's thread."""
+    """Serves requests through the engine behind a socket.
 
-    def __init__(self, socket_path: Path, *, is_streaming: bool) -> None:
-        """Connect. `wait_ready` says when requests can be served.
+    `submit` and `refuse` may be called from any thread and return soon: a request of up to `LONG_BYTES` is
+    tokenised on the caller's thread, which takes some 10 ms at most; a longer one on a thread of its own,
+    since the caller is often one thread for all requests. All replies come from one other thread (see
+    `Responder`). A request in flight has no thread of its own and costs its state and a check ten times a
+    second (of a microsecond), so there may be thousands. The other methods are for the thread that owns the
+    object.
+    """
 
-        Args:
-            is_streaming: reply whenever there are new tokens; otherwise once, at the end.
-        """
-        self._is_streaming = is_streaming
+    def __init__(self, socket_path: Path) -> None:
+        """Connect. `wait_ready` says when requests can be served."""
         self._tokenizer: Tokenizer | None = None
         self._ids = itertools.count(1)
-        self._replies = ReplyLoop(
-            is_streaming=is_streaming, cancel=lambda id: self._connection.send(Cancel(id))
-        )
+        self._replies = ReplyLoop(cancel=lambda id: self._connection.send(Cancel(id)))
         self._connection = EngineConnection(
             socket_path, on_events=self._replies.put, on_lost=lambda: self._replies.put(Lost())
         )
@@ -97,24 +102,24 @@ class FrontEnd:
         return {"replies": self._replies.stage}
 
     def submit(
-        self,
-        responder: Responder,
-        tensors: Mapping[str, npt.NDArray[Any]],
-        parameters_json: str,
-        arrived_s: float,
+        self, prompts: Sequence[Prompt], responder: Responder, *, arrived_s: float | None = None
     ) -> None:
-        """Begin a request. Never raises: whatever is wrong goes to the responder.
+        """Begin a request of one sequence per prompt. Never raises: whatever is wrong goes to the responder.
 
         Args:
-            arrived_s: on the monotonic clock; deadlines count from it.
+            arrived_s: on the monotonic clock; deadlines count from it. None: now.
         """
+        self.submit_unread(_Read(prompts), responder, time.monotonic() if arrived_s is None else arrived_s)
+
+    def submit_unread(self, request: UnreadRequest, responder: Responder, arrived_s: float) -> None:
+        """The same for a request that is still to be parsed."""
         try:
-            self._begin(responder, tensors, parameters_json, arrived_s)
+            self._begin(request, responder, arrived_s)
         except BaseException as error:
             self.refuse(responder, public_error(responder, error))
 
     def refuse(self, responder: Responder, error: ManyloraError) -> None:
-        """End a request that is not begun."""
+        """End a request that never began. Never raises."""
         self._replies.put(Refused(responder, error))
 
     def close(self) -> None:
@@ -123,50 +128,43 @@ class FrontEnd:
         self._long.close()
         self._connection.close()
 
-    def _begin(
-        self,
-        responder: Responder,
-        tensors: Mapping[str, npt.NDArray[Any]],
-        parameters_json: str,
-        arrived_s: float,
-    ) -> None:
-        num_sequences = protocol.count_sequences(tensors)
-        num_bytes = size_of_parameters(tensors, parameters_json)
+    def _begin(self, request: UnreadRequest, responder: Responder, arrived_s: float) -> None:
         info, tokenizer = self._connection.info, self._tokenizer
         if info is None or tokenizer is None:
             raise UnavailableError("the engine is not running; try again in a while")
-        if self._is_streaming and num_sequences != 1:
-            raise InvalidArgumentError(
-                f"got a batch of {num_sequences} sequences; a stream is for 1, send each by itself"
-            )
-        # Until it is read, a row has what its call needs to end.
-        rows = [Row(id=next(self._ids), stream=TextStream(tokenizer)) for _ in range(num_sequences)]
+        if not request.num_prompts:
+            raise InvalidArgumentError("got no prompts; send at least one")
+        # Until its prompt is parsed, an answer has what its call needs to end.
+        answers = [
+            GrowingAnswer(id=next(self._ids), stream=TextStream(tokenizer))
+            for _ in range(request.num_prompts)
+        ]
         job = _Job(
-            tensors=tensors,
-            parameters_json=parameters_json,
+            request=request,
             arrived_s=arrived_s,
             info=info,
             tokenizer=tokenizer,
-            call=Call(responder, rows),
+            call=Call(responder, answers),
         )
-        if num_bytes > LONG_BYTES:
-            num_bytes += size_of_tensors(tensors)
+        cost = request.parsing_cost
+        if cost > LONG_BYTES:
+            cost += request.num_content_bytes
         else:
             _read(job)
-            num_bytes += sum(map(size_of, job.prompts))
-        is_long = num_bytes > LONG_BYTES
+            cost += sum(map(size_of, job.prompts))
+        is_long = cost > LONG_BYTES
         if is_long:
-            self._long.require_room(num_bytes)
-        # The call goes first: it is looked after while it waits, and events find it. From here on its errors
-        # go the way of its events.
+            self._long.reserve(cost)
+        # The call goes first: it is watched while it waits, and events find it. From here on its errors go
+        # the way of its events.
         self._replies.put(job.call)
         if is_long:
-            self._long.put(job, num_bytes, arrived_s)
+            self._long.put(job, cost, arrived_s)
         else:
             self._start(job)
 
     def _start(self, job: _Job) -> None:
-        """Tokenise a call's prompts, read before or not, and send them to the engine. Never raises."""
+        """Tokenise a call's prompts, parsed by now or not, and send them to the engine. Never raises."""
         call = job.call
         try:
             if call.has_ended:
@@ -174,12 +172,14 @@ class FrontEnd:
             if not job.prompts:
                 _read(job)
             messages = []
-            for row, prompt in zip(call.rows, job.prompts, strict=True):
+            for answer, prompt in zip(call.answers, job.prompts, strict=True):
                 if call.has_ended:
                     return
-                messages.append(_message(row, prompt, tokenise(prompt, job.tokenizer, job.info)))
+                input_ids = tokenise(prompt, job.tokenizer, job.info)
+                answer.num_input_tokens = len(input_ids)
+                messages.append(prompt.message(answer.id, input_ids, answer.deadline_s))
                 if prompt.echo:
-                    row.new_text.append(echo(prompt, messages[-1].input_ids, job.tokenizer))
+                    answer.echo(echo(prompt, input_ids, job.tokenizer))
             for message in messages:
                 self._connection.send(message)
             if call.has_ended:
@@ -188,44 +188,20 @@ class FrontEnd:
                     self._connection.send(Cancel(message.id))
         except BaseException as error:  # a tokenizer's panic is no Exception
             failure = public_error(call.responder, error)
-            self._replies.put([Failed(row.id, failure.code, failure.message) for row in call.rows])
+            self._replies.put([Failed(answer.id, failure.code, failure.message) for answer in call.answers])
 
 
 def _read(job: _Job) -> None:
-    """Read a request's parameters, and look at the sizes of its prompts."""
-    prompts = protocol.decode(job.tensors, job.parameters_json)
+    """Parse a request, and check the sizes of its prompts."""
+    prompts = job.request.read()
     for prompt in prompts:
         check_size(prompt, job.tokenizer, job.info)
         token_checks.check_stop_token_ids(prompt.params, job.info)
-    # At one stroke: the reply loop may be looking at them.
-    job.call.rows[:] = [
-        _row(row.id, prompt, job.tokenizer, job.arrived_s)
-        for row, prompt in zip(job.call.rows, prompts, strict=True)
+    responder = job.call.responder
+    format_logprobs = functools.partial(responder.format_logprobs, tokenizer=job.tokenizer)
+    # All at once: the reply loop may be looking at them.
+    job.call.answers[:] = [
+        new_answer(answer.id, prompt, job.tokenizer, job.arrived_s, format_logprobs)
+        for answer, prompt in zip(job.call.answers, prompts, strict=True)
     ]
     job.prompts = prompts
-
-
-def _row(row_id: int, prompt: Prompt, tokenizer: Tokenizer, arrived_s: float) -> Row:
-    return Row(
-        id=row_id,
-        stream=TextStream(
-            tokenizer, stop=prompt.stop, min_tokens=prompt.params.min_tokens, continues=prompt.echo
-        ),
-        logprobs_tokenizer=tokenizer if prompt.params.logprobs else None,
-        deadline_ms=prompt.deadline_ms,
-        deadline_s=arrived_s + prompt.deadline_ms / 1000 if prompt.deadline_ms else math.inf,
-    )
-
-
-def _message(row: Row, prompt: Prompt, input_ids: list[int]) -> Generate:
-    row.num_input_tokens = len(input_ids)
-    return Generate(
-        id=row.id,
-        input_ids=input_ids,
-        adapter_id=prompt.adapter_id,
-        adapter_scale=prompt.adapter_scale,
-        priority=prompt.priority,
-        deadline_ms=prompt.deadline_ms,
-        deadline_s=row.deadline_s if prompt.deadline_ms else 0.0,
-        params=prompt.params,
-    )

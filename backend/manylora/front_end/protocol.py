@@ -1,4 +1,4 @@
-"""The wire contract of design: Triton's tensors and parameters to requests, and answers to tensors.
+"""The wire contract: Triton's tensors and parameters to prompts, and answers to tensors.
 
 Shape key: N sequences of a request, L ids of a prompt or the longest answer.
 """
@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -15,47 +14,14 @@ import numpy.typing as npt
 
 from manylora.errors import InvalidArgumentError
 from manylora.front_end import parameters
-from manylora.messages import SamplingParams
+from manylora.front_end.answer import Answer
+from manylora.front_end.logprobs_json import join_entries
+from manylora.front_end.prompt import Prompt, make_prompt
+from manylora.front_end.tokenising import decode_utf8
 
 Tensors = dict[str, npt.NDArray[Any]]
 
 INPUTS = ("text_input", "input_ids", "sampling_parameters")
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Prompt:
-    """One sequence as it was asked for: its parameters read, its prompt not yet. Either a text or ids."""
-
-    text_input: bytes | None = None
-    """`read_text` reads it."""
-    chat: bool = False
-    """The text is a conversation or a user's message, for the chat template."""
-    add_special_tokens: bool = True
-    """Those with which the tokenizer begins a text; a chat has its template's."""
-    input_ids: npt.NDArray[np.int32] | None = None
-    """[L]"""
-    adapter_id: str = ""
-    adapter_scale: float = 1.0
-    priority: int = 0
-    deadline_ms: int = 0
-    """From the moment the request came in; 0: none."""
-    stop: tuple[str, ...] = ()
-    echo: bool = False
-    params: SamplingParams
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Answer:
-    """What one sequence has to say in one reply."""
-
-    text: str
-    token_ids: Sequence[int]
-    finish_reason: str
-    num_input_tokens: int
-    num_output_tokens: int
-    adapter_version: str
-    logprobs: str = ""
-    """JSON, where the request asks for log probabilities."""
 
 
 def decode(tensors: Mapping[str, npt.NDArray[Any]], parameters_json: str) -> list[Prompt]:
@@ -83,10 +49,10 @@ def decode(tensors: Mapping[str, npt.NDArray[Any]], parameters_json: str) -> lis
 
 
 def count_sequences(tensors: Mapping[str, npt.NDArray[Any]]) -> int:
-    """The sequences of a request, before anything of it is read.
+    """The number of sequences in a request, before anything of it is parsed.
 
     Raises:
-        InvalidArgumentError: none, or inputs that are no batch of prompts.
+        InvalidArgumentError: it has none, or its inputs are not a batch of prompts.
     """
     has_text, has_ids = "text_input" in tensors, "input_ids" in tensors
     if has_text == has_ids:
@@ -105,8 +71,8 @@ def count_sequences(tensors: Mapping[str, npt.NDArray[Any]]) -> int:
 
 
 def count_parameter_bytes(tensors: Mapping[str, npt.NDArray[Any]], parameters_json: str) -> int:
-    """What is to be parsed for the parameters of all sequences. They are bounded before that, since parsing
-    one holds up every other thread.
+    """Bytes of JSON to parse for the parameters of all sequences. Their length is checked before any is
+    parsed, since parsing one holds up every other thread.
 
     Raises:
         InvalidArgumentError: a request's parameters, or those of one of its sequences, are too long.
@@ -122,15 +88,6 @@ def count_parameter_bytes(tensors: Mapping[str, npt.NDArray[Any]], parameters_js
     return num_bytes
 
 
-def read_text(prompt: Prompt) -> str:
-    """The text of a prompt that has one.
-
-    Raises:
-        InvalidArgumentError: it is not UTF-8.
-    """
-    return _decode_utf8(prompt.text_input or b"", "text_input")
-
-
 def encode(answers: Sequence[Answer]) -> Tensors:
     """The outputs of one reply, each [N, 1], `output_ids` [N, L] padded on the right with -1."""
     longest = max(len(answer.token_ids) for answer in answers)
@@ -143,38 +100,18 @@ def encode(answers: Sequence[Answer]) -> Tensors:
         "finish_reason": _strings([answer.finish_reason for answer in answers]),
         "num_input_tokens": _integers([answer.num_input_tokens for answer in answers]),
         "num_output_tokens": _integers([answer.num_output_tokens for answer in answers]),
-        "logprobs": _strings([answer.logprobs for answer in answers]),
+        "logprobs": _strings(
+            ["" if answer.logprobs is None else join_entries(answer.logprobs) for answer in answers]
+        ),
         "adapter_version": _strings([answer.adapter_version for answer in answers]),
     }
 
 
 def _prompt(tensors: Mapping[str, npt.NDArray[Any]], row: int, values: Mapping[str, Any]) -> Prompt:
-    sampling = {name: value for name, value in values.items() if name in SamplingParams.__struct_fields__}
-    params = SamplingParams(**sampling)
-    if params.min_tokens > params.max_tokens:
-        raise InvalidArgumentError(
-            f"parameter min_tokens: got {params.min_tokens}, allowed is up to max_tokens={params.max_tokens}"
-        )
-    common: dict[str, Any] = {
-        "adapter_id": values.get("adapter_id", ""),
-        "adapter_scale": values.get("adapter_scale", 1.0),
-        "priority": values.get("request_priority", 0),
-        "deadline_ms": values.get("deadline_ms", 0),
-        "stop": values.get("stop", ()),
-        "echo": values.get("echo", False),
-        "params": params,
-    }
-    chat = values.get("chat", False)
     if "input_ids" in tensors:
-        if chat:
-            raise InvalidArgumentError("parameter chat: got true with input_ids, allowed is text_input only")
-        return Prompt(input_ids=tensors["input_ids"][row].reshape(-1), **common)
-    return Prompt(
-        text_input=_cell(tensors["text_input"], row, "text_input"),
-        chat=chat,
-        add_special_tokens=values.get("add_special_tokens", True),
-        **common,
-    )
+        # A sequence of plain integers over the same memory.
+        return make_prompt(values, input_ids=np.ravel(tensors["input_ids"][row]).data)
+    return make_prompt(values, text=_cell(tensors["text_input"], row, "text_input"))
 
 
 def _row_parameters(tensor: npt.NDArray[Any], row: int, num_sequences: int) -> dict[str, Any]:
@@ -183,7 +120,7 @@ def _row_parameters(tensor: npt.NDArray[Any], row: int, num_sequences: int) -> d
             f"sampling_parameters: got {len(tensor)} rows for {num_sequences} sequences; send one for each"
         )
     cell = _cell(tensor, row, "sampling_parameters")
-    text = _decode_utf8(cell, "sampling_parameters")
+    text = decode_utf8(cell, "sampling_parameters")
     if not text.strip():
         return {}
     try:
@@ -204,13 +141,6 @@ def _cell(tensor: npt.NDArray[Any], row: int, name: str) -> bytes:
     if len(cells) != 1:
         raise InvalidArgumentError(f"{name}: got {len(cells)} strings for a sequence; send one")
     return bytes(cells[0])
-
-
-def _decode_utf8(raw: bytes, name: str) -> str:
-    try:
-        return raw.decode()
-    except UnicodeDecodeError as error:
-        raise InvalidArgumentError(f"{name}: not UTF-8 at byte {error.start}; send UTF-8 text") from error
 
 
 def _require_short(length: int, name: str, unit: str) -> None:

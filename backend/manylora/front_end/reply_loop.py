@@ -1,10 +1,10 @@
-"""The thread that answers: it owns all calls in flight and is the only one that sends replies.
+"""The thread that replies: it owns all calls in flight and is the only one that sends anything to clients.
 
-Each turn takes everything that has come, then sends one reply for each call that has news. When sending lags
-behind the engine, tokens of several steps therefore go out together.
+Each turn processes everything that has arrived, then sends one reply for each call that has news. When
+sending lags behind the engine, tokens of several steps therefore go out together.
 
-A fault ends the call that it befalls; one of the loop itself ends all calls; neither ends the thread. It
-catches BaseException for that: libraries written in Rust panic with one that is no Exception.
+A fault in handling one call ends that call; one of the loop itself ends all calls; neither ends the thread.
+It catches BaseException for that: libraries written in Rust panic with an exception that is not an Exception.
 """
 
 from __future__ import annotations
@@ -20,8 +20,9 @@ from dataclasses import dataclass
 
 from manylora import errors
 from manylora.errors import CancelledRequestError, InternalError, ManyloraError, UnavailableError
-from manylora.front_end import protocol
-from manylora.front_end.call import Call, Responder, Row
+from manylora.front_end.answer import GrowingAnswer
+from manylora.front_end.call import Call
+from manylora.front_end.responder import Responder
 from manylora.ipc import Event
 from manylora.messages import Failed
 from manylora.supervise.health import Stage
@@ -29,10 +30,11 @@ from manylora.supervise.health import Stage
 log = logging.getLogger(__name__)
 
 CHECK_S = 0.1
-"""How often a call is asked whether its client is still there, which takes Triton 30 us, and its deadline is
-looked at."""
+"""How often each call is checked: whether its client is still there, which takes Triton 30 us, and its
+deadline."""
 DEADLINE_GRACE_S = 0.25
-"""How long after a deadline the engine may say itself that it has passed. In a long step it does not."""
+"""How long after a deadline the engine has time to report itself that it has passed. In a long step it
+cannot."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,28 +55,27 @@ class _Closed:
     """Answer what is there and end."""
 
 
-Note = Call | Refused | list[Event] | Lost | _Closed
+Item = Call | Refused | list[Event] | Lost | _Closed
+"""What other threads put into the loop's inbox."""
 
 
 class ReplyLoop:
-    """Follows calls to their last reply. Every call gets exactly one, whatever happens."""
+    """Accompanies calls to their last reply. Every call gets exactly one, whatever happens."""
 
-    def __init__(self, *, is_streaming: bool, cancel: Callable[[int], None]) -> None:
+    def __init__(self, *, cancel: Callable[[int], None]) -> None:
         """Start the thread.
 
         Args:
-            is_streaming: reply whenever there are new tokens; otherwise once, at the end.
             cancel: frees a sequence in the engine; may raise ManyloraError when there is no engine.
         """
-        self._is_streaming = is_streaming
         self._cancel = cancel
         self.stage = Stage()
-        self._inbox: queue.SimpleQueue[Note] = queue.SimpleQueue()
-        # Below: the thread's. Notes and news outlive a turn that a fault breaks off.
-        self._notes: deque[Note] = deque()
-        """Taken from the inbox, not followed yet."""
+        self._inbox: queue.SimpleQueue[Item] = queue.SimpleQueue()
+        # Below: the thread's own. Items and news outlive a turn that a fault breaks off.
+        self._items: deque[Item] = deque()
+        """Out of the inbox, not handled yet."""
         self._news: dict[Call, None] = {}
-        """Calls with something to say."""
+        """Calls with something to send."""
         self._calls: dict[int, Call] = {}
         """By the ids of their sequences that have not ended."""
         self._check_at_s = 0.0
@@ -82,9 +83,9 @@ class ReplyLoop:
         self._thread = threading.Thread(target=self._run, name="manylora-reply", daemon=True)
         self._thread.start()
 
-    def put(self, note: Call | Refused | list[Event] | Lost) -> None:
-        """Hand over a note; from any thread. A call must come before its events."""
-        self._inbox.put(note)
+    def put(self, item: Call | Refused | list[Event] | Lost) -> None:
+        """Hand something to the loop, from any thread. A call must come before its events."""
+        self._inbox.put(item)
 
     def close(self) -> None:
         """Fail all calls with UNAVAILABLE and end the thread."""
@@ -95,10 +96,10 @@ class ReplyLoop:
 
     def _run(self) -> None:
         while not self._is_closing:
-            # What breaks even the recovery, such as want of memory, may be over at the next turn.
+            # What breaks even the recovery, such as a lack of memory, may be over by the next turn.
             with contextlib.suppress(BaseException):
                 try:
-                    self._take_notes()
+                    self._fetch_items()
                     with self.stage:
                         self._turn()
                 except BaseException as error:
@@ -106,12 +107,12 @@ class ReplyLoop:
         self._fail_all(UnavailableError("the server is shutting down"))
 
     def _turn(self) -> None:
-        while self._notes:
-            note = self._notes.popleft()
+        while self._items:
+            item = self._items.popleft()
             try:
-                self._follow(note)
+                self._handle(item)
             except BaseException as error:
-                self._recover(error, note)
+                self._recover(error, item)
         while self._news:
             call = next(iter(self._news))
             del self._news[call]
@@ -123,51 +124,50 @@ class ReplyLoop:
             self._check_at_s = time.monotonic() + CHECK_S
             self._check_calls()
 
-    def _take_notes(self) -> None:
-        """Take all notes there are; wait for the first, but not past the next look at the calls."""
+    def _fetch_items(self) -> None:
+        """Empty the inbox; wait for the first item, but not past the next check of the calls."""
         timeout_s = max(0.001, self._check_at_s - time.monotonic()) if self._calls else None
         with contextlib.suppress(queue.Empty):
-            if not self._notes:
-                self._notes.append(self._inbox.get(timeout=timeout_s))
+            if not self._items:
+                self._items.append(self._inbox.get(timeout=timeout_s))
             while True:
-                self._notes.append(self._inbox.get_nowait())
+                self._items.append(self._inbox.get_nowait())
 
-    def _follow(self, note: Note) -> None:
-        if isinstance(note, Call):
-            self._calls.update((row.id, note) for row in note.rows)
-        elif isinstance(note, Refused):
-            self._send_error(note.responder, note.error)
-        elif isinstance(note, Lost):
+    def _handle(self, item: Item) -> None:
+        if isinstance(item, Call):
+            self._calls.update((answer.id, item) for answer in item.answers)
+        elif isinstance(item, Refused):
+            self._send_error(item.responder, item.error)
+        elif isinstance(item, Lost):
             self._fail_all(UnavailableError("the engine has ended; try again in a while"))
-        elif isinstance(note, _Closed):
+        elif isinstance(item, _Closed):
             self._is_closing = True
         else:
-            for event in note:
+            for event in item:
                 call = self._calls.get(event.id)
                 if call is not None:
-                    self._take(call, event)
+                    self._apply(call, event)
 
-    def _take(self, call: Call, event: Event) -> None:
+    def _apply(self, call: Call, event: Event) -> None:
         """Apply one event."""
         if isinstance(event, Failed):
             self._fail(call, errors.from_code(event.code, event.message))
             return
         try:
-            row = next(row for row in call.rows if row.id == event.id)
-            row.take(event)
-            if row.finish_reason:
-                del self._calls[row.id]
+            answer = next(answer for answer in call.answers if answer.id == event.id)
+            answer.add(event)
+            if answer.finish_reason:
+                del self._calls[answer.id]
                 if not event.finish_reason:
-                    self._stop_in_engine(row)
-            if self._is_streaming or call.has_finished:
+                    self._stop_in_engine(answer)
+            if call.responder.is_streaming or call.has_finished:
                 self._news[call] = None
         except BaseException as error:
             self._fail(call, public_error(call.responder, error))
 
     def _reply(self, call: Call) -> None:
         try:
-            outputs = protocol.encode([row.answer() for row in call.rows])
-            call.responder.send(outputs, is_last=call.has_finished)
+            call.responder.send([answer.drain() for answer in call.answers], is_last=call.has_finished)
         except BaseException as error:
             self._fail(call, public_error(call.responder, error))
 
@@ -181,21 +181,21 @@ class ReplyLoop:
             if error is not None:
                 self._fail(call, error)
 
-    def _recover(self, error: BaseException, note: Note | None = None) -> None:
-        """End all calls, and the one in `note`, after a fault that may have struck any of them.
+    def _recover(self, error: BaseException, item: Item | None = None) -> None:
+        """End all calls, and the one in `item`, after a fault that may have affected any of them.
 
         A call may have had its last reply by then; its responder refuses another.
         """
         _log_fault(error, "the reply loop has failed; all its requests end with INTERNAL")
         failure = InternalError("internal error; the server's log has the reason")
-        if isinstance(note, Call) and note not in self._calls.values():
-            self._fail(note, failure)
+        if isinstance(item, Call) and item not in self._calls.values():
+            self._fail(item, failure)
         self._fail_all(failure)
 
     def _fail_all(self, error: ManyloraError) -> None:
         for call in dict.fromkeys([*self._news, *self._calls.values()]):
             if call.has_finished:
-                # Its answer is whole and only waits to be sent.
+                # Its answer is complete and only waits to be sent.
                 self._news.pop(call, None)
                 self._reply(call)
             else:
@@ -206,21 +206,21 @@ class ReplyLoop:
         self._news.pop(call, None)
         call.has_ended = True
         try:
-            for row in call.rows:
-                if self._calls.pop(row.id, None) is not None:
-                    self._stop_in_engine(row)
+            for answer in call.answers:
+                if self._calls.pop(answer.id, None) is not None:
+                    self._stop_in_engine(answer)
         finally:
-            # Of a call that is known no more, nobody else would think.
+            # Nothing else would end a call that is no longer in `_calls`.
             self._send_error(call.responder, error)
 
-    def _stop_in_engine(self, row: Row) -> None:
+    def _stop_in_engine(self, answer: GrowingAnswer) -> None:
         try:
-            self._cancel(row.id)
+            self._cancel(answer.id)
         except ManyloraError:
             # Without an engine there is nothing to stop.
             return
         except BaseException as error:
-            _log_fault(error, "sequence %d could not be cancelled", row.id)
+            _log_fault(error, "sequence %d could not be cancelled", answer.id)
 
     def _send_error(self, responder: Responder, error: ManyloraError) -> None:
         try:
@@ -235,9 +235,9 @@ class ReplyLoop:
 
 
 def public_error(responder: Responder, error: BaseException) -> ManyloraError:
-    """What a user is told of an error.
+    """The error that the client gets to see.
 
-    Returns: one of ours as it is; for any other INTERNAL, and the log gets its traceback.
+    Returns: one of ours as it is; for any other INTERNAL, and its traceback goes to the log.
     """
     if isinstance(error, ManyloraError):
         return error
@@ -246,7 +246,7 @@ def public_error(responder: Responder, error: BaseException) -> ManyloraError:
 
 
 def _reason_to_end(call: Call, now_s: float) -> ManyloraError | None:
-    """Why a call that nothing has come for should end now."""
+    """Why a call should end now although the engine has not ended it; None: it should not."""
     if call.responder.is_cancelled():
         return CancelledRequestError("the request was cancelled by its client")
     late = call.next_deadline
@@ -255,7 +255,7 @@ def _reason_to_end(call: Call, now_s: float) -> ManyloraError | None:
             return UnavailableError(
                 f"deadline_ms={late.deadline_ms} passed while the prompt waited to be tokenised"
             )
-        # Whether the engine is busy or hangs, nobody can tell from here.
+        # Whether the engine is busy or hangs cannot be seen from here.
         return UnavailableError(
             f"deadline_ms={late.deadline_ms} passed after {late.stream.num_tokens} tokens; "
             "the engine has not come to it yet"
@@ -264,6 +264,7 @@ def _reason_to_end(call: Call, now_s: float) -> ManyloraError | None:
 
 
 def _log_fault(error: BaseException, message: str, *args: object) -> None:
-    # A log that cannot be written, or a traceback that cannot be formatted, must cost nobody an answer.
+    # A log that cannot be written, or a traceback that cannot be formatted, must not cost a client its
+    # answer.
     with contextlib.suppress(BaseException):
         log.error(message, *args, exc_info=error)

@@ -1,6 +1,6 @@
 """The two Triton models, `llm` and `llm_stream`. The only file that imports the modules of Triton's stub.
 
-`execute` only takes requests in and returns; replies come from the front end's reply thread.
+`execute` only accepts requests and returns; replies come from the front end's reply thread.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 from manylora import paths, run_dir, stub_process  # noqa: E402
 from manylora.config import EngineConfig  # noqa: E402
 from manylora.errors import InternalError, InvalidArgumentError, ManyloraError, UnavailableError  # noqa: E402
-from manylora.front_end import protocol  # noqa: E402
+from manylora.front_end import protocol, tensor_door  # noqa: E402
 from manylora.front_end.front_end import FrontEnd  # noqa: E402
 from manylora.front_end.protocol import Tensors  # noqa: E402
 from manylora.front_end.reply_loop import public_error  # noqa: E402
@@ -39,15 +39,16 @@ ATTACH_TIMEOUT_S = 1800.0
 """How long `llm_stream` waits for the engine: large models load for long."""
 
 
-class TritonResponder:
+class TritonResponder(tensor_door.TensorResponder):
     """Replies of one Triton request."""
 
-    def __init__(self, sender: Any, request_id: str) -> None:
+    def __init__(self, sender: Any, request_id: str, *, is_streaming: bool) -> None:
         self._sender = sender
         self.request_id = request_id
+        self.is_streaming = is_streaming
 
-    def send(self, outputs: Tensors, *, is_last: bool) -> None:
-        # Triton takes a reply that finds no room for a sent one, and the client would wait for ever.
+    def send_tensors(self, outputs: Tensors, *, is_last: bool) -> None:
+        # Triton takes a reply that finds no room for one that was sent, and the client would wait for ever.
         stub_process.check_room(outputs, free_in_region=c_python_backend_utils.shared_memory.free_memory)
         tensors = [pb_utils.Tensor(name, values) for name, values in outputs.items()]
         flags = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL if is_last else 0
@@ -64,9 +65,11 @@ class TritonResponder:
 
 
 class _Model:
-    """What both models share: taking requests in."""
+    """What both models share: accepting requests."""
 
     _front_end: FrontEnd
+    _is_streaming: bool
+    """Reply whenever there are new tokens; otherwise once, at the end."""
 
     def initialize(self, args: dict[str, str]) -> None:
         """Called by Triton once, before the first request."""
@@ -97,12 +100,14 @@ class _Model:
     def execute(self, requests: list[Any]) -> None:
         """Called by Triton with the requests that came together. Returns at once."""
         with self._executing:
-            self._take(requests, time.monotonic())
+            self._accept(requests, time.monotonic())
 
-    def _take(self, requests: list[Any], arrived_s: float) -> None:
+    def _accept(self, requests: list[Any], arrived_s: float) -> None:
         for request in requests:
             responder = TritonResponder(
-                request.get_response_sender(), _request_id(request) or f"{self._name}-{next(self._numbers)}"
+                request.get_response_sender(),
+                _request_id(request) or f"{self._name}-{next(self._numbers)}",
+                is_streaming=self._is_streaming,
             )
             try:
                 tensors, parameters = _read(request)
@@ -110,7 +115,7 @@ class _Model:
                 # Raised from here it would fail every request of the call.
                 self._front_end.refuse(responder, public_error(responder, error))
             else:
-                self._front_end.submit(responder, tensors, parameters, arrived_s)
+                tensor_door.submit(self._front_end, responder, tensors, parameters, arrived_s)
 
     def finalize(self) -> None:
         """Called by Triton once, at the end."""
@@ -130,6 +135,8 @@ class _Model:
 class LlmModel(_Model):
     """One reply per request. Owns the engine process."""
 
+    _is_streaming = False
+
     def _start(self, settings: dict[str, str]) -> None:
         run_dir.clear(self._run_dir, self._name)
         # Held until this process ends.
@@ -143,7 +150,7 @@ class LlmModel(_Model):
             socket_path = run_dir.socket_path(self._run_dir, self._name)
             self._keeper = EngineKeeper(config, socket_path)
             self._keeper.start()
-            self._front_end = FrontEnd(socket_path, is_streaming=False)
+            self._front_end = FrontEnd(socket_path)
             if not self._front_end.wait_ready(READY_TIMEOUT_S):
                 raise UnavailableError(
                     f"the engine does not answer on {paths.to_text(socket_path)} within {READY_TIMEOUT_S:g} s"
@@ -164,6 +171,8 @@ class LlmModel(_Model):
 class LlmStreamModel(_Model):
     """Replies as tokens come. Attaches to the engine of `engine_model`."""
 
+    _is_streaming = True
+
     def _start(self, settings: dict[str, str]) -> None:
         engine_model = settings.pop("engine_model", "llm")
         if settings:
@@ -172,7 +181,7 @@ class LlmStreamModel(_Model):
                 f"the engine's settings belong to {engine_model}"
             )
         socket_path = run_dir.socket_path(self._run_dir, engine_model)
-        self._front_end = FrontEnd(socket_path, is_streaming=True)
+        self._front_end = FrontEnd(socket_path)
         deadline = time.monotonic() + ATTACH_TIMEOUT_S
         while not self._front_end.wait_ready(timeout_s=0.5):
             failure = run_dir.read_failure(self._run_dir, engine_model)
