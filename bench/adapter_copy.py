@@ -20,11 +20,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from kernels_gpu import LAYER, TINY_LAYER, write_rows
 from manylora.adapters.device_pool import DevicePool, Placement, num_pages_of, runs_of
 from manylora.adapters.weights import AdapterWeights, allocate
 from manylora.model.spec import ModelSpec, SiteKind
 from manylora_kernels import SiteShape
+
+from bench.kernels_gpu import LAYER, TINY_LAYER, write_rows
 
 GOAL = 1.2
 """Times the plain copy, at most."""
@@ -216,7 +217,7 @@ def main() -> None:
     if not args.cpu_logic and not torch.cuda.is_available():
         print("no GPU here: nothing to measure (--cpu-logic runs the logic on a CPU)")
         return
-    from loadtest import environment  # a neighbour of this file
+    from bench.loadtest import environment  # a neighbour of this file
 
     where = {
         "date": datetime.date.today().isoformat(),

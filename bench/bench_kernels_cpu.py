@@ -18,11 +18,13 @@ from dataclasses import asdict, dataclass
 import numpy as np
 import torch
 import torch.nn.functional as F
-from loadtest.csv_file import append_csv
-from loadtest.environment import processor_name
-from loadtest.origin import RESULTS, Origin
 from manylora_kernels import Mix, SitePool, add_lora, reference
 from manylora_kernels.lora import cpu
+
+from bench.loadtest.csv_file import append_csv
+from bench.loadtest.environment import processor_name
+from bench.loadtest.origin import Origin
+from bench.paths import RESULTS
 
 NUM_LAYERS = 30
 NUM_PAGES = 32

@@ -19,15 +19,15 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
-from loadtest.csv_file import append_csv
-from loadtest.origin import RESULTS, Origin
 from manylora import Engine, EngineConfig
 from manylora.supervise import engine_process
 from manylora.wait_policy import WaitPolicy
 
-ROOT = Path(__file__).resolve().parent.parent
+from bench.loadtest.csv_file import append_csv
+from bench.loadtest.origin import Origin
+from bench.paths import BASE_MODEL, RESULTS
+
 PROMPT = list(range(1000, 1064))
 BUSY = "print(flush=True)\nwhile True: pass"
 WAYS = {
@@ -153,7 +153,7 @@ def measure(options: argparse.Namespace, origin: Origin) -> list[Row]:
 def main() -> int:
     """Measure and print medians with ranges."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--base-model", default=str(ROOT / ".build" / "base_model"), metavar="DIR")
+    parser.add_argument("--base-model", default=str(BASE_MODEL), metavar="DIR")
     parser.add_argument("--ways", default=",".join(WAYS), help="(%(default)s)")
     parser.add_argument("--busy", default="0,1,2,4", metavar="N,...", help="busy processes (%(default)s)")
     parser.add_argument("--runs", type=int, default=3)

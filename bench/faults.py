@@ -16,16 +16,15 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from loadtest.csv_file import append_csv
-from loadtest.origin import RESULTS, Origin
 from manylora.serve.background import RunningServer, running_server
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT / "examples"), str(ROOT / "tests" / "server")]
-from faults import base_weights, doors, files, freezing, scenarios  # noqa: E402  # lies in tests/server/
-from faults.load import HUNG, WRONG, Bed, Report  # noqa: E402
-from faults.silent_mount import may_mount  # noqa: E402
-from make_adapters import make_adapter  # noqa: E402
+from bench.campaigns.faults import base_weights, doors, files, freezing, scenarios
+from bench.campaigns.faults.load import HUNG, WRONG, Bed, Report
+from bench.campaigns.faults.silent_mount import may_mount
+from bench.loadtest.csv_file import append_csv
+from bench.loadtest.origin import Origin
+from bench.paths import BASE_MODEL, RESULTS
+from examples.make_adapters import make_adapter
 
 PROMISED_S = 2.0
 """Within which clients of a killed engine have their error."""
@@ -146,7 +145,7 @@ def main() -> int:
     Returns: 1 if a client hung or had a wrong answer, or a killed engine's clients waited for too long.
     """
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--base-model", type=Path, default=ROOT / ".build" / "base_model", metavar="DIR")
+    parser.add_argument("--base-model", type=Path, default=BASE_MODEL, metavar="DIR")
     parser.add_argument("--save", action="store_true", help="append the rows to bench/results/faults.csv")
     options = parser.parse_args()
     origin = Origin.now("faults")

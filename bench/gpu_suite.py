@@ -29,15 +29,17 @@ from types import FrameType
 from typing import TYPE_CHECKING
 
 import torch
-from gpu.budget import Budget
-from gpu.lease_files import peers_folder
-from gpu.peer_modules import FOLDER
-from gpu.suite_parts import QUICK, RESERVED_S, SHARES, compile_all, parts
-from loadtest import environment
-from loadtest.origin import RESULTS, Origin
+
+from bench.gpu.budget import Budget
+from bench.gpu.lease_files import peers_folder
+from bench.gpu.peer_modules import FOLDER
+from bench.gpu.suite_parts import QUICK, RESERVED_S, SHARES, compile_all, parts
+from bench.loadtest import environment
+from bench.loadtest.origin import Origin
+from bench.paths import RESULTS
 
 if TYPE_CHECKING:
-    from gpu.rows import Context, Row
+    from bench.gpu.rows import Context, Row
 
 _COMPILE_SHARE = 0.3
 """Of the time, at most, for compiling beforehand."""
@@ -53,10 +55,10 @@ def make_context(arguments: argparse.Namespace, device_name: str = "") -> Contex
     Args:
         device_name: then the device is not touched, and no bandwidth known.
     """
-    from gpu.clock import measured_bandwidth
-    from gpu.floors import Bandwidth
-    from gpu.rows import Context, label_of
-    from gpu.shapes import LLAMA_LAYER, TINY_LAYER
+    from bench.gpu.clock import measured_bandwidth
+    from bench.gpu.floors import Bandwidth
+    from bench.gpu.rows import Context, label_of
+    from bench.gpu.shapes import LLAMA_LAYER, TINY_LAYER
 
     tiny = bool(arguments.cpu_logic)
     device = torch.device("cpu" if tiny else "cuda")
@@ -89,7 +91,7 @@ def run(
     Args:
         part_is_done: called after each.
     """
-    from gpu.attempt import guarded
+    from bench.gpu.attempt import guarded
 
     known = parts()
     shares = {name: float(SHARES[name]) for name in SHARES if name in chosen}
@@ -112,8 +114,8 @@ def _failed(context: Context, part: str, why: str) -> Row:
 
 def _settle(context: Context) -> None:
     """Give memory back and measure the bandwidth again; the larger is kept."""
-    from gpu.attempt import attempt
-    from gpu.clock import measured_bandwidth
+    from bench.gpu.attempt import attempt
+    from bench.gpu.clock import measured_bandwidth
 
     def settle() -> None:
         if context.device.type == "cuda":
@@ -140,7 +142,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     arguments = _parse(argv)
     if arguments.fetch_lease:
-        from gpu import lease_files
+        from bench.gpu import lease_files
 
         return lease_files.fetch(lease_files.LEASE)
     if arguments.cpu_logic:
@@ -151,7 +153,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Whoever ends the run by a signal gets what it has found.
     signal.signal(signal.SIGTERM, _end)
     if arguments.lease:
-        from gpu import lease
+        from bench.gpu import lease
 
         name = "interpreter" if arguments.cpu_logic else lease.device_name() or "unknown"
         return lease.run(arguments, make_context(arguments, name), arguments.out or RESULTS)
@@ -160,7 +162,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run_here(arguments: argparse.Namespace) -> int:
     """All parts in this process."""
-    from gpu.suite_report import Report
+    from bench.gpu.suite_report import Report
 
     context = make_context(arguments)
     _introduce(context)

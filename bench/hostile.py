@@ -23,18 +23,17 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from loadtest.csv_file import append_csv
-from loadtest.origin import RESULTS, Origin
 from manylora.serve.background import RunningServer, running_server
 from tqdm import tqdm
 from transformers.utils.logging import disable_progress_bar
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT / "tests" / "server"), str(ROOT / "examples")]
-from harness import Peft, Wanted  # noqa: E402  # lies in tests/server
-from hostile_input import campaign  # noqa: E402
-from hostile_input.adapters import write_mutants  # noqa: E402
-from hostile_input.grammar import Grammar  # noqa: E402
+from bench.campaigns.harness import Peft, Wanted
+from bench.campaigns.hostile import campaign
+from bench.campaigns.hostile.adapters import write_mutants
+from bench.campaigns.hostile.grammar import Grammar
+from bench.loadtest.csv_file import append_csv
+from bench.loadtest.origin import Origin
+from bench.paths import BASE_MODEL, RESULTS, ROOT
 
 TRAINED = ROOT / "examples" / "adapters"
 MAX_SHOWN = 20
@@ -90,7 +89,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--base-model", type=Path, default=ROOT / ".build" / "base_model")
+    parser.add_argument("--base-model", type=Path, default=BASE_MODEL)
     parser.add_argument("--requests", type=int, default=10_000, help="cases of the grammar")
     parser.add_argument("--adapters", type=int, default=0, help="mutated adapters")
     parser.add_argument("--seed", type=int, default=0)

@@ -17,11 +17,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-import gpu_suite
 import torch
-from gpu.budget import Deadline
-from gpu.peer_modules import FOLDER
-from gpu.shapes import LLAMA_LAYER, TINY_LAYER, TINY_POINTS, all_points, few_points
+
+from bench import gpu_suite
+from bench.gpu.budget import Deadline
+from bench.gpu.peer_modules import FOLDER
+from bench.gpu.shapes import LLAMA_LAYER, TINY_LAYER, TINY_POINTS, all_points, few_points
 
 __all__ = ["LAYER", "TINY_LAYER", "main", "write_rows"]
 
@@ -58,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     elif not torch.cuda.is_available():
         print("no GPU here: nothing to measure (--cpu-logic runs the logic on a CPU)")
         return 0
-    from gpu import part_kernels  # imports what imports triton
+    from bench.gpu import part_kernels  # imports what imports triton
 
     arguments.quick, arguments.origin = False, {}
     context = gpu_suite.make_context(arguments)

@@ -20,12 +20,13 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from loadtest.csv_file import append_csv
-from loadtest.origin import RESULTS, Origin
 from manylora.serve.background import RunningServer, running_server
 from manylora_client import Client
 
-ROOT = Path(__file__).resolve().parent.parent
+from bench.loadtest.csv_file import append_csv
+from bench.loadtest.origin import Origin
+from bench.paths import BASE_MODEL, RESULTS
+
 PROMPT = "Once upon a time there was a small dragon who"
 NUM_TOKENS = 16
 NUM_OTHERS = 2
@@ -191,7 +192,7 @@ def main() -> int:
     Returns: 1 if a worst wait is more than `MOST_TIMES` that without.
     """
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--base-model", type=Path, default=ROOT / ".build" / "base_model", metavar="DIR")
+    parser.add_argument("--base-model", type=Path, default=BASE_MODEL, metavar="DIR")
     parser.add_argument("--phase-s", type=float, default=20.0, metavar="S", help="seconds of a phase")
     parser.add_argument("--phases", type=int, default=2, metavar="N", help="phases of each sort and kind")
     parser.add_argument("--save", action="store_true", help="append the rows to bench/results/long_chats.csv")

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
 
-from gpu.peer_modules import FOLDER, VERSIONS
+from bench.gpu.peer_modules import FOLDER, VERSIONS
 
 _VLLM = "vllm/lora/ops/triton_ops"
 _SGLANG = "sglang/kernels/ops/lora"
@@ -127,7 +127,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     if arguments.check:
         os.environ["TRITON_INTERPRET"] = "1"
-        from gpu.peer_check import check  # imports what imports triton
+        from bench.gpu.peer_check import check  # imports what imports triton
 
         return check(arguments.folder)
     versions, status = {}, 0

@@ -8,7 +8,6 @@ The parts are measured with torch's profiler on the engine's own thread, over de
 from __future__ import annotations
 
 import argparse
-import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -16,8 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from loadtest.csv_file import append_csv
-from loadtest.origin import RESULTS, Origin
 from manylora import Engine, EngineConfig
 from manylora.engine import sampler
 from manylora.engine.batch import Batch, BatchBuilder
@@ -26,9 +23,10 @@ from manylora.model import grouped_attention, lora_layers
 from manylora_kernels.lora import entries as lora
 from torch.profiler import ProfilerActivity, profile, record_function
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "examples"))
-from make_adapters import make_adapter  # noqa: E402  # lies in examples/, which is no package
+from bench.loadtest.csv_file import append_csv
+from bench.loadtest.origin import Origin
+from bench.paths import BASE_MODEL, RESULTS
+from examples.make_adapters import make_adapter
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,7 +92,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--base-model", type=Path, default=ROOT / ".build" / "base_model")
+    parser.add_argument("--base-model", type=Path, default=BASE_MODEL)
     parser.add_argument("--requests", type=int, default=32)
     parser.add_argument("--adapters", type=int, default=8)
     parser.add_argument("--rank", type=int, default=16)

@@ -15,12 +15,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-from gpu import report as gpu_report
-from loadtest import table
-from loadtest.csv_file import read_csv
-from loadtest.origin import RESULTS, Origin
-from loadtest.row import Row
-from loadtest.table import Table
+from bench.gpu import report as gpu_report
+from bench.loadtest import table
+from bench.loadtest.csv_file import read_csv
+from bench.loadtest.origin import Origin
+from bench.loadtest.row import Row
+from bench.loadtest.table import Table
+from bench.paths import RESULTS
 
 PAGE = RESULTS.parent / "RESULTS.md"
 COMMAND = "python bench/report_results.py"

@@ -16,20 +16,21 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from loadtest import options, table
-from loadtest.adapters import AdapterSet, find_adapters, make_adapters
-from loadtest.csv_file import append_csv
-from loadtest.driver import TargetError
-from loadtest.measure import WrongTokensError, check, measure, reference_answers, summarise
-from loadtest.open_targets import Opener, reference_for
-from loadtest.origin import Origin
-from loadtest.row import Row, Setting
-from loadtest.target import Target
-from loadtest.workload import Case, make_requests
 from manylora.errors import ManyloraError
 from manylora_client import ManyloraClientError
 from transformers import AutoConfig
 from transformers.utils import logging as transformers_logging
+
+from bench.loadtest import options, table
+from bench.loadtest.adapters import AdapterSet, find_adapters, make_adapters
+from bench.loadtest.csv_file import append_csv
+from bench.loadtest.driver import TargetError
+from bench.loadtest.measure import WrongTokensError, check, measure, reference_answers, summarise
+from bench.loadtest.open_targets import Opener, reference_for
+from bench.loadtest.origin import Origin
+from bench.loadtest.row import Row, Setting
+from bench.loadtest.target import Target
+from bench.loadtest.workload import Case, make_requests
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -164,7 +165,7 @@ def _report(rows: list[Row], arguments: argparse.Namespace) -> None:
         print(f"\n{len(rows)} rows added to {arguments.csv}")
     if arguments.plot is not None:
         # Imported here, since it takes its time and only some runs need it.
-        from loadtest import plots
+        from bench.loadtest import plots
 
         for path in plots.draw(rows, arguments.plot):
             print(f"drawn: {path}")

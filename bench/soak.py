@@ -26,21 +26,20 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from loadtest.csv_file import append_csv
-from loadtest.origin import RESULTS, Origin
 from manylora.serve.background import running_server
 from tqdm import tqdm
 from transformers import AutoConfig
 from transformers.utils.logging import disable_progress_bar
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT / "tests" / "server"), str(ROOT / "examples")]
-from harness import Peft  # noqa: E402  # lies in tests/server
-from make_adapters import make_adapter  # noqa: E402  # lies in examples
-from server_state import main_processes, server_faults  # noqa: E402
-from soak_run.drive import Answers, Result, Soak  # noqa: E402
-from soak_run.memory import MIB, MemoryWatch, Trend, save_csv, save_plot, trends  # noqa: E402
-from soak_run.plan import MAX_TOKENS, Plan  # noqa: E402
+from bench.campaigns.harness import Peft
+from bench.campaigns.server_state import main_processes, server_faults
+from bench.campaigns.soak.drive import Answers, Result, Soak
+from bench.campaigns.soak.memory import MIB, MemoryWatch, Trend, save_csv, save_plot, trends
+from bench.campaigns.soak.plan import MAX_TOKENS, Plan
+from bench.loadtest.csv_file import append_csv
+from bench.loadtest.origin import Origin
+from bench.paths import BASE_MODEL, RESULTS
+from examples.make_adapters import make_adapter
 
 RANKS = (4, 8, 16)
 MIN_JUDGED = 2000
@@ -95,7 +94,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--base-model", type=Path, default=ROOT / ".build" / "base_model")
+    parser.add_argument("--base-model", type=Path, default=BASE_MODEL)
     parser.add_argument("--adapter-root", type=Path, help="where adapters are made, and kept")
     parser.add_argument("--requests", type=int, default=20_000)
     parser.add_argument("--clients", type=int, default=32)

@@ -22,14 +22,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from gpu.budget import Deadline
-from gpu.shapes import LLAMA_LAYER, TINY_LAYER, Layer
-from loadtest import environment
+
+from bench.gpu.budget import Deadline
+from bench.gpu.shapes import LLAMA_LAYER, TINY_LAYER, Layer
+from bench.loadtest import environment
 
 if TYPE_CHECKING:
-    from gpu.tune_bench import Compilers
-    from gpu.tune_space import Cell
     from manylora_kernels.lora.plan import Plan
+
+    from bench.gpu.tune_bench import Compilers
+    from bench.gpu.tune_space import Cell
 
 ROWS = (32, 64, 8192, 8, 128, 2048, 512)
 """Most rows of a step for each plan; the goals' first."""
@@ -52,7 +54,7 @@ class Tuner:
 
     def cells(self, rows: Sequence[int], pages: Sequence[int]) -> list[Cell]:
         """Those of the goals first."""
-        from gpu.tune_space import Cell
+        from bench.gpu.tune_space import Cell
 
         return [
             Cell(name, site, num_rows, num_pages, self.dtype.itemsize)
@@ -65,10 +67,11 @@ class Tuner:
         self, rows: Sequence[int], num_pages: int, compilers: Compilers
     ) -> tuple[tuple[int, int], ...]:
         """Choose the rows of blocks, by the formula's plans of a whole layer."""
-        from gpu.tune_bench import CellBench
-        from gpu.tune_search import rows_of_blocks
-        from gpu.tune_space import block_choices
         from manylora_kernels.lora import plan
+
+        from bench.gpu.tune_bench import CellBench
+        from bench.gpu.tune_search import rows_of_blocks
+        from bench.gpu.tune_space import block_choices
 
         costs: dict[int, dict[int, float]] = {}
         for num_rows in rows:
@@ -87,9 +90,9 @@ class Tuner:
 
     def search(self, cell: Cell, start: Plan, compilers: Compilers, deadline: Deadline) -> Plan | None:
         """The best plan of a cell that the time suffices for; None where none can be built."""
-        from gpu.tune_bench import CellBench
-        from gpu.tune_search import descend
-        from gpu.tune_space import neighbours
+        from bench.gpu.tune_bench import CellBench
+        from bench.gpu.tune_search import descend
+        from bench.gpu.tune_space import neighbours
 
         bench = CellBench(cell, self.device, self.dtype, self.repeats)
         first = bench.cost(start)
@@ -112,8 +115,9 @@ def tune(
 
     Returns: how many cells were searched.
     """
-    from gpu import tune_file
     from manylora_kernels.lora.plan import PREFILL_BLOCK_ROWS
+
+    from bench.gpu import tune_file
 
     table = tune_file.known(path)
     limits = table.rows_of_blocks
@@ -155,9 +159,9 @@ def _measured(tuner: Tuner) -> Mapping[str, str]:
 
 def tune_one_adapter(tuner: Tuner, path: Path, device: str, rows: Sequence[int]) -> None:
     """From which number of rows on one adapter alone goes to the vendor's products."""
-    from gpu import tune_file
-    from gpu.tune_bench import products_against_kernels
-    from gpu.tune_search import one_adapter_rows
+    from bench.gpu import tune_file
+    from bench.gpu.tune_bench import products_against_kernels
+    from bench.gpu.tune_search import one_adapter_rows
 
     times = {
         num_rows: products_against_kernels(tuner.layer, num_rows, tuner.device, tuner.dtype, tuner.repeats)
@@ -181,8 +185,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     elif not torch.cuda.is_available():
         print("no GPU here: nothing to tune (--cpu-logic runs the logic on a CPU)")
         return 0
-    from gpu import tune_file
-    from gpu.tune_bench import Compilers, default_compilers
+    from bench.gpu import tune_file
+    from bench.gpu.tune_bench import Compilers, default_compilers
 
     tiny = bool(arguments.cpu_logic)
     tuner = Tuner(

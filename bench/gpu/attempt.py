@@ -6,7 +6,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from typing import TypeVar
 
-from gpu.peer_modules import Missing
+from bench.gpu.peer_modules import Missing
 
 ReadyT = TypeVar("ReadyT")
 ItemT = TypeVar("ItemT")

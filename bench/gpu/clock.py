@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from manylora_kernels import capture
 
-from gpu.floors import Bandwidth
+from bench.gpu.floors import Bandwidth
 
 Run = Callable[[], object]
 

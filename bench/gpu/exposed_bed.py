@@ -11,10 +11,10 @@ from dataclasses import dataclass, field
 import torch
 from manylora_kernels import SitePool
 
-from gpu.clock import Run
-from gpu.rows import Context
-from gpu.scene import Scene
-from gpu.shapes import Point
+from bench.gpu.clock import Run
+from bench.gpu.rows import Context
+from bench.gpu.scene import Scene
+from bench.gpu.shapes import Point
 
 NUM_LAYERS = 2
 """The base's weights alone are more than any cache holds."""

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from gpu.shapes import Layer, Point
+from bench.gpu.shapes import Layer, Point
 
 
 @dataclass(frozen=True, slots=True)

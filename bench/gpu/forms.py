@@ -9,11 +9,11 @@ from pathlib import Path
 import torch
 from manylora_kernels import SitePool
 
-from gpu import peer_sglang, peer_torch, peer_vllm
-from gpu.attempt import NO_MEANING, attempt
-from gpu.clock import Run
-from gpu.peer_modules import Missing
-from gpu.scene import Scene, Term
+from bench.gpu import peer_sglang, peer_torch, peer_vllm
+from bench.gpu.attempt import NO_MEANING, attempt
+from bench.gpu.clock import Run
+from bench.gpu.peer_modules import Missing
+from bench.gpu.scene import Scene, Term
 
 OURS = "manylora"
 ONE_ADAPTER = "manylora, one adapter"

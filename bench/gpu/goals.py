@@ -9,9 +9,9 @@ import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from gpu import forms, names, part_copy, part_exposed, part_kernels
-from gpu.rows import Row
-from gpu.shapes import COMPARED_POINTS, GOAL_POINTS, POOL_RANK_POINTS, Point
+from bench.gpu import forms, names, part_copy, part_exposed, part_kernels
+from bench.gpu.rows import Row
+from bench.gpu.shapes import COMPARED_POINTS, GOAL_POINTS, POOL_RANK_POINTS, Point
 
 MET, NOT_MET, NOT_MEASURED = "met", "not met", "not measured"
 GOALS_DEVICE = "H200"

@@ -18,13 +18,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from loadtest.csv_file import read_csv
-from loadtest.environment import ROOT
-
-from gpu import lease_files, lease_tests
-from gpu.rows import Context, Row
-from gpu.stage_process import StageProcess, kill_orphans
-from gpu.suite_report import ROWS, Report
+from bench.gpu import lease_files, lease_tests
+from bench.gpu.rows import Context, Row
+from bench.gpu.stage_process import StageProcess, kill_orphans
+from bench.gpu.suite_report import ROWS, Report
+from bench.loadtest.csv_file import read_csv
+from bench.paths import ROOT
 
 SUITE = ROOT / "bench" / "gpu_suite.py"
 TESTS = "tests"
@@ -154,7 +153,7 @@ class Lease:
         files = CPU_TEST_FILES if self._arguments.cpu_logic else TEST_FILES
         # Warnings that another version of a package has are no failures of ours.
         command = [sys.executable, "-m", "pytest", "-q", "--tb=short", "-o", "filterwarnings=default"]
-        return [*command, "-p", "no:cacheprovider", "-p", "gpu.lease_tests", *files]
+        return [*command, "-p", "no:cacheprovider", "-p", "bench.gpu.lease_tests", *files]
 
     def _suite(self, parts: Sequence[str], compilers: int, until: float, *more: str) -> list[str]:
         command = [sys.executable, str(SUITE), "--parts", *parts, "--until", f"{until:.1f}", *more]
@@ -175,7 +174,7 @@ class Lease:
         return {name: getattr(origin, name) for name in ("run", "commit", "command")}
 
     def _start(self, command: Sequence[str], until: float) -> StageProcess:
-        folders = [self._site, *(ROOT / name for name in ("bench", "kernels", "backend", "client"))]
+        folders = [self._site, *(ROOT / name for name in ("kernels", "backend", "client")), ROOT]
         paths = [*map(str, folders), *filter(None, [os.environ.get("PYTHONPATH", "")])]
         unmarked = ["test_route.py"] if self._arguments.cpu_logic else UNMARKED
         env = {

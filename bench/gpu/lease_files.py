@@ -8,11 +8,10 @@ import sys
 import zipfile
 from pathlib import Path
 
-import peers
-from loadtest import environment
-from loadtest.environment import ROOT
-
-from gpu.peer_modules import FOLDER, VERSIONS
+from bench import peers
+from bench.gpu.peer_modules import FOLDER, VERSIONS
+from bench.loadtest import environment
+from bench.paths import ROOT
 
 LEASE = ROOT / ".cache" / "lease"
 """Ignored by git."""

@@ -14,10 +14,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from loadtest.csv_file import append_csv
-
-from gpu.rows import Context, Row
-from gpu.suite_report import ROWS
+from bench.gpu.rows import Context, Row
+from bench.gpu.suite_report import ROWS
+from bench.loadtest.csv_file import append_csv
 
 if TYPE_CHECKING:
     import pytest

@@ -21,7 +21,7 @@ from manylora.model.loading import compiles, convert_model, logits_tolerance
 from manylora.model.lora_layers import GatedLinear
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from gpu.part_model import RANK
+from bench.gpu.part_model import RANK
 
 CONTEXT = 128
 """Tokens in the cache of each sequence of a decode step, its own among them: few, since what is asked is how

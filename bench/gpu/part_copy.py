@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from functools import partial
 
-from gpu.attempt import attempt
-from gpu.budget import Deadline
-from gpu.rows import Context, Row
+from bench.gpu.attempt import attempt
+from bench.gpu.budget import Deadline
+from bench.gpu.rows import Context, Row
 
 _RANKS = (8, 16, 64)
 NUM_ROWS = 4

@@ -17,15 +17,15 @@ import torch
 from manylora_kernels import SitePool
 from manylora_kernels.streams import side_stream
 
-from gpu import forms, peer_sglang
-from gpu.attempt import NO_MEANING, attempt, guarded
-from gpu.budget import Deadline
-from gpu.clock import Run, Timing, graph_of, samples_in_turn
-from gpu.exposed_bed import NUM_LAYERS, Bed, SiteRun
-from gpu.peer_modules import Missing
-from gpu.rows import Context, Row
-from gpu.scene import Term
-from gpu.shapes import TINY_POINTS, Point
+from bench.gpu import forms, peer_sglang
+from bench.gpu.attempt import NO_MEANING, attempt, guarded
+from bench.gpu.budget import Deadline
+from bench.gpu.clock import Run, Timing, graph_of, samples_in_turn
+from bench.gpu.exposed_bed import NUM_LAYERS, Bed, SiteRun
+from bench.gpu.peer_modules import Missing
+from bench.gpu.rows import Context, Row
+from bench.gpu.scene import Term
+from bench.gpu.shapes import TINY_POINTS, Point
 
 PART = "exposed"
 BASE = "base"

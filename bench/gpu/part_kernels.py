@@ -7,14 +7,14 @@ from functools import partial
 
 import torch
 
-from gpu import floors, forms
-from gpu.attempt import attempt, guarded
-from gpu.budget import Deadline
-from gpu.clock import Run, Timing, graph_of, samples_in_turn, time_in_turn
-from gpu.peer_peft import Peft
-from gpu.rows import Context, Row
-from gpu.scene import Scene, Term
-from gpu.shapes import Point
+from bench.gpu import floors, forms
+from bench.gpu.attempt import attempt, guarded
+from bench.gpu.budget import Deadline
+from bench.gpu.clock import Run, Timing, graph_of, samples_in_turn, time_in_turn
+from bench.gpu.peer_peft import Peft
+from bench.gpu.rows import Context, Row
+from bench.gpu.scene import Scene, Term
+from bench.gpu.shapes import Point
 
 KERNELS = "kernels"
 """Ours and the peers."""

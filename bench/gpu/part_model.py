@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING, TypeVar
 
 import torch
 
-from gpu.attempt import attempt
-from gpu.budget import Deadline
-from gpu.clock import Run, Timing, graph_of, time_in_turn
-from gpu.names import ENGINE, FORWARD, REPLAYED_ALL, STEP, TWIN
-from gpu.rows import Context, Row
+from bench.gpu.attempt import attempt
+from bench.gpu.budget import Deadline
+from bench.gpu.clock import Run, Timing, graph_of, time_in_turn
+from bench.gpu.names import ENGINE, FORWARD, REPLAYED_ALL, STEP, TWIN
+from bench.gpu.rows import Context, Row
 
 if TYPE_CHECKING:
-    from gpu.model_bed import ModelBed
+    from bench.gpu.model_bed import ModelBed
 
 KeyT = TypeVar("KeyT")
 RANK = 16
@@ -35,7 +35,7 @@ def make_bed(device: torch.device, dtype: torch.dtype, is_tiny: bool) -> ModelBe
     Raises:
         ModuleNotFoundError: a package of the backend is not there.
     """
-    from gpu.model_bed import ModelBed  # needs the backend's packages, as nothing before does
+    from bench.gpu.model_bed import ModelBed  # needs the backend's packages, as nothing before does
 
     return ModelBed(device, dtype, mixes(is_tiny)[-1], is_tiny)
 

@@ -11,15 +11,15 @@ import torch
 from manylora_kernels import SitePool
 from manylora_kernels.streams import side_stream
 
-from gpu import proof_attention
-from gpu.attempt import attempt
-from gpu.budget import Deadline
-from gpu.clock import Run, graph_of
-from gpu.exposed_bed import Bed
-from gpu.proof_attention import bits
-from gpu.rows import Context, Row
-from gpu.scene import SCALE, Scene, Term
-from gpu.shapes import MIXED, TINY_POINTS, Point
+from bench.gpu import proof_attention
+from bench.gpu.attempt import attempt
+from bench.gpu.budget import Deadline
+from bench.gpu.clock import Run, graph_of
+from bench.gpu.exposed_bed import Bed
+from bench.gpu.proof_attention import bits
+from bench.gpu.rows import Context, Row
+from bench.gpu.scene import SCALE, Scene, Term
+from bench.gpu.shapes import MIXED, TINY_POINTS, Point
 
 POINTS = {
     "decode": Point(32, 32, (16,)),

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import torch
 
-from gpu import peer_sglang, peer_vllm
-from gpu.attempt import attempt
-from gpu.scene import Scene, Term
-from gpu.shapes import LLAMA_LAYER, TINY_LAYER, TINY_POINTS, Point
+from bench.gpu import peer_sglang, peer_vllm
+from bench.gpu.attempt import attempt
+from bench.gpu.scene import Scene, Term
+from bench.gpu.shapes import LLAMA_LAYER, TINY_LAYER, TINY_POINTS, Point
 
 _WIDE = Point(4, 2, (64,))
 """A pool of a rank that has plans of its own."""

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from gpu import peer_pydantic
+from bench.gpu import peer_pydantic
 
 FOLDER = Path(__file__).resolve().parents[2] / ".build" / "peers"
 VERSIONS = "versions.json"

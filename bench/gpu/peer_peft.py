@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import torch
 
-from gpu.clock import Run
-from gpu.peer_modules import Missing
-from gpu.scene import SCALE, Scene
+from bench.gpu.clock import Run
+from bench.gpu.peer_modules import Missing
+from bench.gpu.scene import SCALE, Scene
 
 _BASE = "__base__"
 """PEFT's name for a row without an adapter."""

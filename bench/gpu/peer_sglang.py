@@ -18,11 +18,11 @@ import numpy as np
 import torch
 from manylora_kernels import SitePool
 
-from gpu import peer_modules
-from gpu.clock import Run
-from gpu.peer_modules import Batch
-from gpu.scene import SCALE, Scene, Term
-from gpu.shapes import Layer
+from bench.gpu import peer_modules
+from bench.gpu.clock import Run
+from bench.gpu.peer_modules import Batch
+from bench.gpu.scene import SCALE, Scene, Term
+from bench.gpu.shapes import Layer
 
 CHUNK_ROWS = 16
 """The default of `--max-lora-chunk-size`."""

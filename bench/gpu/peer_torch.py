@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from manylora_kernels import SitePool
 
-from gpu.clock import Run
-from gpu.peer_modules import Missing
-from gpu.scene import SCALE, Scene, Term
+from bench.gpu.clock import Run
+from bench.gpu.peer_modules import Missing
+from bench.gpu.scene import SCALE, Scene, Term
 
 
 def _rows(scene: Scene) -> list[torch.Tensor]:

@@ -13,10 +13,10 @@ from pathlib import Path
 import torch
 from manylora_kernels import SitePool
 
-from gpu import peer_modules
-from gpu.clock import Run
-from gpu.peer_modules import Missing
-from gpu.scene import SCALE, Scene, Term
+from bench.gpu import peer_modules
+from bench.gpu.clock import Run
+from bench.gpu.peer_modules import Missing
+from bench.gpu.scene import SCALE, Scene, Term
 
 ALLOWED_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 

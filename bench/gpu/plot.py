@@ -7,8 +7,8 @@ from pathlib import Path
 
 import matplotlib as mpl
 
-from gpu import forms
-from gpu.rows import Row
+from bench.gpu import forms
+from bench.gpu.rows import Row
 
 # No window is needed, and none may be there.
 mpl.use("Agg")

@@ -17,12 +17,12 @@ import torch
 from manylora_kernels import SitePool
 from manylora_kernels.streams import side_stream
 
-from gpu import forms, part_model, part_proofs
-from gpu.attempt import attempt
-from gpu.clock import Run
-from gpu.scene import Scene, Term
-from gpu.shapes import Layer, Point
-from gpu.workers import KILLED_S, Workers
+from bench.gpu import forms, part_model, part_proofs
+from bench.gpu.attempt import attempt
+from bench.gpu.clock import Run
+from bench.gpu.scene import Scene, Term
+from bench.gpu.shapes import Layer, Point
+from bench.gpu.workers import KILLED_S, Workers
 
 BESIDE, FUSED, SILU_MUL = "beside the base product", "fused with the activation", "activation"
 BATCH_INVARIANT = "batch invariant"

@@ -10,7 +10,7 @@ import torch
 from manylora_kernels.attention.paged_batch import PagedBatch
 from manylora_kernels.attention.plan import Scoring
 
-from gpu.rows import Context
+from bench.gpu.rows import Context
 
 _HEADS, _KV_HEADS, _HEAD_SIZE, _BLOCK = 32, 8, 128, 16
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from loadtest.table import Table
+from bench.loadtest.table import Table
 
 Line = Mapping[str, str]
 _STEP = ("rows", "adapters", "rank", "pool_rank", "skewed", "base_share")

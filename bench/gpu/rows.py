@@ -7,11 +7,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from loadtest.origin import Origin
 
-from gpu.clock import Timing
-from gpu.floors import Bandwidth
-from gpu.shapes import Layer, Point
+from bench.gpu.clock import Timing
+from bench.gpu.floors import Bandwidth
+from bench.gpu.shapes import Layer, Point
+from bench.loadtest.origin import Origin
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

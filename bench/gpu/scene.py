@@ -12,9 +12,9 @@ import numpy as np
 import torch
 from manylora_kernels import PAGE_ROWS, SitePool
 
-from gpu import floors
-from gpu.clock import Run
-from gpu.shapes import Layer, Point
+from bench.gpu import floors
+from bench.gpu.clock import Run
+from bench.gpu.shapes import Layer, Point
 
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 4e-3, torch.bfloat16: 2e-2}
 """Of the norm of the adapters' term: sums in another order, factors and the sum with y rounded to the dtype.

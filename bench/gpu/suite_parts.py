@@ -9,12 +9,12 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from gpu.budget import Deadline
+from bench.gpu.budget import Deadline
 
 if TYPE_CHECKING:
-    from gpu import shapes
-    from gpu.goals import Whole
-    from gpu.rows import Context, Row
+    from bench.gpu import shapes
+    from bench.gpu.goals import Whole
+    from bench.gpu.rows import Context, Row
 
 SHARES = {
     "goals": 30,
@@ -37,7 +37,7 @@ Part = Callable[["Context", Deadline], Iterator["Row"]]
 
 def parts() -> dict[str, Part]:
     """By name."""
-    from gpu import forms, part_copy, part_exposed, part_kernels, part_model, part_proofs, shapes
+    from bench.gpu import forms, part_copy, part_exposed, part_kernels, part_model, part_proofs, shapes
 
     def points(context: Context, of_gpu: Iterable[shapes.Point]) -> Iterable[shapes.Point]:
         return shapes.TINY_POINTS if context.is_tiny else of_gpu
@@ -73,8 +73,8 @@ def parts() -> dict[str, Part]:
 
 def whole_run(context: Context) -> Whole:
     """What a whole run has."""
-    from gpu import forms, part_exposed, part_kernels, part_proofs, shapes
-    from gpu.goals import Whole
+    from bench.gpu import forms, part_exposed, part_kernels, part_proofs, shapes
+    from bench.gpu.goals import Whole
 
     num_proofs, read = part_proofs.num_proofs(context), context.bandwidth.read
     if not context.is_tiny:
@@ -87,7 +87,7 @@ def whole_run(context: Context) -> Whole:
 
 def compile_all(context: Context, chosen: Sequence[str], num_processes: int, limit_s: float) -> None:
     """Have the kernels of the parts' points compiled, so that the time goes into measuring."""
-    from gpu import prewarm
+    from bench.gpu import prewarm
 
     jobs = [
         prewarm.Job(point, name, context.layer, context.device.type, context.dtype, context.peers)
@@ -103,7 +103,7 @@ def compile_all(context: Context, chosen: Sequence[str], num_processes: int, lim
 
 def _compiled(context: Context, chosen: Sequence[str]) -> Iterator[tuple[shapes.Point, str]]:
     """Points and forms, in the order in which they are measured."""
-    from gpu import forms, part_exposed, part_proofs, prewarm, shapes
+    from bench.gpu import forms, part_exposed, part_proofs, prewarm, shapes
 
     names = list(forms.makers(context.peers))
     ours = [name for name in names if name not in forms.PEERS]

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from loadtest.csv_file import append_csv
-from loadtest.table import Table
-
-from gpu import verdict_file
-from gpu.attempt import attempt
-from gpu.goals import judge
-from gpu.rows import Context, Row
-from gpu.suite_parts import whole_run
+from bench.gpu import verdict_file
+from bench.gpu.attempt import attempt
+from bench.gpu.goals import judge
+from bench.gpu.rows import Context, Row
+from bench.gpu.suite_parts import whole_run
+from bench.loadtest.csv_file import append_csv
+from bench.loadtest.table import Table
 
 INTERPRETER = "interpreter"
 ROWS = "gpu_suite.csv"
@@ -47,7 +46,7 @@ class Report:
         verdict_file.write(out / "gpu_goals.csv", origin, self.judged())
 
         def draw() -> None:
-            from gpu import plot  # matplotlib may be missing
+            from bench.gpu import plot  # matplotlib may be missing
 
             path = out / f"gpu_kernels_{origin.label or INTERPRETER}.png"
             plot.draw(self.rows, path, f"Adapters' part of a layer, {origin.device}")

@@ -16,13 +16,13 @@ import torch
 from manylora_kernels import PAGE_ROWS, SitePool, SiteShape
 from manylora_kernels.lora.plan import Plan
 
-from gpu import floors, tune_search
-from gpu.attempt import attempt
-from gpu.clock import Run, graph_of, time_in_turn
-from gpu.scene import CACHE_BYTES, Scene, Term
-from gpu.shapes import PREFILL_ROWS, Point
-from gpu.tune_space import Cell
-from gpu.workers import Workers
+from bench.gpu import floors, tune_search
+from bench.gpu.attempt import attempt
+from bench.gpu.clock import Run, graph_of, time_in_turn
+from bench.gpu.scene import CACHE_BYTES, Scene, Term
+from bench.gpu.shapes import PREFILL_ROWS, Point
+from bench.gpu.tune_space import Cell
+from bench.gpu.workers import Workers
 
 if TYPE_CHECKING:
     from manylora_kernels.lora.routed import RoutedMix

@@ -11,7 +11,7 @@ from pathlib import Path
 from manylora_kernels.lora import plan_file
 from manylora_kernels.lora.plan import Plan, PlanTable, Tile
 
-from gpu.tune_space import Cell
+from bench.gpu.tune_space import Cell
 
 
 def path_of(device_name: str, folder: Path = plan_file.FOLDER) -> tuple[str, Path]:

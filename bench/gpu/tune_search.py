@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from manylora_kernels.lora.plan import Plan
 
-from gpu.budget import Deadline
+from bench.gpu.budget import Deadline
 
 Cost = Callable[[Plan], float]
 """Microseconds of a plan; infinite where it is wrong or cannot be built."""

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from loadtest.csv_file import append_csv, read_csv
-from loadtest.origin import Origin
+from bench.loadtest.csv_file import append_csv, read_csv
+from bench.loadtest.origin import Origin
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

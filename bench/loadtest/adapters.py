@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import json
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 from tqdm import tqdm
 from transformers import AutoConfig
 
-from loadtest.environment import ROOT
-
-sys.path.insert(0, str(ROOT / "examples"))
-from make_adapters import make_adapter  # lies in examples/, which is no package
+from examples.make_adapters import make_adapter
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

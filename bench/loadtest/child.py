@@ -17,8 +17,8 @@ from multiprocessing.connection import Connection
 from manylora.errors import ManyloraError
 from transformers.utils import logging as transformers_logging
 
-from loadtest.driver import TargetError
-from loadtest.target import Reference
+from bench.loadtest.driver import TargetError
+from bench.loadtest.target import Reference
 
 EXPECTED = (ManyloraError, TargetError, ValueError, OSError)
 """Errors whose text says all; of others the traceback is wanted."""

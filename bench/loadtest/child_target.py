@@ -17,10 +17,10 @@ from multiprocessing.connection import Connection
 from types import TracebackType
 from typing import Any
 
-from loadtest.driver import Progress, TargetError
-from loadtest.record import Round
-from loadtest.target import Reference, TokenIds
-from loadtest.workload import Case
+from bench.loadtest.driver import Progress, TargetError
+from bench.loadtest.record import Round
+from bench.loadtest.target import Reference, TokenIds
+from bench.loadtest.workload import Case
 
 END_S = 30.0
 """In which the process ends by itself once it is told to."""
@@ -47,7 +47,7 @@ class ChildTarget:
         self._connection = Connection(ours.detach())
         with theirs:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "loadtest.child"],
+                [sys.executable, "-m", "bench.loadtest.child"],
                 stdin=theirs.fileno(),
                 # It finds what this process finds.
                 env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},

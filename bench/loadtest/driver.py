@@ -6,8 +6,8 @@ import queue
 import time
 from collections.abc import Callable
 
-from loadtest.record import Record
-from loadtest.workload import Case
+from bench.loadtest.record import Record
+from bench.loadtest.workload import Case
 
 Progress = Callable[[], object]
 """Called once for each request that has ended."""

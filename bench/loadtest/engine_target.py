@@ -8,10 +8,10 @@ import time
 from manylora import Engine, EngineConfig
 from manylora.messages import Failed, Generate, SamplingParams, Tokens
 
-from loadtest.driver import Progress, drive
-from loadtest.record import Record, Round
-from loadtest.target import TokenIds, growth
-from loadtest.workload import Case
+from bench.loadtest.driver import Progress, drive
+from bench.loadtest.record import Record, Round
+from bench.loadtest.target import TokenIds, growth
+from bench.loadtest.workload import Case
 
 
 class EngineTarget:

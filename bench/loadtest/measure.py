@@ -7,13 +7,13 @@ from dataclasses import replace
 
 from tqdm import tqdm
 
-from loadtest.agreement import Agreement, compare
-from loadtest.arrival import Arrival
-from loadtest.driver import TargetError
-from loadtest.record import Record, Round
-from loadtest.row import Row, Setting, make_row
-from loadtest.target import Reference, Target
-from loadtest.workload import Case
+from bench.loadtest.agreement import Agreement, compare
+from bench.loadtest.arrival import Arrival
+from bench.loadtest.driver import TargetError
+from bench.loadtest.record import Record, Round
+from bench.loadtest.row import Row, Setting, make_row
+from bench.loadtest.target import Reference, Target
+from bench.loadtest.workload import Case
 
 CHECK = Arrival(num_clients=64)
 """How the check sends its requests: many at once, but never more than a server's queue takes."""

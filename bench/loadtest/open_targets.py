@@ -13,12 +13,12 @@ from manylora.ipc import query_status
 from manylora.serve.background import running_server
 from manylora_client.address import read_address
 
-from loadtest.adapters import AdapterSet
-from loadtest.child_target import ChildTarget
-from loadtest.engine_target import EngineTarget
-from loadtest.peft_target import PeftTarget
-from loadtest.server_target import ServerTarget
-from loadtest.target import Reference, Target
+from bench.loadtest.adapters import AdapterSet
+from bench.loadtest.child_target import ChildTarget
+from bench.loadtest.engine_target import EngineTarget
+from bench.loadtest.peft_target import PeftTarget
+from bench.loadtest.server_target import ServerTarget
+from bench.loadtest.target import Reference, Target
 
 
 class Opener:

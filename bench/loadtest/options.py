@@ -9,9 +9,9 @@ from typing import Any, TypeVar
 
 from manylora_client.address import read_address
 
-from loadtest.arrival import Arrival
-from loadtest.environment import ROOT
-from loadtest.workload import Lengths, Shape, check_skew
+from bench.loadtest.arrival import Arrival
+from bench.loadtest.workload import Lengths, Shape, check_skew
+from bench.paths import BASE_MODEL, RESULTS
 
 T = TypeVar("T")
 
@@ -79,7 +79,7 @@ def read_options(argv: list[str] | None = None) -> argparse.Namespace:
         if name not in ("engine", "peft") and options.url and name.partition("-")[0] not in schemes:
             parser.error(f"target {name}: no --url names a server of this protocol")
     if options.base_model is None:
-        options.base_model = ROOT / ".build" / "base_model"
+        options.base_model = BASE_MODEL
         options.model_name = options.model_name or "SmolLM2-135M-Instruct"
     if not (options.base_model / "config.json").is_file():
         parser.error(f"no base model in {options.base_model}; run `make setup`, or give --base-model")
@@ -127,7 +127,7 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "--csv",
         type=Path,
-        default=ROOT / "bench" / "results" / "serving.csv",
+        default=RESULTS / "serving.csv",
         metavar="FILE",
         help="rows are added here (default: bench/results/serving.csv)",
     )

@@ -11,10 +11,8 @@ from pathlib import Path
 
 import torch
 
-from loadtest import environment
-from loadtest.environment import ROOT
-
-RESULTS = ROOT / "bench" / "results"
+from bench.loadtest import environment
+from bench.paths import ROOT
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -16,10 +16,10 @@ import torch
 from transformers import AutoModelForCausalLM
 from transformers.generation.streamers import BaseStreamer
 
-from loadtest.driver import Progress
-from loadtest.record import Record, Round
-from loadtest.target import TokenIds
-from loadtest.workload import Case, Request
+from bench.loadtest.driver import Progress
+from bench.loadtest.record import Record, Round
+from bench.loadtest.target import TokenIds
+from bench.loadtest.workload import Case, Request
 
 
 class _Stamps(BaseStreamer):

@@ -8,7 +8,7 @@ from typing import Any
 
 import matplotlib as mpl
 
-from loadtest.row import Row
+from bench.loadtest.row import Row
 
 # No window is needed, and none may be there.
 mpl.use("Agg")

@@ -9,9 +9,9 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 
-from loadtest.origin import Origin
-from loadtest.record import Round
-from loadtest.workload import Case
+from bench.loadtest.origin import Origin
+from bench.loadtest.record import Round
+from bench.loadtest.workload import Case
 
 PERCENTILES = (50, 90, 99)
 COUNTERS = ("steps", "host_loads", "device_copies", "preemptions", "prefix_hit_tokens")

@@ -10,10 +10,10 @@ from types import TracebackType
 
 from manylora_client import Client, ManyloraClientError
 
-from loadtest.driver import Progress, drive
-from loadtest.record import Record, Round
-from loadtest.target import growth
-from loadtest.workload import Case, Request
+from bench.loadtest.driver import Progress, drive
+from bench.loadtest.record import Record, Round
+from bench.loadtest.target import growth
+from bench.loadtest.workload import Case, Request
 
 TIMEOUT_S = 900.0
 """For one answer."""

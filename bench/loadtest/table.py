@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from loadtest.row import COUNTERS, PERCENTILES, Row
+from bench.loadtest.row import COUNTERS, PERCENTILES, Row
 
 _WORDS = {"target", "mix", "load", "ratio", "part", "fault", "outcomes", "ends", "memory", "verdict", "step"}
 _WORDS |= {"dtype", "model", "protocol", "column", "value", "form", "goal", "wanted", "found"}

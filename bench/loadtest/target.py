@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from loadtest.driver import Progress
-from loadtest.record import Round
-from loadtest.workload import Case
+from bench.loadtest.driver import Progress
+from bench.loadtest.record import Round
+from bench.loadtest.workload import Case
 
 TokenIds = list[int]
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from loadtest.arrival import Arrival
+from bench.loadtest.arrival import Arrival
 
 _SKEW = re.compile(r"even|uniform|zipf:(\d+(?:\.\d+)?)")
 

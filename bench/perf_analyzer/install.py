@@ -19,9 +19,10 @@ import sys
 import tempfile
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "scripts"))
-from setup import BUILD, SetupError, Step, digest, pip, replacing  # noqa: E402  # lies in scripts/, no package
+try:
+    from scripts.setup import BUILD, ROOT, SetupError, Step, digest, pip, replacing
+except ModuleNotFoundError as error:
+    sys.exit(f"perf_analyzer: {error}; run `make setup` first, and this by .venv/bin/python")
 
 REQUIREMENT = "perf-analyzer==2.60.0"
 PLATFORM = "manylinux_2_38_x86_64"

@@ -21,19 +21,26 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from inputs import BASE_MODEL, MIN_WORDS, Entry, make_entries
-from install import COMMAND
 from manylora.errors import ManyloraError
 from manylora.serve.background import running_server
 from manylora_client import Client, ManyloraClientError
-from report import Figures, format_table, measure
-from ways import Load, PerfAnalyzerError, Way, check, one_adapter, parameter_mix, profile, tensor_mix
 
-ROOT = Path(__file__).resolve().parents[2]
-# Last, since modules of the same name in this folder come first.
-sys.path.append(str(ROOT / "bench"))
-from loadtest.csv_file import append_csv  # noqa: E402  # lies in bench/, which is no package
-from loadtest.origin import RESULTS, Origin  # noqa: E402
+from bench.loadtest.csv_file import append_csv
+from bench.loadtest.origin import Origin
+from bench.paths import RESULTS, ROOT
+from bench.perf_analyzer.inputs import BASE_MODEL, MIN_WORDS, Entry, make_entries
+from bench.perf_analyzer.install import COMMAND
+from bench.perf_analyzer.report import Figures, format_table, measure
+from bench.perf_analyzer.ways import (
+    Load,
+    PerfAnalyzerError,
+    Way,
+    check,
+    one_adapter,
+    parameter_mix,
+    profile,
+    tensor_mix,
+)
 
 WAYS = {
     "one-adapter": "gRPC streams; one adapter, named by a request parameter",

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from inputs import Entry, text_only, with_body, with_tensor
-from report import Level, read_export
+from bench.perf_analyzer.inputs import Entry, text_only, with_body, with_tensor
+from bench.perf_analyzer.report import Level, read_export
 
 Protocol = Literal["http", "grpc"]
 Parameters = Mapping[str, int | bool]

@@ -13,13 +13,8 @@ import random
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 
 import torch
-
-sys.path.append(str(Path(__file__).parents[1] / "kernels"))
-
-from count_compilations import CPU, compiled, use_a_driver_that_does_nothing
 from manylora import EngineConfig
 from manylora.adapters.device_pool import DevicePool
 from manylora.adapters.placement import AdapterUse
@@ -31,6 +26,8 @@ from manylora.messages import SamplingParams
 from manylora.model.loading import load_model
 from manylora_kernels.attention.precompile import precompile_attention
 from manylora_kernels.lora import precompile
+
+from tests.kernels.count_compilations import CPU, compiled, use_a_driver_that_does_nothing
 
 MAX_TOKENS = 160
 MAX_SEQS = 9

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
-import sys
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -19,25 +16,11 @@ pytest.importorskip("peft", reason="peft is the judge of the adapters here; it c
 from peft import PeftModel
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from examples import make_adapters, prepare_base_model
+
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 TRAINED = ("haiku", "json", "pirate")
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
-
-
-def load_script(name: str) -> ModuleType:
-    """Import examples/NAME.py, which belongs to no package."""
-    spec = importlib.util.spec_from_file_location(f"manylora_examples_{name}", EXAMPLES / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    # dataclasses look their module up by name.
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-make_adapters = load_script("make_adapters")
-prepare_base_model = load_script("prepare_base_model")
 
 
 def tiny_config() -> LlamaConfig:

@@ -14,9 +14,10 @@ from typing import Any
 
 import pytest
 import torch
-from gpu import clock
 from manylora.engine.graph_recorder import Recorder, recorder_for
 from manylora_kernels import capture, streams
+
+from bench.gpu import clock
 
 Pool = tuple[int, int]
 Record = Callable[[Callable[[], None]], Callable[[], None]]

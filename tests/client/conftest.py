@@ -7,8 +7,9 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-from blocking import BlockingClient
 from manylora_client import Client
+
+from .blocking import BlockingClient
 
 
 @pytest.fixture(params=["Client", "AsyncClient"])

@@ -13,9 +13,10 @@ from typing import Any
 
 import pytest
 from manylora_client import AsyncClient, Cancelled, ConnectionFailed, InvalidArgument, Timeout
-from scripted_grpc import HOLD as HOLD_CALL
-from scripted_grpc import CrowdTriton, ScriptedTriton, reply, response, running
-from scripted_http import ANSWER, HOLD, ByteServer, CrowdServer, event, events
+
+from .scripted_grpc import HOLD as HOLD_CALL
+from .scripted_grpc import CrowdTriton, ScriptedTriton, reply, response, running
+from .scripted_http import ANSWER, HOLD, ByteServer, CrowdServer, event, events
 
 WAIT_S = 30
 UNFINISHED = events(event(finish_reason=""))[: -len(b"0\r\n\r\n")]

@@ -23,7 +23,8 @@ from manylora_client import (
     TokenLogprob,
     Unavailable,
 )
-from scripted_grpc import ANSWER, HOLD, Relay, ScriptedTriton, failure, only_flag, reply, response, running
+
+from .scripted_grpc import ANSWER, HOLD, Relay, ScriptedTriton, failure, only_flag, reply, response, running
 
 LOGPROBS = [
     {"id": 5, "text": "é", "logprob": -0.5, "top": [{"id": 5, "text": "é", "logprob": -0.5}]},

@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from blocking import BlockingClient
 from manylora.front_end.parameters import PARAMETERS
 from manylora_client import (
     Client,
@@ -26,7 +25,9 @@ from manylora_client import (
     Unavailable,
     connections,
 )
-from scripted_http import ANSWER, FIELDS, HOLD, ByteServer, event, events, infer_answer, plain
+
+from .blocking import BlockingClient
+from .scripted_http import ANSWER, FIELDS, HOLD, ByteServer, event, events, infer_answer, plain
 
 
 @pytest.fixture

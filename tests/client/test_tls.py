@@ -15,9 +15,10 @@ from pathlib import Path
 import grpc
 import pytest
 from manylora_client import ConnectionFailed
-from scripted_grpc import ScriptedTriton
-from scripted_http import ANSWER, CrowdServer
 from tritonclient.grpc import service_pb2_grpc
+
+from .scripted_grpc import ScriptedTriton
+from .scripted_http import ANSWER, CrowdServer
 
 pytestmark = pytest.mark.skipif(not shutil.which("openssl"), reason="openssl makes the certificate")
 

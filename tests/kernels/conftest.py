@@ -43,7 +43,6 @@ TRITON_FILES = [
     "test_attention_determinism.py",
     "test_cache_write.py",
     "test_replay_form.py",
-    "test_suite_forms.py",
 ]
 collect_ignore = [] if INTERPRETED or torch.cuda.is_available() else TRITON_FILES
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import importlib.util
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from manylora.serve.background import RunningServer, running_server
+
+from examples.make_adapters import make_adapter
 
 ROOT = Path(__file__).resolve().parents[2]
 BASE_MODEL = ROOT / ".build" / "base_model"
@@ -36,15 +37,8 @@ def adapter_root(base_model: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     root = tmp_path_factory.mktemp("adapters")
     # Copied, since the server refuses a link that leaves the folder.
     shutil.copytree(TRAINED_ADAPTERS, root, dirs_exist_ok=True)
-    spec = importlib.util.spec_from_file_location(
-        "manylora_examples_make", ROOT / "examples" / "make_adapters.py"
-    )
-    assert spec
-    assert spec.loader
-    make_adapters = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(make_adapters)
     for seed, rank in enumerate(SYNTHETIC_RANKS):
-        make_adapters.make_adapter(root / f"synthetic-{seed:03}", base_model, rank=rank, seed=seed)
+        make_adapter(root / f"synthetic-{seed:03}", base_model, rank=rank, seed=seed)
     return root
 
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 
 import pytest
-from harness import DONE_S, PROMPTS, SYNTHETIC, TRAINED, connect, status_of, wait_idle
 from manylora.serve.background import RunningServer
 from manylora_client import AsyncClient, Completion
+
+from bench.campaigns.harness import DONE_S, PROMPTS, SYNTHETIC, TRAINED, connect, status_of, wait_idle
 
 
 @pytest.fixture(params=["http", "grpc"])

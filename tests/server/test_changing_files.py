@@ -11,11 +11,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
-from faults import files
-from faults.load import RIGHT
-from harness import DONE_S, PROMPTS, SYNTHETIC, connect, status_of, wait_idle
 from manylora.serve.background import RunningServer, running_server
 from manylora_client import Client, ManyloraClientError, NotFound
+
+from bench.campaigns.faults import files
+from bench.campaigns.faults.load import RIGHT
+from bench.campaigns.harness import DONE_S, PROMPTS, SYNTHETIC, connect, status_of, wait_idle
 
 PUBLISHED = [f"published-{number}" for number in range(4)]
 SWAPS = ["at once", "with a gap", "at once", "with a gap", "at once", "at once"]

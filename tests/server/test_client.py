@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
-from blocking import BlockingClient
-from harness import DONE_S, PROMPTS, SYNTHETIC, TRAINED, at_once, connect, status_of, wait_idle
 from manylora.serve.background import RunningServer
 from manylora_client import (
     Client,
@@ -16,6 +14,19 @@ from manylora_client import (
     Timeout,
     Unavailable,
 )
+
+from bench.campaigns.harness import (
+    DONE_S,
+    PROMPTS,
+    SYNTHETIC,
+    TRAINED,
+    at_once,
+    connect,
+    status_of,
+    wait_idle,
+)
+
+from ..client.blocking import BlockingClient
 
 
 @pytest.fixture(params=["http", "grpc", "async http", "async grpc"])

@@ -9,11 +9,13 @@ import numpy as np
 import pytest
 import tritonclient.grpc
 import tritonclient.http
-from harness import DONE_S, PROMPTS, SYNTHETIC, TRAINED, at_once, connect, wait_idle
 from manylora.serve.background import RunningServer
 from manylora_client import InvalidArgument, NotFound
 from tritonclient.utils import InferenceServerException
-from wire import OUTPUTS, check_refused, generate, infer, post, stream
+
+from bench.campaigns.harness import DONE_S, PROMPTS, SYNTHETIC, TRAINED, at_once, connect, wait_idle
+
+from .wire import OUTPUTS, check_refused, generate, infer, post, stream
 
 
 @pytest.fixture(params=["http", "grpc"])

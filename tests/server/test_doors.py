@@ -16,11 +16,7 @@ from pathlib import Path
 
 import pytest
 import tritonclient.grpc as grpcclient
-from faults import doors
-from faults.anatomy import DONE_S, engine_of, stub_of, tritonserver_of
-from faults.load import NUM_STREAMS, NUM_WHOLE, RIGHT, Bed, Report
 from grpc import StatusCode
-from harness import SYNTHETIC, status_of, wait_idle
 from manylora.run_dir import health_path
 from manylora.serve import limits, processes
 from manylora.serve.background import RunningServer
@@ -30,6 +26,11 @@ from manylora.supervise.model_watch import ModelWatch
 from manylora.supervise.probe import KeptConnection, KeptConnectionProbe, http_status, ready_path
 from manylora_client import Client, InvalidArgument
 from tritonclient.utils import InferenceServerException
+
+from bench.campaigns.faults import doors
+from bench.campaigns.faults.anatomy import DONE_S, engine_of, stub_of, tritonserver_of
+from bench.campaigns.faults.load import NUM_STREAMS, NUM_WHOLE, RIGHT, Bed, Report
+from bench.campaigns.harness import SYNTHETIC, status_of, wait_idle
 
 ALL = NUM_STREAMS + NUM_WHOLE
 LOW_DESCRIPTORS = 1024

@@ -10,13 +10,15 @@ from typing import Any
 
 import pytest
 import torch
-from harness import PROMPTS, connect
 from manylora.front_end.front_end import LONG_BYTES
 from manylora.serve.background import RunningServer
 from manylora_client import InvalidArgument, Unsupported
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from tritonclient.utils import InferenceServerException
-from wire import CLIENTS, GRPC_STATUS, check_refused, generate, infer, refusal, stream
+
+from bench.campaigns.harness import PROMPTS, connect
+
+from .wire import CLIENTS, GRPC_STATUS, check_refused, generate, infer, refusal, stream
 
 START, START_ID = "<|im_start|>", 1
 TURNS = f"{START}user\nHi<|im_end|>\n{START}assistant\nHello.<|im_end|>\n"

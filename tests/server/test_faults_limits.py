@@ -10,10 +10,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from faults import scenarios
-from faults.load import NUM_STREAMS, NUM_WHOLE, RIGHT, Bed
-from harness import SYNTHETIC, status_of, wait_idle
 from manylora.serve.background import running_server
+
+from bench.campaigns.faults import scenarios
+from bench.campaigns.faults.load import NUM_STREAMS, NUM_WHOLE, RIGHT, Bed
+from bench.campaigns.harness import SYNTHETIC, status_of, wait_idle
 
 ALL = NUM_STREAMS + NUM_WHOLE
 MAX_WAITING = 4

@@ -10,12 +10,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from faults import base_weights, files, scenarios
-from faults.anatomy import Remains, engine_of, tritonserver_of
-from faults.load import HUNG, NUM_STREAMS, NUM_WHOLE, RIGHT, WRONG, Bed, Report
-from faults.silent_mount import may_mount
-from harness import SYNTHETIC, status_of, wait_idle
 from manylora.serve.background import running_server
+
+from bench.campaigns.faults import base_weights, files, scenarios
+from bench.campaigns.faults.anatomy import Remains, engine_of, tritonserver_of
+from bench.campaigns.faults.load import HUNG, NUM_STREAMS, NUM_WHOLE, RIGHT, WRONG, Bed, Report
+from bench.campaigns.faults.silent_mount import may_mount
+from bench.campaigns.harness import SYNTHETIC, status_of, wait_idle
 
 ADAPTERS = SYNTHETIC[:3]
 EXTRA = SYNTHETIC[3]

@@ -7,13 +7,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from harness import TRAINED, Peft, Wanted
-from hostile_input import campaign
-from hostile_input.adapters import write_mutants
-from hostile_input.case import Asked, Case, GrpcCall, HttpCall, Known, Outcome, Reply
-from hostile_input.grammar import Grammar
-from hostile_input.judge import find_faults
 from manylora.serve.background import RunningServer, running_server
+
+from bench.campaigns.harness import TRAINED, Peft, Wanted
+from bench.campaigns.hostile import campaign
+from bench.campaigns.hostile.adapters import write_mutants
+from bench.campaigns.hostile.case import Asked, Case, GrpcCall, HttpCall, Known, Outcome, Reply
+from bench.campaigns.hostile.grammar import Grammar
+from bench.campaigns.hostile.judge import find_faults
 
 SEED = 1
 NUM_REQUESTS = 300

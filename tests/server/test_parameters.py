@@ -9,10 +9,12 @@ from typing import Any
 
 import pytest
 import torch
-from harness import PROMPTS, SYNTHETIC, TRAINED, wait_idle
 from manylora.serve.background import RunningServer
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from wire import check_refused, generate, stream
+
+from bench.campaigns.harness import PROMPTS, SYNTHETIC, TRAINED, wait_idle
+
+from .wire import check_refused, generate, stream
 
 REPEATING = "one two one two one two one two one two one"
 

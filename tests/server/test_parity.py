@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from harness import PROMPTS, SYNTHETIC, TRAINED, Peft, Wanted, at_once, connect
 from manylora.serve.background import RunningServer
 from manylora_client import Client, Completion
+
+from bench.campaigns.harness import PROMPTS, SYNTHETIC, TRAINED, Peft, Wanted, at_once, connect
 
 NUM_REQUESTS = 64
 MAX_TOKENS = 16

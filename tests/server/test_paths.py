@@ -10,10 +10,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from faults.anatomy import tritonserver_of
-from harness import ROOT, connect
 from manylora.serve import processes
 from manylora.serve.background import RunningServer, running_server
+
+from bench.campaigns.faults.anatomy import tritonserver_of
+from bench.campaigns.harness import connect
+from bench.paths import ROOT
 
 ODD = 'ü "q" \'n\n$(x) '
 """A name that a shell, a configuration file and an ASCII locale each read as something else."""

@@ -7,8 +7,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from harness import ROOT, connect, wait_idle
 from manylora.serve.background import RunningServer
+
+from bench.campaigns.harness import connect, wait_idle
+from bench.paths import ROOT
 
 SCRIPTS = ROOT / "bench" / "perf_analyzer"
 COMMAND = ROOT / ".build" / "perf_analyzer" / "perf_analyzer"

@@ -7,7 +7,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from faults.silent_mount import may_mount, silent_mount
+
+from bench.campaigns.faults.silent_mount import may_mount, silent_mount
 
 END_CHILDREN = """
 import subprocess, sys

@@ -14,10 +14,11 @@ from typing import Any
 
 import pytest
 import torch
-from harness import DONE_S, PROMPTS, SYNTHETIC, TRAINED, at_once, connect, wait_idle
 from manylora.serve.background import RunningServer
 from manylora_client import Client, InvalidArgument, ManyloraClientError
 from safetensors.torch import save_file
+
+from bench.campaigns.harness import DONE_S, PROMPTS, SYNTHETIC, TRAINED, at_once, connect, wait_idle
 
 CONFIG = {
     "peft_type": "LORA",

@@ -7,9 +7,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from harness import PROMPTS, SYNTHETIC, TRAINED, Peft, at_once, connect, wait_idle
 from manylora.serve.background import RunningServer, running_server
 from manylora_client import InvalidArgument
+
+from bench.campaigns.harness import PROMPTS, SYNTHETIC, TRAINED, Peft, at_once, connect, wait_idle
 
 TWIN = "twin"
 """A copy of the first synthetic adapter under a name of its own, to make a dozen."""

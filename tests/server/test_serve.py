@@ -18,9 +18,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from faults import doors
-from faults.anatomy import descendants, shared_memory_of, stub_below, stub_of, wait_until_gone
-from faults.silent_mount import may_mount, silent_mount
 from google.protobuf import text_format
 from manylora.errors import UnavailableError
 from manylora.serve import preflight, processes, repository
@@ -31,6 +28,10 @@ from manylora.serve.ports import Ports, hold
 from tritonclient.grpc import model_config_pb2
 from tritonclient.http import InferenceServerClient, InferInput
 from tritonclient.utils import shared_memory as shm
+
+from bench.campaigns.faults import doors
+from bench.campaigns.faults.anatomy import descendants, shared_memory_of, stub_below, stub_of, wait_until_gone
+from bench.campaigns.faults.silent_mount import may_mount, silent_mount
 
 TIMEOUT_S = 180
 

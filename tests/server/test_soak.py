@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections import Counter
 from pathlib import Path
 
 import pytest
-from harness import Peft, Wanted, status_of
 from manylora.serve.background import running_server
-from server_state import main_processes, server_faults
-from soak_run.drive import Answers, Soak
-from soak_run.memory import MIB, MemoryWatch, Sample, save_csv, save_plot, trends
-from soak_run.plan import KINDS, MAX_TOKENS, Plan
+
+from bench.campaigns.harness import Peft, Wanted, status_of
+from bench.campaigns.server_state import main_processes, server_faults
+from bench.campaigns.soak.drive import Answers, Soak
+from bench.campaigns.soak.memory import MIB, MemoryWatch, Sample, save_csv, save_plot, trends
+from bench.campaigns.soak.plan import KINDS, MAX_TOKENS, Plan
+from examples.make_adapters import make_adapter
 
 NUM_REQUESTS = 150
 NUM_CLIENTS = 8
@@ -22,14 +23,8 @@ NAMES = [f"soak-{number}" for number in range(4)]
 @pytest.fixture(scope="module")
 def soak_root(base_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("soak")
-    path = Path(__file__).resolve().parents[2] / "examples" / "make_adapters.py"
-    spec = importlib.util.spec_from_file_location("manylora_examples_make", path)
-    assert spec
-    assert spec.loader
-    make_adapters = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(make_adapters)
     for seed, name in enumerate(NAMES):
-        make_adapters.make_adapter(root / name, base_model, rank=4, seed=seed)
+        make_adapter(root / name, base_model, rank=4, seed=seed)
     return root
 
 

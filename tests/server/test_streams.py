@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 import tritonclient.grpc
-from harness import DONE_S, PROMPTS, SYNTHETIC, TRAINED, at_once, connect, wait_idle
 from manylora.serve.background import RunningServer
 from manylora_client import Chunk, Completion
+
+from bench.campaigns.harness import DONE_S, PROMPTS, SYNTHETIC, TRAINED, at_once, connect, wait_idle
 
 NUM_STREAMS = 64
 NUM_ROUNDS = 4

@@ -6,9 +6,10 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from harness import PROMPTS, SYNTHETIC, TRAINED, at_once, connect, status_of, wait_idle
 from manylora.serve.background import RunningServer
 from manylora_client import Client
+
+from bench.campaigns.harness import PROMPTS, SYNTHETIC, TRAINED, at_once, connect, status_of, wait_idle
 
 LONG = 4000
 """Tokens that no test waits for."""

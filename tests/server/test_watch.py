@@ -13,15 +13,16 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from faults.anatomy import engine_of, stub_of
-from faults.freezing import ask_until_one_waits, counted, frozen_thread
-from harness import connect, status_of
 from manylora import run_dir
 from manylora.serve.background import RunningServer, running_server
 from manylora.serve.repository import MODELS
 from manylora.supervise import model_watch
 from manylora.supervise.model_watch import ModelWatch
 from manylora_client import Unavailable
+
+from bench.campaigns.faults.anatomy import engine_of, stub_of
+from bench.campaigns.faults.freezing import ask_until_one_waits, counted, frozen_thread
+from bench.campaigns.harness import connect, status_of
 
 WAIT_S = 120
 PACE_S = 0.01

@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 import tritonclient.grpc
 import tritonclient.http
-from harness import DONE_S
 from manylora.serve.background import RunningServer
 from tritonclient.utils import InferenceServerException
+
+from bench.campaigns.harness import DONE_S
 
 CLIENTS: dict[str, Any] = {"http": tritonclient.http, "grpc": tritonclient.grpc}
 OUTPUTS = {

@@ -13,7 +13,6 @@ from typing import Any
 
 import pytest
 import torch
-from hostile_input.mutants import Mutant, Mutations
 from manylora.adapters.peft_format import BindingReport, read_adapter
 from manylora.adapters.weights import AdapterWeights
 from manylora.errors import ManyloraError
@@ -21,6 +20,8 @@ from manylora.model.spec import LinearSpec, ModelSpec
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
+
+from bench.campaigns.hostile.mutants import Mutant, Mutations
 
 from .conftest import CONFIG, LLAMA_SITES, make_llama, make_tensors, spec_of
 
