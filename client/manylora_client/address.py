@@ -1,4 +1,4 @@
-"""Where the server is, as its URL says."""
+"""The server's address, read from its URL."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from manylora_client.errors import InvalidArgument
 ProtocolName = Literal["http", "grpc"]
 
 _PROTOCOLS: dict[str, ProtocolName] = {"http": "http", "https": "http", "grpc": "grpc", "grpcs": "grpc"}
-# Triton's own; what is encrypted is a gateway's.
+# Triton's own ones; only gateways encrypt.
 _PORTS = {"http": 8000, "https": 443, "grpc": 8001, "grpcs": 443}
 
 

@@ -13,7 +13,7 @@ from manylora_client.address import Address, ProtocolName
 from manylora_client.async_stream import AsyncStream, is_task_cancelled
 from manylora_client.base_client import BaseClient
 from manylora_client.completion import join
-from manylora_client.errors import Cancelled, ConnectionFailed, InvalidArgument, ManyloraClientError
+from manylora_client.errors import Cancelled, InvalidArgument, ManyloraClientError
 from manylora_client.request import Request
 from manylora_client.transport import AsyncReplies, AsyncTransport, Deadline
 from manylora_client.types import Completion, Messages, TokenIds
@@ -141,10 +141,10 @@ class AsyncClient(BaseClient):
         return self._stream(request, timeout) if stream else self._generate(request, timeout)
 
     async def is_ready(self, timeout: float | None = 5.0) -> bool:
-        """Whether the server and both front ends take requests. As `Client.is_ready`."""
+        """Whether the server and both front ends accept requests. As `Client.is_ready`."""
         deadline = Deadline(timeout)
         try:
-            return await self._guard(self._open().is_ready([self._model, self._stream_model], deadline))
+            return await self._guard(self._open().is_ready(self._models, deadline))
         except ManyloraClientError:
             return False
 
@@ -171,7 +171,7 @@ class AsyncClient(BaseClient):
 
     def _stream(self, request: Request, timeout: float | None) -> AsyncStream:
         self._check_open()
-        # A timeout that is none is refused now, not at the first chunk.
+        # An invalid timeout is refused now, not at the first chunk.
         self._deadline(timeout)
 
         def send() -> AsyncReplies:
@@ -185,14 +185,10 @@ class AsyncClient(BaseClient):
         try:
             return await call
         except asyncio.CancelledError as error:
-            # A transport that is closed cancels what waits in it, and not the tasks that wait for that.
+            # Closing a transport cancels the calls inside it, not the tasks that await them.
             if self._closed and not is_task_cancelled():
                 raise Cancelled("the client was closed before the answer came") from error
             raise
-
-    def _check_open(self) -> None:
-        if self._closed:
-            raise ConnectionFailed("the client is closed")
 
     def _open(self) -> AsyncTransport:
         self._check_open()

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import grpc
-from tritonclient.grpc import service_pb2, service_pb2_grpc
+from tritonclient.grpc import service_pb2_grpc
 
 from manylora_client import grpc_wire
 from manylora_client.address import Address
@@ -36,7 +36,7 @@ class AsyncGrpcTransport:
     async def infer(self, model: str, request: Request, deadline: Deadline) -> Chunk:
         """See AsyncTransport."""
         message = grpc_wire.infer_message(model, request)
-        return grpc_wire.read_response(await self._ask(self._stub.ModelInfer, message, deadline))
+        return grpc_wire.read_response(await self._unary(self._stub.ModelInfer, message, deadline))
 
     def stream(self, model: str, request: Request, deadline: Deadline) -> AsyncGrpcReplies:
         """See AsyncTransport."""
@@ -45,12 +45,8 @@ class AsyncGrpcTransport:
 
     async def is_ready(self, models: Sequence[str], deadline: Deadline) -> bool:
         """See AsyncTransport."""
-        request = service_pb2.ServerReadyRequest()
-        if not (await self._ask(self._stub.ServerReady, request, deadline)).ready:
-            return False
-        for model in models:
-            request = service_pb2.ModelReadyRequest(name=model)
-            if not (await self._ask(self._stub.ModelReady, request, deadline)).ready:
+        for method, message in grpc_wire.ready_calls(self._stub, models):
+            if not (await self._unary(method, message, deadline)).ready:
                 return False
         return True
 
@@ -58,7 +54,7 @@ class AsyncGrpcTransport:
         """See AsyncTransport."""
         await self._channel.close()
 
-    async def _ask(self, method: Any, message: Any, deadline: Deadline) -> Any:
+    async def _unary(self, method: Any, message: Any, deadline: Deadline) -> Any:
         try:
             return await self._call(method, message, deadline)
         except grpc.aio.AioRpcError as error:

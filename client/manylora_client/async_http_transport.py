@@ -41,25 +41,22 @@ class AsyncHttpTransport:
 
     async def infer(self, model: str, request: Request, deadline: Deadline) -> Chunk:
         """See AsyncTransport."""
-        body, headers = http_wire.infer_request(request)
-        path = f"{http_wire.model_path(model)}/infer"
+        call = http_wire.infer_call(model, request)
         with self._origin.mapped_errors():
-            async with await self._send("POST", path, body, headers, deadline) as answer:
+            async with await self._send(call, deadline) as answer:
                 content = await answer.read()
         return http_wire.infer_reply(answer.status, answer.headers.get(http_wire.HEADER_LENGTH, ""), content)
 
     def stream(self, model: str, request: Request, deadline: Deadline) -> AsyncHttpReplies:
         """See AsyncTransport."""
-        path = f"{http_wire.model_path(model)}/generate_stream"
-        body = http_wire.stream_request(request)
-        sending = asyncio.create_task(self._send("POST", path, body, http_wire.STREAM_HEADERS, deadline))
+        sending = asyncio.create_task(self._send(http_wire.stream_call(model, request), deadline))
         return AsyncHttpReplies(sending, self._origin)
 
     async def is_ready(self, models: Sequence[str], deadline: Deadline) -> bool:
         """See AsyncTransport."""
-        for path in http_wire.ready_paths(list(models)):
+        for call in http_wire.ready_calls(models):
             with self._origin.mapped_errors():
-                async with await self._send("GET", path, None, {}, deadline) as answer:
+                async with await self._send(call, deadline) as answer:
                     await answer.read()
             if answer.status != 200:
                 return False
@@ -69,17 +66,15 @@ class AsyncHttpTransport:
         """See AsyncTransport."""
         await self._session.close()
 
-    async def _send(
-        self, method: str, path: str, body: bytes | None, headers: Mapping[str, str], deadline: Deadline
-    ) -> aiohttp.ClientResponse:
+    async def _send(self, call: http_wire.Call, deadline: Deadline) -> aiohttp.ClientResponse:
         if self._session.closed:
             raise ConnectionFailed("the client is closed")
         return await self._session.request(
-            method,
-            self._origin.url(path),
-            # Bytes would be written in one piece, which keeps the event loop if there are many.
-            data=None if body is None else io.BytesIO(body),
-            headers={**self._headers, **headers},
+            call.method,
+            self._origin.url(call.path),
+            # Bytes would be written in one piece, which blocks the event loop if there are many.
+            data=io.BytesIO(call.body) if call.body else None,
+            headers={**self._headers, **call.headers},
             allow_redirects=False,
             # Ends also the reading of the body.
             timeout=aiohttp.ClientTimeout(total=deadline.remaining_s()),
@@ -99,7 +94,7 @@ class AsyncHttpReplies:
         with self._origin.mapped_errors():
             if self._answer is None:
                 self._answer = await self._begin()
-            while (chunk := self._replies.try_take()) is None:
+            while (chunk := self._replies.try_next()) is None:
                 part = await self._answer.content.readany()
                 if not part:
                     self._replies.end()

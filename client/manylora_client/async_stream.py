@@ -23,7 +23,7 @@ class AsyncStream:
     """
 
     def __init__(self, send: Callable[[], AsyncReplies]) -> None:
-        """Hold a request back.
+        """Prepare a request; it is not sent yet.
 
         Args:
             send: sends it, from within the event loop.
@@ -66,7 +66,7 @@ class AsyncStream:
             if self._closed and not is_task_cancelled():
                 raise StopAsyncIteration from error
             raise
-        return self._order.take(chunk)
+        return self._order.check(chunk)
 
     async def collect(self) -> Completion:
         """Wait for all chunks and join them.

@@ -1,4 +1,4 @@
-"""What Client and AsyncClient have in common: settings, and how arguments become a request."""
+"""What Client and AsyncClient share: settings, and how arguments become a request."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from manylora_client.address import ProtocolName, read_address
-from manylora_client.errors import InvalidArgument
+from manylora_client.errors import ConnectionFailed, InvalidArgument
 from manylora_client.headers import read_headers
 from manylora_client.request import Request, build_request, chat_text
 from manylora_client.transport import Deadline
@@ -60,12 +60,17 @@ class BaseClient:
             raise InvalidArgument(f"url={url!r}: settings for TLS are given, but only https takes them")
         self._tls = (tls or ssl.create_default_context()) if uses_https else None
         self._closed = False
+        self._models = (model, stream_model)
 
     def _request(self, prompt: str | None, input_ids: TokenIds | None, options: Options) -> Request:
         return build_request(prompt, input_ids, _parameters(options))
 
     def _chat_request(self, messages: Messages, options: Options) -> Request:
         return build_request(chat_text(messages), None, {"chat": True, **_parameters(options)})
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise ConnectionFailed("the client is closed")
 
     def _deadline(self, timeout: float | None) -> Deadline:
         return Deadline(self._timeout if timeout is None else timeout)

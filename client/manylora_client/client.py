@@ -32,7 +32,7 @@ class Client(BaseClient):
 
     All methods may be called from several threads at once. A Stream is for one thread, except for its
     `close`. Nothing is retried: whether a request may be sent again after Unavailable or ConnectionFailed is
-    the caller's to say.
+    for the caller to decide.
     """
 
     def __init__(
@@ -141,14 +141,15 @@ class Client(BaseClient):
         return answer(self._chat_request(messages, options), timeout)
 
     def is_ready(self, timeout: float | None = 5.0) -> bool:
-        """Whether the server and both front ends take requests. False also when the server cannot be reached.
+        """Whether the server and both front ends accept requests. False also when the server cannot be
+        reached.
 
         Args:
             timeout: seconds to wait for the answer. None is no bound.
         """
         deadline = Deadline(timeout)
         try:
-            return self._open().is_ready([self._model, self._stream_model], deadline)
+            return self._open().is_ready(self._models, deadline)
         except ManyloraClientError:
             return False
 
@@ -178,12 +179,12 @@ class Client(BaseClient):
             if not self._closed:
                 self._streams.add(stream)
                 return stream
+        # Closed since the request was sent.
         stream.close()
         raise ConnectionFailed("the client is closed")
 
     def _open(self) -> Transport:
-        if self._closed:
-            raise ConnectionFailed("the client is closed")
+        self._check_open()
         return self._transport
 
     def _open_transport(self) -> Transport:

@@ -9,7 +9,7 @@ from manylora_client.types import Chunk, Completion
 
 
 def collect(chunks: Sequence[Chunk]) -> Completion:
-    """Join what was left of a stream.
+    """Join the chunks that were left of a stream.
 
     Raises:
         Cancelled: it does not end with the stream's last chunk.
@@ -40,11 +40,11 @@ class ReplyOrder:
     def __init__(self) -> None:
         self._is_finished = False
 
-    def take(self, chunk: Chunk) -> Chunk:
-        """The next reply.
+    def check(self, chunk: Chunk) -> Chunk:
+        """Return the next reply.
 
         Raises:
-            Internal: the last one has come before.
+            Internal: the last one has come already.
         """
         if self._is_finished:
             raise Internal("the server sent a reply after the last one")

@@ -159,7 +159,7 @@ def from_grpc(code: str, text: str) -> ManyloraClientError:
 
 
 def from_connection(error: Exception, address: str) -> ManyloraClientError:
-    """The error of a socket, or of an answer that is no HTTP.
+    """The error of a socket, or of an answer that is not HTTP.
 
     Args:
         address: the server's address, for the message.

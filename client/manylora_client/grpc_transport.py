@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import grpc
-from tritonclient.grpc import service_pb2, service_pb2_grpc
+from tritonclient.grpc import service_pb2_grpc
 
 from manylora_client import grpc_wire
 from manylora_client.errors import ConnectionFailed
@@ -44,11 +44,9 @@ class GrpcTransport:
 
     def is_ready(self, models: Sequence[str], deadline: Deadline) -> bool:
         """See Transport."""
-        if not self._call(self._stub.ServerReady, service_pb2.ServerReadyRequest(), deadline).ready:
-            return False
         return all(
-            self._call(self._stub.ModelReady, service_pb2.ModelReadyRequest(name=model), deadline).ready
-            for model in models
+            self._call(method, message, deadline).ready
+            for method, message in grpc_wire.ready_calls(self._stub, models)
         )
 
     def close(self) -> None:

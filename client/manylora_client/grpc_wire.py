@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -67,6 +67,14 @@ def stream_message(model: str, request: Request) -> Any:
     # Without it, a final reply that has no data would not be sent at all.
     message.parameters["triton_enable_empty_final_response"].bool_param = True
     return message
+
+
+def ready_calls(stub: Any, models: Sequence[str]) -> list[tuple[Any, Any]]:
+    """Methods and messages whose answers are all `ready` when the server and `models` are."""
+    return [
+        (stub.ServerReady, service_pb2.ServerReadyRequest()),
+        *((stub.ModelReady, service_pb2.ModelReadyRequest(name=model)) for model in models),
+    ]
 
 
 def _set_parameters(message: Any, parameters: Iterable[tuple[str, WireValue]]) -> None:

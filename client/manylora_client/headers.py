@@ -1,4 +1,4 @@
-"""Headers that a user has sent along with each request."""
+"""Headers that a user wants sent with each request."""
 
 from __future__ import annotations
 

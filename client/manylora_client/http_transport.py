@@ -32,21 +32,18 @@ class HttpTransport:
 
     def infer(self, model: str, request: Request, deadline: Deadline) -> Chunk:
         """See Transport."""
-        body, headers = http_wire.infer_request(request)
-        exchange = self._send("POST", f"{http_wire.model_path(model)}/infer", body, headers, deadline)
+        exchange = self._send(http_wire.infer_call(model, request), deadline)
         answer = exchange.read_all()
         return http_wire.infer_reply(exchange.status, exchange.header(http_wire.HEADER_LENGTH), answer)
 
     def stream(self, model: str, request: Request, deadline: Deadline) -> HttpReplies:
         """See Transport."""
-        path = f"{http_wire.model_path(model)}/generate_stream"
-        body = http_wire.stream_request(request)
-        return HttpReplies(self._send("POST", path, body, http_wire.STREAM_HEADERS, deadline))
+        return HttpReplies(self._send(http_wire.stream_call(model, request), deadline))
 
     def is_ready(self, models: Sequence[str], deadline: Deadline) -> bool:
         """See Transport."""
-        for path in http_wire.ready_paths(list(models)):
-            exchange = self._send("GET", path, b"", {}, deadline)
+        for call in http_wire.ready_calls(models):
+            exchange = self._send(call, deadline)
             exchange.read_all()
             if exchange.status != 200:
                 return False
@@ -56,15 +53,13 @@ class HttpTransport:
         """See Transport."""
         self._pool.close()
 
-    def _send(
-        self, method: str, path: str, body: bytes, headers: Mapping[str, str], deadline: Deadline
-    ) -> Exchange:
+    def _send(self, call: http_wire.Call, deadline: Deadline) -> Exchange:
         try:
             connection = self._pool.acquire(deadline.remaining_s())
         except OSError as error:
             raise from_connection(error, self._address) from error
         exchange = Exchange(connection, self._pool, self._address, deadline)
-        exchange.send(method, self._path + path, body, {**self._headers, **headers})
+        exchange.send(call.method, self._path + call.path, call.body, {**self._headers, **call.headers})
         return exchange
 
 
@@ -79,7 +74,7 @@ class HttpReplies:
     def __next__(self) -> Chunk:
         if not self._has_begun:
             self._begin()
-        while (chunk := self._replies.try_take()) is None:
+        while (chunk := self._replies.try_next()) is None:
             part = self._exchange.read()
             if not part:
                 self._replies.end()

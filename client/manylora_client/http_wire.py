@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import urllib.parse
 from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -27,21 +29,24 @@ from manylora_client.types import Chunk
 HEADER_LENGTH = "Inference-Header-Content-Length"
 """Header that says how much of a body is JSON; binary tensors follow it."""
 
-STREAM_HEADERS = {"Content-Type": "application/json", "Accept": "text/event-stream"}
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """One HTTP request."""
+
+    method: str
+    path: str
+    body: bytes = b""
+    headers: Mapping[str, str] = field(default_factory=dict)
 
 
-def model_path(model: str) -> str:
-    """Where a model's endpoints are."""
-    return f"/v2/models/{urllib.parse.quote(model, safe='')}"
+def ready_calls(models: Sequence[str]) -> list[Call]:
+    """Calls that are all answered with 200 when the server and `models` are ready."""
+    return [Call("GET", "/v2/health/ready"), *(Call("GET", f"{_model_path(m)}/ready") for m in models)]
 
 
-def ready_paths(models: list[str]) -> list[str]:
-    """What must answer 200 when the server and `models` are ready."""
-    return ["/v2/health/ready", *(f"{model_path(model)}/ready" for model in models)]
-
-
-def infer_request(request: Request) -> tuple[bytes, dict[str, str]]:
-    """Body and headers for `/infer`.
+def infer_call(model: str, request: Request) -> Call:
+    """The call for a whole answer.
 
     Raises:
         InvalidArgument: tritonclient refuses to encode it.
@@ -62,7 +67,7 @@ def infer_request(request: Request) -> tuple[bytes, dict[str, str]]:
     headers = {"Content-Type": "application/octet-stream"}
     if header_length is not None:
         headers[HEADER_LENGTH] = str(header_length)
-    return body, headers
+    return Call("POST", f"{_model_path(model)}/infer", body, headers)
 
 
 def infer_reply(status: int, header_length: str, answer: bytes) -> Chunk:
@@ -88,14 +93,19 @@ def infer_reply(status: int, header_length: str, answer: bytes) -> Chunk:
         raise Internal(f"the server's answer cannot be read: {error!r}") from error
 
 
-def stream_request(request: Request) -> bytes:
-    """Body for `/generate_stream`."""
+def stream_call(model: str, request: Request) -> Call:
+    """The call for a stream."""
     fields: dict[str, Any] = {"parameters": request.parameters}
     if request.text_input is not None:
         fields["text_input"] = request.text_input
     else:
         fields["input_ids"] = np.asarray(request.input_ids).tolist()
-    return json.dumps(fields).encode()
+    return Call(
+        "POST",
+        f"{_model_path(model)}/generate_stream",
+        json.dumps(fields).encode(),
+        {"Content-Type": "application/json", "Accept": "text/event-stream"},
+    )
 
 
 def is_event_stream(content_type: str) -> bool:
@@ -104,7 +114,7 @@ def is_event_stream(content_type: str) -> bool:
 
 
 def stream_error(status: int, content_type: str, answer: bytes) -> ManyloraClientError:
-    """The error in an answer of `/generate_stream` that is no event stream."""
+    """The error in an answer of `/generate_stream` that is not an event stream."""
     text = _error_text(answer)
     if status != 200:
         return from_http_status(status, text)
@@ -119,17 +129,17 @@ class EventReplies:
         self._events: deque[str] = deque()
 
     def feed(self, received: bytes) -> None:
-        """Take in the next bytes.
+        """Add the next bytes.
 
         Raises:
-            Internal: they are no text.
+            Internal: they are not UTF-8.
         """
         try:
             self._events.extend(self._parser.feed(received))
         except UnicodeDecodeError as error:
             raise Internal(f"the server's event is no UTF-8: {error}") from error
 
-    def try_take(self) -> Chunk | None:
+    def try_next(self) -> Chunk | None:
         """The next reply, None if more bytes are needed for it.
 
         Raises:
@@ -146,6 +156,10 @@ class EventReplies:
         rest = self._parser.rest()
         if rest:
             raise ConnectionFailed(f"the stream ended within an event: {rest[:200]!r}")
+
+
+def _model_path(model: str) -> str:
+    return f"/v2/models/{urllib.parse.quote(model, safe='')}"
 
 
 def _read_event(data: str) -> Chunk:

@@ -9,8 +9,8 @@ from typing import TypedDict
 class Options(TypedDict, total=False):
     """Request parameters, as keywords of `generate`, `stream` and `chat`.
 
-    What is left out or None is not sent, and the server's default holds. A keyword that is not named here is
-    sent as it is, and the server judges it; lists and mappings travel as JSON text.
+    What is left out or None is not sent, and the server's default applies. A keyword that is not named here
+    is sent as it is, for the server to judge; lists and mappings travel as JSON text.
     """
 
     adapter_id: str | None

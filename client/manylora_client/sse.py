@@ -21,10 +21,10 @@ class EventParser:
         self._data: list[bytes] = []
 
     def feed(self, received: bytes) -> list[str]:
-        """Take in bytes and return the data of the events that they complete.
+        """Add bytes and return the data of the events that they complete.
 
         Raises:
-            UnicodeDecodeError: an event's data is no UTF-8.
+            UnicodeDecodeError: an event's data is not UTF-8.
         """
         *lines, self._partial = (self._partial + received).split(b"\n")
         events = []

@@ -48,7 +48,7 @@ class Stream:
             if self._closed:
                 raise StopIteration from error
             raise
-        return self._order.take(chunk)
+        return self._order.check(chunk)
 
     def collect(self) -> Completion:
         """Wait for all chunks and join them.

@@ -18,7 +18,7 @@ class Replies(Protocol):
         """Wait for the next reply.
 
         Raises:
-            StopIteration: the final reply has been taken.
+            StopIteration: the final reply has been returned.
             Cancelled: `close` was called.
             ManyloraClientError: the request or the connection failed.
         """
@@ -50,7 +50,7 @@ class AsyncReplies(Protocol):
         """Wait for the next reply.
 
         Raises:
-            StopAsyncIteration: the final reply has been taken.
+            StopAsyncIteration: the final reply has been returned.
             ManyloraClientError: the request or the connection failed.
             asyncio.CancelledError: the task was cancelled, or `close` was called, which may raise the others
                 as well.

@@ -34,7 +34,7 @@ TokenIds = Sequence[int] | npt.NDArray[np.integer]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TokenLogprob:
-    """How likely the model holds a token, whatever the sampling parameters say."""
+    """How likely a token is to the model, whatever the sampling parameters say."""
 
     id: int
     text: str
