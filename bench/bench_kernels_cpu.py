@@ -19,7 +19,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from manylora_kernels import Mix, SitePool, add_lora, reference
-from manylora_kernels.lora import cpu
+from manylora_kernels.lora.cpu_form import add_lora_by_products
 
 from bench.loadtest.csv_file import append_csv
 from bench.loadtest.environment import processor_name
@@ -128,8 +128,8 @@ def runs(step: Step, model: Model, dtype: torch.dtype) -> tuple[Callable[[], Non
         mix = Mix.build(slots, scales, [pages] * len(SITES), 8, 4, "cpu")
         for layer in range(NUM_LAYERS):
             for kind, name in enumerate(SITES):
-                rows = mix.rows[kind].products
-                cpu.add_lora_by_products(outputs[name], inputs[name], model.pools[name][layer], rows)
+                rows = mix.step.kinds[kind].products
+                add_lora_by_products(outputs[name], inputs[name], model.pools[name][layer], rows)
 
     def base() -> None:
         for layer in range(NUM_LAYERS):

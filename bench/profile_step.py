@@ -20,7 +20,7 @@ from manylora.engine import sampler
 from manylora.engine.batch import Batch, BatchBuilder
 from manylora.engine.flight import Flight
 from manylora.model import grouped_attention, lora_layers
-from manylora_kernels.lora import entries as lora
+from manylora_kernels.lora.cpu_form import CpuForm
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from bench.loadtest.csv_file import append_csv
@@ -57,7 +57,7 @@ def name_parts() -> None:
     """Give the parts of a step their names before the engine is built."""
     BatchBuilder.build = named("part: build tensors", BatchBuilder.build)  # type: ignore[method-assign]
     sampler.choose = named("part: sample", sampler.choose)  # type: ignore[assignment]
-    lora.add_lora = named("part: LoRA", lora.add_lora)  # type: ignore[assignment]
+    CpuForm.add_lora = named("part: LoRA", CpuForm.add_lora)  # type: ignore[method-assign]
     grouped_attention.attend = named("part: attend", grouped_attention.attend)  # type: ignore[assignment]
     make_product = lora_layers.make_product
     lora_layers.make_product = lambda *args: named("part: base linears", make_product(*args))  # type: ignore

@@ -81,9 +81,11 @@ class Bed:
         return run
 
     def _activation(self, name: str) -> Run:
-        from manylora_kernels.lora import gpu  # imports triton, after the interpreter was chosen
+        from manylora_kernels.lora.triton_form import (
+            TRITON,  # imports triton, after the interpreter was chosen
+        )
 
-        return lambda: gpu.silu_mul(self.out[name], self.scene.sums[name])
+        return lambda: TRITON.silu_mul(self.scene.sums[name], self.out[name])
 
     def fill_with_nan(self) -> None:
         """So that what `error` finds is of the run behind this."""

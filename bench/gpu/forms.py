@@ -29,10 +29,10 @@ PEERS = (VLLM, "vllm, batch invariant", *SGLANG, "grouped_mm", "per-adapter prod
 
 def ours(scene: Scene) -> Term:
     """`add_lora` with the kernels of this device's plan."""
-    from manylora_kernels.lora import gpu  # imports triton, after the interpreter was chosen
+    from manylora_kernels.lora.triton_form import TRITON  # imports triton, after the interpreter was chosen
 
     def build(y: torch.Tensor, x: torch.Tensor, pool: SitePool) -> Run:
-        return lambda: gpu.add_lora(y, x, pool, scene.mix, 0)
+        return lambda: TRITON.add_lora(y, x, pool, scene.mix, 0)
 
     return build
 

@@ -72,7 +72,7 @@ TEST_FILES = (
 """Those that need a GPU are in these."""
 UNMARKED = (
     "test_linear_lora.py",
-    "test_gpu.py",
+    "test_triton_form.py",
     "test_attention.py",
     "test_replay_form.py",
     "test_step_graphs.py",

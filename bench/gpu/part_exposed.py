@@ -153,7 +153,7 @@ def _behind(bed: Bed, term: Term) -> SiteRun:
 
 def _beside(bed: Bed) -> SiteRun:
     """Shrink on a stream of its own beside the base product, expand behind both: as the model calls it."""
-    from manylora_kernels.lora import gpu  # imports triton, after the interpreter was chosen
+    from manylora_kernels.lora.triton_form import TRITON  # imports triton, after the interpreter was chosen
 
     scene = bed.scene
 
@@ -162,14 +162,14 @@ def _beside(bed: Bed) -> SiteRun:
             return bed.base(name, weight)
 
         side = side_stream(scene.device)
-        return lambda: gpu.linear_lora(scene.x[name], product, pool, scene.mix, 0, side)
+        return lambda: TRITON.linear_lora(scene.x[name], product, pool, scene.mix, 0, side)
 
     return site_run
 
 
 def _fused(bed: Bed) -> SiteRun:
     """Gate and up together with the activation behind them; other sites as they are best."""
-    from manylora_kernels.lora import gpu  # imports triton, after the interpreter was chosen
+    from manylora_kernels.lora.triton_form import TRITON  # imports triton, after the interpreter was chosen
 
     scene, one = bed.scene, bed.scene.one_adapter
     other = _behind(bed, forms.ours(scene) if one is None else forms.one_adapter(scene))
@@ -180,7 +180,7 @@ def _fused(bed: Bed) -> SiteRun:
 
         def run() -> None:
             y = bed.base(name, weight)
-            gpu.add_lora_silu_mul(bed.out[name], y, scene.x[name], pool, scene.mix, 0)
+            TRITON.add_lora_silu_mul(bed.out[name], y, scene.x[name], pool, scene.mix, 0)
 
         return run
 

@@ -102,8 +102,8 @@ def _replayed(scene: Scene) -> Term:
 
 
 def _ours(scene: Scene, batch_invariant: bool) -> Term:
-    from manylora_kernels.lora import gpu  # imports triton, after the interpreter was chosen
     from manylora_kernels.lora.routed import RoutedMix
+    from manylora_kernels.lora.triton_form import TRITON  # imports triton, after the interpreter was chosen
 
     mix = RoutedMix.build(
         scene.slots,
@@ -115,7 +115,7 @@ def _ours(scene: Scene, batch_invariant: bool) -> Term:
         batch_invariant,
     )
     mix = replace(mix, one_adapter=None)
-    return lambda y, x, pool: lambda: gpu.add_lora(y, x, pool, mix, 0)
+    return lambda y, x, pool: lambda: TRITON.add_lora(y, x, pool, mix, 0)
 
 
 def _repeated(context: Context, point: Point, make: Callable[[Scene], Term]) -> str:
@@ -163,7 +163,7 @@ def _beside(context: Context, point: Point) -> str:
     Raises:
         AssertionError: they are not.
     """
-    from manylora_kernels.lora import gpu  # imports triton, after the interpreter was chosen
+    from manylora_kernels.lora.triton_form import TRITON  # imports triton, after the interpreter was chosen
 
     bed = Bed.of(point, context)
     scene = bed.scene
@@ -174,7 +174,7 @@ def _beside(context: Context, point: Point) -> str:
         def product(_x: torch.Tensor) -> torch.Tensor:
             return bed.base(name, weight)
 
-        return lambda: gpu.linear_lora(scene.x[name], product, pool, scene.mix, 0, side)
+        return lambda: TRITON.linear_lora(scene.x[name], product, pool, scene.mix, 0, side)
 
     return _bed_repeated(context, bed, bed.layers(site_run))
 
@@ -185,7 +185,7 @@ def _fused(context: Context, point: Point) -> str:
     Raises:
         AssertionError: they are not.
     """
-    from manylora_kernels.lora import gpu  # imports triton, after the interpreter was chosen
+    from manylora_kernels.lora.triton_form import TRITON  # imports triton, after the interpreter was chosen
 
     bed = Bed.of(point, context, activates=True)
     scene = bed.scene
@@ -194,9 +194,9 @@ def _fused(context: Context, point: Point) -> str:
         def run() -> None:
             y = bed.base(name, weight)
             if name in bed.out:
-                gpu.add_lora_silu_mul(bed.out[name], y, scene.x[name], pool, scene.mix, 0)
+                TRITON.add_lora_silu_mul(bed.out[name], y, scene.x[name], pool, scene.mix, 0)
             else:
-                gpu.add_lora(y, scene.x[name], pool, scene.mix, 0)
+                TRITON.add_lora(y, scene.x[name], pool, scene.mix, 0)
 
         return run
 
@@ -241,8 +241,8 @@ def _alone(context: Context, point: Point) -> str:
 def _once(
     scene: Scene, pool: SitePool, name: str, slots: np.ndarray[tuple[int], np.dtype[np.int32]], rows: slice
 ) -> torch.Tensor:
-    from manylora_kernels.lora import gpu  # imports triton, after the interpreter was chosen
     from manylora_kernels.lora.routed import RoutedMix
+    from manylora_kernels.lora.triton_form import TRITON  # imports triton, after the interpreter was chosen
 
     mix = RoutedMix.build(
         slots,
@@ -254,7 +254,7 @@ def _once(
         True,
     )
     y = scene.y[name][rows].clone()
-    gpu.add_lora(y, scene.x[name][rows], pool, mix, 0)
+    TRITON.add_lora(y, scene.x[name][rows], pool, mix, 0)
     return y
 
 
@@ -264,12 +264,19 @@ def _halves(context: Context, point: Point) -> str:
     Raises:
         AssertionError: they are not.
     """
-    from manylora_kernels.lora import gpu  # imports triton, after the interpreter was chosen
+    from manylora_kernels.lora.expand import expand  # imports triton, after the interpreter was chosen
+    from manylora_kernels.lora.shrink import shrink
 
     scene = Scene(point, context.layer, context.device, context.dtype, num_layers=1)
 
     def halves(y: torch.Tensor, x: torch.Tensor, pool: SitePool) -> Run:
-        return lambda: gpu.expand_lora(y, gpu.shrink_lora(x, pool, scene.mix, 0), pool, scene.mix, 0)
+        plan = scene.mix.plan_for(pool.shape, pool.a.dtype)
+
+        def run() -> None:
+            h = shrink(x, pool.a, scene.mix, 0, plan)
+            expand(y, h, pool.b, pool.widths, scene.mix, 0, plan)
+
+        return run
 
     error = scene.check(halves)
     whole = _ours(scene, False)

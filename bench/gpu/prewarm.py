@@ -115,20 +115,20 @@ def _launch(job: Job, device: torch.device) -> None:
 
 
 def _beside(scene: Scene) -> Term:
-    from manylora_kernels.lora import gpu  # imports triton, after the interpreter was chosen
+    from manylora_kernels.lora.triton_form import TRITON  # imports triton, after the interpreter was chosen
 
     side = side_stream(scene.device)
-    return lambda y, x, pool: lambda: gpu.linear_lora(x, lambda _: y, pool, scene.mix, 0, side)
+    return lambda y, x, pool: lambda: TRITON.linear_lora(x, lambda _: y, pool, scene.mix, 0, side)
 
 
 def _fused(scene: Scene) -> Term:
-    from manylora_kernels.lora import gpu  # imports triton, after the interpreter was chosen
+    from manylora_kernels.lora.triton_form import TRITON  # imports triton, after the interpreter was chosen
 
     def build(y: torch.Tensor, x: torch.Tensor, pool: SitePool) -> Run:
         def run() -> None:
             if pool.shape.is_gate_up:
                 out = y.new_empty(len(y), pool.widths[0])
-                gpu.add_lora_silu_mul(out, y, x, pool, scene.mix, 0)
+                TRITON.add_lora_silu_mul(out, y, x, pool, scene.mix, 0)
 
         return run
 
@@ -136,12 +136,12 @@ def _fused(scene: Scene) -> Term:
 
 
 def _silu_mul(_scene: Scene) -> Term:
-    from manylora_kernels.lora import gpu  # imports triton, after the interpreter was chosen
+    from manylora_kernels.lora.triton_form import TRITON  # imports triton, after the interpreter was chosen
 
     def build(y: torch.Tensor, _x: torch.Tensor, pool: SitePool) -> Run:
         def run() -> None:
             if pool.shape.is_gate_up:
-                gpu.silu_mul(y.new_empty(len(y), pool.widths[0]), y)
+                TRITON.silu_mul(y)
 
         return run
 

@@ -99,8 +99,8 @@ def products_against_kernels(
     layer: dict[str, SiteShape], num_rows: int, device: torch.device, dtype: torch.dtype, repeats: int
 ) -> tuple[float, float]:
     """Microseconds of a layer of one adapter: of the kernels as planned by now, and of plain products."""
-    from manylora_kernels.lora import gpu  # imports triton, after the interpreter was chosen
     from manylora_kernels.lora.one_adapter import OneAdapter
+    from manylora_kernels.lora.triton_form import TRITON  # imports triton, after the interpreter was chosen
 
     with torch.inference_mode():
         scene = Scene(Point(num_rows, 1, (PAGE_ROWS,)), layer, device, dtype, num_layers=4)
@@ -108,7 +108,7 @@ def products_against_kernels(
         assert one is not None, "all rows are of one adapter"
         runs = {
             "kernels": graph_of(
-                scene.all_layers(lambda y, x, pool: lambda: gpu.add_lora(y, x, pool, scene.mix, 0)), device
+                scene.all_layers(lambda y, x, pool: lambda: TRITON.add_lora(y, x, pool, scene.mix, 0)), device
             ),
             "products": graph_of(
                 scene.all_layers(lambda y, x, pool: lambda: one.add_lora(y, x, pool, 0)), device

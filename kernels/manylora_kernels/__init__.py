@@ -14,10 +14,16 @@ import os
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 
 from manylora_kernels.attention.warmup import warmup_attention
-from manylora_kernels.lora.entries import add_lora, add_lora_silu_mul, expand_lora, shrink_lora, warmup
 from manylora_kernels.lora.mix import Mix
+from manylora_kernels.lora.operations import (
+    add_lora,
+    add_lora_silu_mul,
+    gate_up_lora,
+    linear_lora,
+    silu_mul,
+    warmup,
+)
 from manylora_kernels.lora.pool import PAGE_ROWS, SitePool
-from manylora_kernels.lora.product import gate_up_lora, linear_lora, silu_mul
 from manylora_kernels.shapes import AttentionShape, ServedAttention, ServedShapes, SiteShape
 
 __all__ = [
@@ -30,10 +36,8 @@ __all__ = [
     "SiteShape",
     "add_lora",
     "add_lora_silu_mul",
-    "expand_lora",
     "gate_up_lora",
     "linear_lora",
-    "shrink_lora",
     "silu_mul",
     "warmup",
     "warmup_attention",

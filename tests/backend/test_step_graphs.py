@@ -25,6 +25,7 @@ from manylora.model.attention import AttentionPlan
 from manylora.model.compiling import compile_forward
 from manylora_kernels import Mix
 from manylora_kernels.attention.paged_batch import PagedBatch
+from manylora_kernels.lora.device_form import form_of
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -309,7 +310,7 @@ def toy(steps: list[StepTensors]) -> StepGraphs:
         max_pages=1,
         num_kinds=1,
         paged=True,
-        triton=True,
+        form=form_of(DEVICE, triton=True),
     )
 
     def forward(step: StepTensors) -> torch.Tensor:
@@ -317,8 +318,8 @@ def toy(steps: list[StepTensors]) -> StepGraphs:
         assert step.sample_rows is None
         assert step.plan.paged is not None
         rows = [step.input_ids[0], step.positions[0], step.plan.paged.contexts, step.plan.write_rows]
-        if step.mix is not None and step.mix.routed is not None:
-            rows.append(step.mix.routed.packed[: step.mix.num_rows])
+        if step.mix is not None:
+            rows.append(step.mix.step.packed[: step.mix.num_rows])
         return torch.nn.functional.pad(torch.stack(rows, 1).float(), (0, 5 - len(rows)))
 
     graphs = StepGraphs(forward, builder, 8, 32, [3], PlainRecorder())
@@ -338,7 +339,9 @@ def toy_step(ids: list[int], num_rows: int, slots: list[int] | None) -> StepTens
     if slots is not None:
         row_slots = np.array(slots + [-1] * (num_rows - size), dtype=np.int32)
         pages = [[(2,), (0,)]]
-        mix = Mix.build(row_slots, np.ones(num_rows, np.float32), pages, 2, 1, DEVICE, triton=True)
+        mix = Mix.build(
+            row_slots, np.ones(num_rows, np.float32), pages, 2, 1, DEVICE, form=form_of(DEVICE, triton=True)
+        )
     return StepTensors(
         input_ids=padded.to(DEVICE),
         positions=torch.arange(num_rows, device=DEVICE)[None],

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from manylora_kernels import streams
-from manylora_kernels.lora import gpu
+from manylora_kernels.lora.triton_form import TRITON
 
 from bench.gpu import forms, part_exposed, part_kernels, part_proofs, prewarm
 from bench.gpu.clock import Run
@@ -74,7 +74,7 @@ def test_shrink_beside_the_base_names_its_stream(
     """Otherwise steps launched one by one are of other kernels than those of a graph: on a GPU those of the
     graph would be loaded while it is recorded."""
     sides: list[object] = []
-    side, launched = OtherStream(), gpu.linear_lora
+    side, launched = OtherStream(), TRITON.linear_lora
 
     def linear_lora(*args: Any) -> torch.Tensor:
         sides.append(args[5] if len(args) > 5 else None)
@@ -82,7 +82,7 @@ def test_shrink_beside_the_base_names_its_stream(
 
     for module in (streams, part_exposed, part_proofs, prewarm):
         monkeypatch.setattr(module, "side_stream", lambda _device: side, raising=False)
-    monkeypatch.setattr(gpu, "linear_lora", linear_lora)
+    monkeypatch.setattr(TRITON, "linear_lora", linear_lora)
     with torch.inference_mode():
         form(context)
     assert sides

@@ -33,7 +33,7 @@ TRITON_FILES = [
     "test_expand.py",
     "test_expand_silu_mul.py",
     "test_activation.py",
-    "test_gpu.py",
+    "test_triton_form.py",
     "test_linear_lora.py",
     "test_determinism.py",
     "test_one_adapter.py",

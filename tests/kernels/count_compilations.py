@@ -13,7 +13,10 @@ import numpy as np
 import torch
 from manylora_kernels import ServedShapes, SitePool, SiteShape
 from manylora_kernels.device import Device
-from manylora_kernels.lora import gpu, precompile, routed
+from manylora_kernels.lora import precompile, routed
+from manylora_kernels.lora.expand import expand
+from manylora_kernels.lora.shrink import shrink
+from manylora_kernels.lora.triton_form import TRITON
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
@@ -94,13 +97,15 @@ def serve(num_rows: int, slots: list[int], batch_invariant: bool) -> None:
         y = torch.empty(num_rows, site.num_outputs, dtype=torch.bfloat16)
         if num_rows == 1:
             x = x.t().contiguous().t()  # a row whose stride says 1
-        gpu.add_lora(y, x, pool, step, kind)
-        gpu.expand_lora(y, gpu.shrink_lora(x, pool, step, kind), pool, step, kind)
+        TRITON.add_lora(y, x, pool, step, kind)
+        plan = step.plan_for(pool.shape, pool.a.dtype)
+        h = shrink(x, pool.a, step, kind, plan)
+        expand(y, h, pool.b, pool.widths, step, kind, plan)
         if site.is_gate_up:
-            gpu.add_lora_silu_mul(torch.empty_like(y[:, : site.widths[0]]), y, x, pool, step, kind)
-            gpu.silu_mul(torch.empty_like(y[:, : site.widths[0]]), y)
-            gpu.gate_up_lora(x, lambda x, y=y: y, pool, step, kind)
-        gpu.linear_lora(x, lambda x, y=y: y, pool, step, kind)
+            TRITON.add_lora_silu_mul(torch.empty_like(y[:, : site.widths[0]]), y, x, pool, step, kind)
+            TRITON.silu_mul(y)
+            TRITON.gate_up_lora(x, lambda x, y=y: y, pool, step, kind)
+        TRITON.linear_lora(x, lambda x, y=y: y, pool, step, kind)
 
 
 def count(batch_invariant: bool) -> dict[str, int]:

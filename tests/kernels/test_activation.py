@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 import torch
 from manylora_kernels import SitePool, reference
-from manylora_kernels.lora import activation, gpu
+from manylora_kernels.lora import activation
 from manylora_kernels.lora.routed import RoutedMix
+from manylora_kernels.lora.triton_form import TRITON
 
 
 def numbers(num_rows: int, width: int, dtype: torch.dtype, device: str) -> torch.Tensor:
@@ -50,7 +51,7 @@ def test_a_base_row_has_the_same_bits_beside_adapters(
     slots, scales = np.array([-1, 0, -1, 1, -1], dtype=np.int32), np.zeros(5, dtype=np.float32)
     mix = RoutedMix.build(slots, scales + 2, [[(0,), (1,)]], 2, 1, torch.device(triton_device))
     beside = torch.full((5, width), torch.nan, dtype=triton_dtype, device=triton_device)
-    gpu.add_lora_silu_mul(beside, y, x, pool, mix, 0)
+    TRITON.add_lora_silu_mul(beside, y, x, pool, mix, 0)
     alone = torch.full_like(beside, torch.nan)
     activation.silu_mul(alone, y)
     bits = {2: torch.int16, 4: torch.int32}[triton_dtype.itemsize]

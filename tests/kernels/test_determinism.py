@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 from manylora_kernels import SitePool
-from manylora_kernels.lora import gpu
 from manylora_kernels.lora.routed import RoutedMix
+from manylora_kernels.lora.triton_form import TRITON
 
 REPEATS = 3 if os.environ.get("TRITON_INTERPRET") == "1" else 100
 K, WIDTHS, SCALE = 80, (48, 24), 0.75
@@ -42,7 +42,7 @@ class Site:
             batch_invariant,
         )
         y = self.y[rows]
-        gpu.add_lora(y, self.x[rows], self.pool, mix, 0)
+        TRITON.add_lora(y, self.x[rows], self.pool, mix, 0)
         return y[row]
 
 
@@ -53,7 +53,7 @@ def test_the_same_step_gives_the_same_bits(
     results = []
     for _ in range(REPEATS):
         case = make_case(step, triton_dtype, triton_device)
-        gpu.add_lora(case.y, case.x, case.pool, case.routed(), 0)
+        TRITON.add_lora(case.y, case.x, case.pool, case.routed(), 0)
         results.append(case.y)
     assert all(torch.equal(result, results[0]) for result in results)
 
@@ -82,12 +82,12 @@ def test_a_thousand_runs_give_the_same_bits(num_rows: int, num_adapters: int, ba
     x, base = randn(num_rows, k), randn(num_rows, sum(widths))
     mix = RoutedMix.build(slots, scales, [PAGES], 3, 3, torch.device("cuda"), batch_invariant)
     first = base.clone()
-    gpu.add_lora(first, x, pool, mix, 0)
+    TRITON.add_lora(first, x, pool, mix, 0)
     assert not torch.equal(first, base)
     differing = torch.zeros((), dtype=torch.int64, device="cuda")
     for _ in range(1000):
         y = base.clone()
-        gpu.add_lora(y, x, pool, mix, 0)
+        TRITON.add_lora(y, x, pool, mix, 0)
         differing += (y != first).any()
     assert differing.item() == 0
 

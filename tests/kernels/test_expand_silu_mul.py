@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 import torch
 from manylora_kernels import reference
-from manylora_kernels.lora import gpu
 from manylora_kernels.lora.expand_silu_mul import expand_silu_mul
+from manylora_kernels.lora.shrink import shrink
+from manylora_kernels.lora.triton_form import TRITON
 
 
 def with_base_rows(case: Any) -> torch.Tensor:
@@ -36,7 +37,7 @@ def test_agrees_with_the_reference(
     y = with_base_rows(case)
     untouched = y.clone()
     out = torch.full((len(y), case.pool.widths[0]), torch.nan, dtype=triton_dtype, device=triton_device)
-    gpu.add_lora_silu_mul(out, y, case.x, case.pool, case.routed(), 0)
+    TRITON.add_lora_silu_mul(out, y, case.x, case.pool, case.routed(), 0)
     agrees(out, expected_of(case, y))
     assert torch.equal(y, untouched)
 
@@ -45,8 +46,9 @@ def test_takes_a_shrink_that_ran_by_itself(triton_device: str, make_case: Any, a
     case = make_case("gate_and_up", torch.float32, triton_device)
     y, mix = with_base_rows(case), case.routed()
     out = torch.full((len(y), case.pool.widths[0]), torch.nan, device=triton_device)
-    h = gpu.shrink_lora(case.x, case.pool, mix, 0)
-    gpu.expand_lora_silu_mul(out, y, h, case.pool, mix, 0)
+    plan = mix.plan_for(case.pool.shape, case.pool.a.dtype)
+    h = shrink(case.x, case.pool.a, mix, 0, plan)
+    expand_silu_mul(out, y, h, case.pool.b, mix, 0, plan)
     agrees(out, expected_of(case, y))
 
 
@@ -54,7 +56,7 @@ def test_writes_nothing_past_the_end_of_a_row(triton_device: str, make_case: Any
     case = make_case("gate_and_up", torch.float32, triton_device)
     y, mix = with_base_rows(case), case.routed()
     wide = torch.full((len(y), 40 + 24), torch.nan, device=triton_device)
-    gpu.add_lora_silu_mul(wide[:, :40], y, case.x, case.pool, mix, 0)
+    TRITON.add_lora_silu_mul(wide[:, :40], y, case.x, case.pool, mix, 0)
     assert not wide[:, :40].isnan().any()
     assert wide[:, 40:].isnan().all()
 
@@ -64,7 +66,7 @@ def test_large_gates_do_not_overflow(triton_device: str, make_case: Any) -> None
     y = with_base_rows(case)
     y[2, :40] = torch.linspace(-200.0, 200.0, 40, device=triton_device)
     out = torch.full((len(y), 40), torch.nan, device=triton_device)
-    gpu.add_lora_silu_mul(out, y, case.x, case.pool, case.routed(), 0)
+    TRITON.add_lora_silu_mul(out, y, case.x, case.pool, case.routed(), 0)
     torch.testing.assert_close(out[2], reference.silu_mul(y[2:3])[0], rtol=2e-5, atol=2e-5)
 
 

@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 import torch
 from manylora_kernels import Mix, SitePool, capture, streams
-from manylora_kernels.lora import gpu
+from manylora_kernels.lora import triton_form
 from manylora_kernels.lora.one_adapter import OneAdapter
 from manylora_kernels.lora.routed import RoutedMix
+from manylora_kernels.lora.triton_form import MAX_ROWS_BESIDE, TRITON, runs_beside
 from manylora_kernels.streams import run_beside, side_stream
 
 
@@ -63,9 +64,9 @@ def test_a_linear_has_the_bits_of_product_and_term_one_after_the_other(
     x, product = linear(case)
     mix = case.routed()
     expected = product(x)
-    gpu.add_lora(expected, x, case.pool, mix, 0)
-    assert gpu.runs_beside(mix, x.device, RecordedStreams())
-    assert torch.equal(gpu.linear_lora(x, product, case.pool, mix, 0), expected)
+    TRITON.add_lora(expected, x, case.pool, mix, 0)
+    assert runs_beside(mix, x.device, RecordedStreams())
+    assert torch.equal(TRITON.linear_lora(x, product, case.pool, mix, 0), expected)
 
 
 @pytest.mark.parametrize("step", ["gate_and_up", "empty_segment"])
@@ -76,14 +77,14 @@ def test_gate_and_up_have_the_bits_of_product_and_term_one_after_the_other(
     x, product = linear(case)
     mix = case.routed()
     expected = torch.full((len(x), case.pool.widths[0]), torch.nan, dtype=x.dtype, device=x.device)
-    gpu.add_lora_silu_mul(expected, product(x), x, case.pool, mix, 0)
-    found = gpu.gate_up_lora(x, product, case.pool, mix, 0)
+    TRITON.add_lora_silu_mul(expected, product(x), x, case.pool, mix, 0)
+    found = TRITON.gate_up_lora(x, product, case.pool, mix, 0)
     assert not found.isnan().any()
     assert torch.equal(found, expected)
 
 
 @pytest.mark.parametrize(
-    ("form", "expand"), [(gpu.linear_lora, "expand"), (gpu.gate_up_lora, "expand_silu_mul")]
+    ("form", "expand"), [(TRITON.linear_lora, "expand"), (TRITON.gate_up_lora, "expand_silu_mul")]
 )
 def test_shrink_is_launched_beside_the_product_and_expand_behind_both(
     form: Callable[..., torch.Tensor],
@@ -96,7 +97,7 @@ def test_shrink_is_launched_beside_the_product_and_expand_behind_both(
     x, product = linear(case)
     side = RecordedStreams()
     for name in ("empty_h", "shrink", expand):
-        monkeypatch.setattr(gpu, name, side.noted(name, getattr(gpu, name)))
+        monkeypatch.setattr(triton_form, name, side.noted(name, getattr(triton_form, name)))
     form(x, side.noted("product", product), case.pool, case.routed(), 0, side)
     assert side.notes == [
         "empty_h on main", "fork", "shrink on side", "product on main", "join", f"{expand} on main",
@@ -126,15 +127,15 @@ def routed_rows(num_rows: int, device: str) -> RoutedMix:
 
 
 def test_long_steps_and_the_vendors_products_take_turns(triton_device: str) -> None:
-    limit = gpu.MAX_ROWS_BESIDE
+    limit = MAX_ROWS_BESIDE
     device, side = torch.device(triton_device), RecordedStreams()
-    assert gpu.runs_beside(routed_rows(limit, triton_device), device, side)
-    assert not gpu.runs_beside(routed_rows(limit + 1, triton_device), device, side)
+    assert runs_beside(routed_rows(limit, triton_device), device, side)
+    assert not runs_beside(routed_rows(limit + 1, triton_device), device, side)
     few = routed_rows(8, triton_device)
     one = OneAdapter.of(
         np.zeros(8, np.int32), np.ones(8, np.float32), [[(0,)]], 8, torch.device(triton_device)
     )
-    assert not gpu.runs_beside(replace(few, one_adapter=one), device, side)
+    assert not runs_beside(replace(few, one_adapter=one), device, side)
 
 
 def test_a_step_that_warms_a_recording_up_takes_the_form_that_is_recorded(
@@ -142,15 +143,15 @@ def test_a_step_that_warms_a_recording_up_takes_the_form_that_is_recorded(
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     mix, cuda = routed_rows(8, triton_device), torch.device("cuda")
-    assert not gpu.runs_beside(mix, cuda)
+    assert not runs_beside(mix, cuda)
     with streams.as_recorded():
-        assert gpu.runs_beside(mix, cuda)
-        assert not gpu.runs_beside(routed_rows(gpu.MAX_ROWS_BESIDE + 1, triton_device), cuda)
-    assert not gpu.runs_beside(mix, cuda)
+        assert runs_beside(mix, cuda)
+        assert not runs_beside(routed_rows(MAX_ROWS_BESIDE + 1, triton_device), cuda)
+    assert not runs_beside(mix, cuda)
 
 
 def test_a_long_step_gives_the_same_as_the_parts(triton_device: str) -> None:
-    num_rows = gpu.MAX_ROWS_BESIDE + 1
+    num_rows = MAX_ROWS_BESIDE + 1
     generator = torch.Generator().manual_seed(1)
     x, a, b, weight = (
         torch.randn(*shape, generator=generator).to(triton_device)
@@ -160,10 +161,10 @@ def test_a_long_step_gives_the_same_as_the_parts(triton_device: str) -> None:
     side = RecordedStreams()
     y = x @ weight.t()
     out = y.new_empty(num_rows, 16)
-    gpu.add_lora_silu_mul(out, y, x, pool, mix, 0)
-    assert torch.equal(gpu.gate_up_lora(x, lambda x: x @ weight.t(), pool, mix, 0, side), out)
-    gpu.add_lora(y, x, pool, mix, 0)
-    assert torch.equal(gpu.linear_lora(x, lambda x: x @ weight.t(), pool, mix, 0, side), y)
+    TRITON.add_lora_silu_mul(out, y, x, pool, mix, 0)
+    assert torch.equal(TRITON.gate_up_lora(x, lambda x: x @ weight.t(), pool, mix, 0, side), out)
+    TRITON.add_lora(y, x, pool, mix, 0)
+    assert torch.equal(TRITON.linear_lora(x, lambda x: x @ weight.t(), pool, mix, 0, side), y)
     assert side.notes == []
 
 
@@ -189,18 +190,18 @@ def test_two_streams_give_the_bits_of_one(captured: bool) -> None:
     def serial(x: torch.Tensor) -> torch.Tensor:
         for _ in range(20):
             y = torch.nn.functional.linear(x, weight)
-            gpu.add_lora(y, x, square, mix.routed, 0)
+            TRITON.add_lora(y, x, square, mix.routed, 0)
             gates = torch.nn.functional.linear(y, wide)
             x = torch.empty_like(y)
-            gpu.add_lora_silu_mul(x, gates, y, gate_up, mix.routed, 0)
+            TRITON.add_lora_silu_mul(x, gates, y, gate_up, mix.routed, 0)
         return x
 
     def beside(x: torch.Tensor) -> torch.Tensor:
         for _ in range(20):
-            y = gpu.linear_lora(
+            y = TRITON.linear_lora(
                 x, lambda x: torch.nn.functional.linear(x, weight), square, mix.routed, 0, side
             )
-            x = gpu.gate_up_lora(
+            x = TRITON.gate_up_lora(
                 y, lambda x: torch.nn.functional.linear(x, wide), gate_up, mix.routed, 0, side
             )
         return x

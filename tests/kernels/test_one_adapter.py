@@ -9,9 +9,10 @@ import pytest
 import torch
 from manylora_kernels import SitePool, reference
 from manylora_kernels.device import INTERPRETER
-from manylora_kernels.lora import gpu, plan
+from manylora_kernels.lora import plan
 from manylora_kernels.lora.one_adapter import OneAdapter
 from manylora_kernels.lora.routed import RoutedMix
+from manylora_kernels.lora.triton_form import TRITON
 
 LEAST = plan.one_adapter_rows(INTERPRETER)
 
@@ -67,9 +68,9 @@ def test_agrees_with_the_reference(triton_device: str, triton_dtype: torch.dtype
     mix = RoutedMix.build(slots, scales, [pages, [(), ()]], 2, 2, torch.device(triton_device))
     assert mix.one_adapter is not None
     untouched = y.clone()
-    gpu.add_lora(y, x, pool, mix, 1)
+    TRITON.add_lora(y, x, pool, mix, 1)
     assert torch.equal(y.nan_to_num(7.0), untouched.nan_to_num(7.0)), "no pages in this kind"
-    gpu.add_lora(y, x, pool, mix, 0)
+    TRITON.add_lora(y, x, pool, mix, 0)
     agrees(y, expected)
 
 

@@ -81,7 +81,7 @@ def test_a_blank_batch_becomes_one_step_after_another() -> None:
         for num_rows in (8, 3):
             mine = static.first(num_rows)
             step = PagedBatch.build([1] * len(contexts), contexts, tables, 4, "cpu", num_rows=num_rows)
-            mine.take(step)
+            mine.copy_from(step)
             assert mine.tables[:, : step.tables.shape[1]].tolist() == step.tables.tolist()
             assert mine.contexts.tolist() == step.contexts.tolist()
             assert mine.write_rows.tolist() == step.write_rows.tolist()
@@ -103,7 +103,7 @@ def test_a_blank_batch_becomes_one_step_after_another() -> None:
 )
 def test_refuses_to_take(step: tuple[list[int], list[int], list[list[int]], int], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        PagedBatch.blank(3, 8, 4, "cpu").take(PagedBatch.build(*step, "cpu"))
+        PagedBatch.blank(3, 8, 4, "cpu").copy_from(PagedBatch.build(*step, "cpu"))
 
 
 def test_refuses_blanks_and_parts_of_nothing() -> None:

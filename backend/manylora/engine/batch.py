@@ -7,12 +7,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from itertools import groupby
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from manylora_kernels import Mix
 from manylora_kernels.attention.paged_batch import PagedBatch
+from manylora_kernels.lora.form import LoraForm
 from manylora_kernels.upload import upload
 
 from manylora.errors import ManyloraError
@@ -101,8 +102,8 @@ class BatchBuilder:
     num_kinds: int
     paged: bool = False
     """Whether attention reads the caches through block tables: where its Triton kernels serve."""
-    triton: bool | None = None
-    """Whether the adapters' terms are for Triton; None: on CUDA. As of `Mix.build`."""
+    form: LoraForm[Any] | None = None
+    """What computes the adapters' terms; None: the device's own. As of `Mix.build`."""
 
     def build(self, batch: Batch, previous: Flight | None = None, num_rows: int | None = None) -> StepTensors:
         """Order the items so that each group is one run of rows, and make the step's tensors.
@@ -248,7 +249,7 @@ class BatchBuilder:
             self.max_loras,
             self.max_pages,
             self.device,
-            triton=self.triton,
+            form=self.form,
         )
 
     def _tensor(self, array: np.ndarray[tuple[int, ...], np.dtype[np.int64]]) -> torch.Tensor:

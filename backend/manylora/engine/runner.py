@@ -10,6 +10,7 @@ import logging
 import torch
 from manylora_kernels import SitePool
 from manylora_kernels.attention.plan import MAX_HEAD_SIZE
+from manylora_kernels.lora.device_form import form_of
 
 from manylora.adapters.device_pool import DevicePool, num_pages_of
 from manylora.config import EngineConfig
@@ -68,7 +69,7 @@ class Runner:
             max_pages=num_pages_of(config.max_lora_rank),
             num_kinds=len(model.spec.kinds),
             paged=paged,
-            triton=paged or None,
+            form=form_of(model.device, paged or None),
         )
         self.make_caches(num_blocks)
 

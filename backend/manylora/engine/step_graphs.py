@@ -154,9 +154,9 @@ class StepGraphs:
         assert mine.plan.paged is not None
         mine.input_ids.copy_(step.input_ids)
         mine.positions.copy_(step.positions)
-        mine.plan.paged.take(step.plan.paged)
+        mine.plan.paged.copy_from(step.plan.paged)
         if mine.mix is not None and step.mix is not None:
-            mine.mix.take(step.mix)
+            mine.mix.copy_from(step.mix)
         graph.replay()
         self.replays[rows, has_adapters] += 1
         return self._logits[:rows]
@@ -187,4 +187,11 @@ class StepGraphs:
 
     def _blank_mix(self, rows: int) -> Mix:
         builder = self._builder
-        return Mix.blank(rows, self._page_limits, builder.max_loras, builder.max_pages, builder.device)
+        return Mix.blank(
+            rows,
+            self._page_limits,
+            builder.max_loras,
+            builder.max_pages,
+            builder.device,
+            form=builder.form,
+        )

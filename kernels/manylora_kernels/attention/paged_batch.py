@@ -11,7 +11,7 @@ and a prompt of which tokens 2 to 4 are, give
     write_rows 9 | 22 23 36      where each row's key and value go: block * 4 + offset
 
 Decodes can be padded to a fixed number of rows: a row that pads has no context and writes nothing. A captured
-graph reads one batch, `blank`, that becomes each step's in turn (`take`).
+graph reads one batch, `blank`, that becomes each step's in turn (`copy_from`).
 """
 
 from __future__ import annotations
@@ -128,7 +128,7 @@ class PagedBatch:
         device: torch.device | str,
         num_splits: int | None = None,
     ) -> PagedBatch:
-        """Make a batch in which all rows pad, for a captured graph: it can `take` any decodes.
+        """Make a batch in which all rows pad, for a captured graph: it can become any decodes.
 
         Args:
             num_rows: B and T.
@@ -176,7 +176,7 @@ class PagedBatch:
             num_decodes=num_rows,
         )
 
-    def take(self, other: PagedBatch) -> None:
+    def copy_from(self, other: PagedBatch) -> None:
         """Become another step's decodes, in place: a graph captured with this batch then serves them.
 
         Nothing waits, and only the columns that the other one's tables have are copied: what lies behind a
@@ -189,7 +189,7 @@ class PagedBatch:
         width = other.tables.shape[1]
         if not self.num_decodes == self.num_rows == other.num_rows == other.num_decodes:
             raise ValueError(
-                f"batch: asked to take one of {other.num_decodes} decodes in {other.num_rows} rows, allowed "
+                f"batch: asked to copy one of {other.num_decodes} decodes in {other.num_rows} rows, allowed "
                 f"{self.num_rows} decodes"
             )
         if (
@@ -198,7 +198,7 @@ class PagedBatch:
             or self.tables.shape[1] < width
         ):
             raise ValueError(
-                f"batch: asked to take one of contexts to {other.max_context} in {width} blocks of "
+                f"batch: asked to copy one of contexts to {other.max_context} in {width} blocks of "
                 f"{other.block_size}, allowed {self.max_context} in {self.tables.shape[1]} of "
                 f"{self.block_size}"
             )

@@ -7,40 +7,37 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from manylora_kernels.lora.cpu import KindRows
-
-if TYPE_CHECKING:
-    from manylora_kernels.lora.routed import RoutedMix
-
-PageTable = Sequence[Sequence[int]]
-"""The pages of each slot in one kind of site."""
+from manylora_kernels.lora.device_form import form_of
+from manylora_kernels.lora.form import LoraForm, PageTable
 
 
 @dataclass(frozen=True, slots=True)
 class Mix:
-    """The adapters of one step. Make it with `Mix.build`; a CPU fills `rows`, CUDA fills `routed`.
+    """The adapters of one step. Make it with `Mix.build`.
 
-    A captured graph reads one mix, `blank`, that becomes each step's in turn (`take`).
+    A captured graph reads one mix, made by `blank`, that becomes each step's in turn (`copy_from`).
     """
 
     num_rows: int
     """T."""
     page_limits: tuple[int, ...]
     """For each kind the highest page in use plus one, 0 for none: a pool must have so many."""
-    rows: tuple[KindRows, ...] = ()
-    """On a CPU: what to multiply, for each kind."""
-    routed: RoutedMix | None = None
-    """On CUDA: what the kernels read."""
+    device: torch.device
+    """Where the operations run."""
+    form: LoraForm[Any]
+    """What computes."""
+    step: Any
+    """What `form` has prepared of the step."""
 
     @property
     def is_empty(self) -> bool:
-        """Whether no row has an adapter with pages, so that `add_lora` has nothing to do."""
+        """Whether no row has an adapter with pages, so that there is no term to add."""
         return not any(self.page_limits)
 
     @classmethod
@@ -53,7 +50,7 @@ class Mix:
         max_pages: int,
         device: torch.device | str,
         batch_invariant: bool = False,
-        triton: bool | None = None,
+        form: LoraForm[Any] | None = None,
     ) -> Mix:
         """Prepare a step.
 
@@ -63,12 +60,11 @@ class Mix:
             pages: `pages[kind][slot]`, the pages of an adapter; empty where it has nothing in the kind.
             max_slots: most adapters a step may mix. With max_pages and T it fixes every shape on the device.
             max_pages: most pages an adapter may have in a kind.
-            device: where `add_lora` will run.
+            device: where the operations will run.
             batch_invariant: whether a row's bits must depend on the row and its adapter alone, which costs
                 speed on CUDA. Without it they also depend on T and on whether one adapter has all rows. The
                 compiled form of a CPU is invariant either way, torch's products are not.
-            triton: whether to prepare the Triton kernels' form. None: on CUDA. On a CPU they run in triton's
-                interpreter only.
+            form: what computes; None: the device's own.
 
         Raises:
             ValueError: arrays of different lengths, a slot that `pages` does not have, more slots or pages
@@ -79,23 +75,10 @@ class Mix:
         _check(row_slots, row_scales, pages, max_slots, max_pages)
         used = [slot for slot in np.unique(row_slots).tolist() if slot >= 0]
         limits = tuple(max((page + 1 for slot in used for page in table[slot]), default=0) for table in pages)
-        if not any(limits):
-            return cls(num_rows=len(row_slots), page_limits=limits)
-        if not (torch.device(device).type != "cpu" if triton is None else triton):
-            # Kinds usually have the same pages, and what is equal is built once.
-            built: dict[tuple[tuple[int, ...], ...], KindRows] = {}
-            for table in pages:
-                key = tuple(tuple(slot) for slot in table)
-                if key not in built:
-                    built[key] = KindRows(row_slots, row_scales, key)
-            rows = tuple(built[tuple(tuple(slot) for slot in table)] for table in pages)
-            return cls(num_rows=len(row_slots), page_limits=limits, rows=rows)
-        from manylora_kernels.lora.routed import RoutedMix  # imports triton, which a CPU does without
-
-        routed = RoutedMix.build(
-            row_slots, row_scales, pages, max_slots, max_pages, torch.device(device), batch_invariant
-        )
-        return cls(num_rows=len(row_slots), page_limits=limits, routed=routed)
+        device = torch.device(device)
+        form = form_of(device) if form is None else form
+        step = form.prepare(row_slots, row_scales, pages, max_slots, max_pages, device, batch_invariant)
+        return cls(num_rows=len(row_slots), page_limits=limits, device=device, form=form, step=step)
 
     @classmethod
     def blank(
@@ -106,44 +89,49 @@ class Mix:
         max_pages: int,
         device: torch.device | str,
         batch_invariant: bool = False,
+        form: LoraForm[Any] | None = None,
     ) -> Mix:
-        """Prepare a step in which no row has an adapter, for a graph that is captured with it: it can `take`
-        any mix.
+        """Prepare a step in which no row has an adapter, for a graph that is captured with it: it can
+        become any mix.
 
         The vendor's products of a long step of one adapter are never part of it: no row has an adapter now,
-        and what is taken later is what the kernels read.
+        and what is copied later is what the kernels read.
 
         Args:
             num_rows: T.
-            page_limits: the pages of the pool, for each kind, so that no kind is left out whatever is taken.
+            page_limits: the pages of the pool, for each kind, so that no kind is left out whatever is copied.
             max_slots: as of `build`.
             max_pages: as of `build`.
-            device: as of `build`. The kernels' form serves there, whatever the device.
+            device: as of `build`.
             batch_invariant: as of `build`.
+            form: as of `build`.
         """
-        from manylora_kernels.lora.routed import RoutedMix  # imports triton, which a CPU does without
+        device = torch.device(device)
+        form = form_of(device) if form is None else form
+        nobody, scales = np.full(num_rows, -1, dtype=np.int32), np.zeros(num_rows, dtype=np.float32)
+        tables: list[PageTable] = [[]] * len(page_limits)
+        step = form.prepare(nobody, scales, tables, max_slots, max_pages, device, batch_invariant)
+        return cls(num_rows=num_rows, page_limits=tuple(page_limits), device=device, form=form, step=step)
 
-        routed = RoutedMix.blank(
-            num_rows, len(page_limits), max_slots, max_pages, torch.device(device), batch_invariant
-        )
-        return cls(num_rows=num_rows, page_limits=tuple(page_limits), routed=routed)
-
-    def take(self, other: Mix) -> None:
+    def copy_from(self, other: Mix) -> None:
         """Become another step's mix, in place: a graph captured with this one then serves it.
 
         Raises:
-            ValueError: a mix of other shapes, of pages that this one does not cover, or for torch's products.
+            ValueError: a mix of another form, of other shapes or of pages that this one does not cover, or a
+                form whose steps cannot be changed.
         """
-        if self.routed is None or (other.routed is None and not other.is_empty):
-            raise ValueError("mix: found one for torch's products on a CPU, allowed the Triton kernels' form")
+        if other.form is not self.form:
+            raise ValueError(
+                f"mix: asked to copy one of {type(other.form).__name__}, allowed {type(self.form).__name__}"
+            )
         if len(self.page_limits) != len(other.page_limits) or any(
             theirs > mine for mine, theirs in zip(self.page_limits, other.page_limits, strict=True)
         ):
             raise ValueError(
-                f"mix: asked to take one of pages below {other.page_limits} by kind, allowed below "
+                f"mix: asked to copy one of pages below {other.page_limits} by kind, allowed below "
                 f"{self.page_limits}"
             )
-        self.routed.take(other.routed or self.routed.emptied(other.num_rows))
+        self.step.copy_from(other.step)
 
 
 def _check(

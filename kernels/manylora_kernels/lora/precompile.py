@@ -11,9 +11,13 @@ import numpy as np
 import torch
 
 from manylora_kernels.device import facts
-from manylora_kernels.lora import gpu, plan
+from manylora_kernels.lora import plan
+from manylora_kernels.lora.activation import silu_mul
+from manylora_kernels.lora.expand import expand
+from manylora_kernels.lora.expand_silu_mul import expand_silu_mul
 from manylora_kernels.lora.pool import PAGE_ROWS, SitePool
 from manylora_kernels.lora.routed import RoutedMix
+from manylora_kernels.lora.shrink import shrink
 from manylora_kernels.shapes import ServedShapes, SiteShape
 
 
@@ -57,16 +61,20 @@ def _launch(
 ) -> None:
     x = torch.empty(num_rows, site.num_inputs, dtype=shapes.dtype, device=device)
     y = torch.empty(num_rows, site.num_outputs, dtype=shapes.dtype, device=device)
+    out = torch.empty(num_rows, site.widths[0], dtype=shapes.dtype, device=device)
     pool = SitePool(
         torch.empty(1, site.num_linears, PAGE_ROWS, site.num_inputs, dtype=shapes.pool_dtype, device=device),
         torch.empty(1, PAGE_ROWS, site.num_outputs, dtype=shapes.pool_dtype, device=device),
         site.widths,
     )
-    gpu.add_lora(y, x, pool, mix, 0)
-    h = gpu.shrink_lora(x, pool, mix, 0)
-    gpu.expand_lora(y, h, pool, mix, 0)
+    chosen = mix.plan_for(site, shapes.pool_dtype)
+    # Chained, and apart: a recorded step launches shrink on a stream of its own.
+    for chained in sorted({False, mix.device.has_dependent_launch}):
+        h = shrink(x, pool.a, mix, 0, chosen, chained)
+        expand(y, h, pool.b, pool.widths, mix, 0, chosen, chained)
+        if site.is_gate_up:
+            # Of a shrink of its own: a chained launch starts before the one in front of it has ended.
+            h = shrink(x, pool.a, mix, 0, chosen, chained)
+            expand_silu_mul(out, y, h, pool.b, mix, 0, chosen, chained)
     if site.is_gate_up:
-        out = torch.empty(num_rows, site.widths[0], dtype=shapes.dtype, device=device)
-        gpu.add_lora_silu_mul(out, y, x, pool, mix, 0)
-        gpu.expand_lora_silu_mul(out, y, h, pool, mix, 0)
-        gpu.silu_mul(out, y)
+        silu_mul(out, y)

@@ -14,6 +14,7 @@ import torch
 
 from manylora_kernels.device import Device, facts
 from manylora_kernels.lora import plan
+from manylora_kernels.lora.form import PageTable
 from manylora_kernels.lora.one_adapter import OneAdapter
 from manylora_kernels.lora.route import Route, route
 from manylora_kernels.shapes import SiteShape
@@ -47,7 +48,7 @@ class RoutedMix:
         cls,
         row_slots: npt.NDArray[np.int32],
         row_scales: npt.NDArray[np.float32],
-        pages: Sequence[Sequence[Sequence[int]]],
+        pages: Sequence[PageTable],
         max_slots: int,
         max_pages: int,
         device: torch.device,
@@ -79,41 +80,13 @@ class RoutedMix:
             one_adapter=one_adapter,
         )
 
-    @classmethod
-    def blank(
-        cls,
-        num_rows: int,
-        num_kinds: int,
-        max_slots: int,
-        max_pages: int,
-        device: torch.device,
-        batch_invariant: bool = False,
-    ) -> RoutedMix:
-        """A step in which no row has an adapter, with the shapes of any other."""
-        return cls.build(
-            np.full(num_rows, -1, dtype=np.int32),
-            np.zeros(num_rows, dtype=np.float32),
-            [[]] * num_kinds,
-            max_slots,
-            max_pages,
-            device,
-            batch_invariant,
-        )
-
-    def emptied(self, num_rows: int) -> RoutedMix:
-        """A step of T rows like this one in which none has an adapter."""
-        num_kinds, max_slots, _ = self.tables.shape
-        return self.blank(
-            num_rows, num_kinds, max_slots, self.max_pages, self.packed.device, self.batch_invariant
-        )
-
     def plan_for(self, site: SiteShape, dtype: torch.dtype) -> plan.Plan:
         """The plan of this step at a site whose pool has `dtype`."""
         return plan.choose(
             self.route.num_rows, site, self.max_pages, dtype, self.device, self.batch_invariant
         )
 
-    def take(self, other: RoutedMix) -> None:
+    def copy_from(self, other: RoutedMix) -> None:
         """Become another step of the same shapes, in place: a graph captured with this one then serves it.
 
         Raises:
@@ -125,7 +98,7 @@ class RoutedMix:
             or self.batch_invariant != other.batch_invariant
         ):
             raise ValueError(
-                f"mix: asked to take one of {other.route.num_rows} rows and tables "
+                f"mix: asked to copy one of {other.route.num_rows} rows and tables "
                 f"{list(other.tables.shape)}, allowed {self.route.num_rows} and {list(self.tables.shape)} "
                 "and the same batch_invariant"
             )

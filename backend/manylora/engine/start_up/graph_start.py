@@ -154,5 +154,5 @@ def _mix_of(builder: BatchBuilder, slots: IntArray, count: int, num_rows: int) -
         builder.max_loras,
         builder.max_pages,
         builder.device,
-        triton=builder.triton,
+        form=builder.form,
     )

@@ -95,7 +95,7 @@ def _error(form: Form, pool: SitePool, kind: int, builder: BatchBuilder, dtype: 
         builder.max_loras,
         builder.max_pages,
         builder.device,
-        triton=builder.triton,
+        form=builder.form,
     )
     with trial_adapter([pool], len(pages)):
         found = form(y, x, pool, mix, kind)

@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 import torch
 from manylora_kernels import SitePool, reference
-from manylora_kernels.lora import gpu
+from manylora_kernels.lora.expand import expand
 from manylora_kernels.lora.routed import RoutedMix
+from manylora_kernels.lora.shrink import shrink
+from manylora_kernels.lora.triton_form import TRITON
 
 
 def test_agrees_with_the_reference(
@@ -18,7 +20,7 @@ def test_agrees_with_the_reference(
     case = make_case(step, triton_dtype, triton_device)
     expected = case.expected()
     mix = case.routed()
-    gpu.add_lora(case.y, case.x, case.pool, mix, 0)
+    TRITON.add_lora(case.y, case.x, case.pool, mix, 0)
     agrees(case.y, expected)
 
 
@@ -28,7 +30,7 @@ def test_takes_a_pool_of_another_dtype(triton_device: str, make_case: Any) -> No
     expected = case.y.clone()
     reference.add_lora(expected, case.x, pool, case.slots.tolist(), case.scales.tolist(), case.pages)
     mix = case.routed()
-    gpu.add_lora(case.y, case.x, pool, mix, 0)
+    TRITON.add_lora(case.y, case.x, pool, mix, 0)
     # The operands are rounded to the pool's dtype, the result is not.
     torch.testing.assert_close(case.y, expected, rtol=8e-3, atol=8e-3)
 
@@ -50,7 +52,7 @@ def test_prefill_blocks_agree_with_the_reference(triton_device: str) -> None:
     reference.add_lora(expected, x, pool, slots.tolist(), scales.tolist(), pages)
     mix = RoutedMix.build(slots, scales, [pages], 2, 2, torch.device(triton_device))
     assert mix.route.block_rows == 64
-    gpu.add_lora(y, x, pool, mix, 0)
+    TRITON.add_lora(y, x, pool, mix, 0)
     torch.testing.assert_close(y, expected, rtol=2e-5, atol=2e-5)
     assert torch.equal(y[70:100], expected[70:100])
 
@@ -60,9 +62,10 @@ def test_halves_give_the_bits_of_the_whole(
 ) -> None:
     whole, halves = (make_case(step, triton_dtype, triton_device) for _ in range(2))
     mix = whole.routed()
-    gpu.add_lora(whole.y, whole.x, whole.pool, mix, 0)
-    h = gpu.shrink_lora(halves.x, halves.pool, mix, 0)
-    gpu.expand_lora(halves.y, h, halves.pool, mix, 0)
+    TRITON.add_lora(whole.y, whole.x, whole.pool, mix, 0)
+    pool, plan = halves.pool, mix.plan_for(halves.pool.shape, halves.pool.a.dtype)
+    h = shrink(halves.x, pool.a, mix, 0, plan)
+    expand(halves.y, h, pool.b, pool.widths, mix, 0, plan)
     assert torch.equal(whole.y.nan_to_num(7.0), halves.y.nan_to_num(7.0))
 
 
@@ -72,8 +75,8 @@ def test_a_mix_becomes_another_of_the_same_shapes(triton_device: str, make_case:
     captured = RoutedMix.build(
         np.full(33, -1, np.int32), np.ones(33, np.float32), [[]], 4, 3, torch.device(triton_device)
     )
-    captured.take(case.routed())
-    gpu.add_lora(case.y, case.x, case.pool, captured, 0)
+    captured.copy_from(case.routed())
+    TRITON.add_lora(case.y, case.x, case.pool, captured, 0)
     agrees(case.y, expected)
-    with pytest.raises(ValueError, match="asked to take one of 1 rows"):
-        captured.take(make_case("one_row", torch.float32, triton_device).routed())
+    with pytest.raises(ValueError, match="asked to copy one of 1 rows"):
+        captured.copy_from(make_case("one_row", torch.float32, triton_device).routed())

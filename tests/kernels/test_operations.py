@@ -1,4 +1,4 @@
-"""The entries of base product and term together, as a CPU serves them."""
+"""The operations of base product and term together, as a CPU serves them."""
 
 from __future__ import annotations
 
