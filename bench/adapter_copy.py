@@ -20,8 +20,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from manylora.adapters.device_pool import DevicePool, Placement, num_pages_of, runs_of
+from manylora.adapters.device_pool import DevicePool, Placement, runs_of
 from manylora.adapters.weights import AdapterWeights, allocate
+from manylora.model.parts import num_pages_of
 from manylora.model.spec import ModelSpec, SiteKind
 from manylora_kernels import SiteShape
 
@@ -88,8 +89,10 @@ def check(pool: DevicePool, weights: AdapterWeights) -> Placement:
     pool.await_copy(placement)
     for kind, source, pages in zip(pool.kinds, weights.kinds, placement.pages, strict=True):
         assert source is not None, "an adapter on all linears"
-        for mine, its in ((kind.a, source.a), (kind.b, source.b)):
-            assert torch.equal(mine[:, list(pages)], its.to(pool.device)), "the adapter has not arrived whole"
+        for name, tensor in source.parts.items():
+            assert torch.equal(kind[name][:, list(pages)], tensor.to(pool.device)), (
+                "the adapter has not arrived whole"
+            )
     pool.free(placement)
     return placement
 

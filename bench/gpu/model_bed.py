@@ -88,8 +88,8 @@ class ModelBed:
             self.runner.capture_graphs(self.config)
         # Behind the graphs: their proof leaves zeros in the first page.
         for kind in self.pool.kinds:
-            kind.a.normal_(std=kind.a.shape[-1] ** -0.5)
-            kind.b.normal_(std=0.02)
+            kind["a"].normal_(std=kind["a"].shape[-1] ** -0.5)
+            kind["b"].normal_(std=0.02)
 
     @property
     def state(self) -> str:
@@ -114,7 +114,7 @@ class ModelBed:
 
     def adapter_bytes(self, num_adapters: int) -> int:
         """Of so many adapters of rank 16."""
-        one = sum(kind.page_elements for kind in self.model.spec.kinds)
+        one = sum(kind.page_elements() for kind in self.model.spec.kinds)
         return num_adapters * one * self.model.dtype.itemsize
 
     def decode(self, num_seqs: int, num_adapters: int) -> Batch:

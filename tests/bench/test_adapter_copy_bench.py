@@ -47,7 +47,7 @@ def test_an_adapter_of_llama_has_the_bytes_of_the_design() -> None:
         *[(4096, n) for n in (4096, 1024, 1024, 4096, 14336, 14336)],
         (14336, 4096),
     ]
-    assert sum(kind.page_elements for kind in spec.kinds) * 2 == 16 * 32 * 2 * sum(map(sum, linears))
+    assert sum(kind.page_elements() for kind in spec.kinds) * 2 == 16 * 32 * 2 * sum(map(sum, linears))
 
 
 def test_a_copy_that_is_not_whole_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -58,7 +58,7 @@ def test_a_copy_that_is_not_whole_is_seen(monkeypatch: pytest.MonkeyPatch) -> No
 
     def forgets_a_row(pool: object, weights: object) -> object:
         placement = place(pool, weights)
-        pool.kinds[0].a[1, placement.pages[0][1], 0, 15] = 0.0  # type: ignore[attr-defined]
+        pool.kinds[0]["a"][1, placement.pages[0][1], 0, 15] = 0.0  # type: ignore[attr-defined]
         return placement
 
     place = adapter_copy.place

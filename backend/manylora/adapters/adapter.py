@@ -8,7 +8,7 @@ import math
 from dataclasses import dataclass, field
 
 from manylora.adapters.adapter_files import Sight
-from manylora.adapters.device_pool import Placement, needed_pages
+from manylora.adapters.device_pool import Placement
 from manylora.adapters.placement import AdapterUse
 from manylora.adapters.weights import AdapterWeights
 from manylora.errors import ManyloraError
@@ -176,9 +176,9 @@ class Lease:
 
     @property
     def num_pages(self) -> tuple[int, ...]:
-        """Pages by kind that the adapter takes in the device pool. Only when ready."""
+        """Pages by group that the adapter takes in the device pool. Only when ready."""
         assert self.weights is not None, "the adapter is not loaded"
-        return needed_pages(self.weights)
+        return self.weights.num_pages
 
     @property
     def placement(self) -> Placement | None:

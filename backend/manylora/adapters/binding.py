@@ -1,8 +1,8 @@
 """Binds an adapter's tensors to the linears of a base model, one to one, or says why that cannot be.
 
-What is checked: every linear that the config targets has an A and a B in the file, every tensor of the
-file is the A or B of a targeted linear, shapes and ranks are what base model and config say, and dtypes are
-floats. Nothing is ignored.
+What is checked: every linear that the config targets has all parts in the file that PEFT has a name for, in
+the table of parts (A and B); every tensor of the file is such a part of a targeted linear; shapes and ranks
+are what base model and config say, and dtypes are floats. Nothing is ignored.
 """
 
 from __future__ import annotations
@@ -10,15 +10,20 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TypeAlias
 
 from manylora.adapters.reasons import Reasons
 from manylora.adapters.safetensors_file import FLOAT_DTYPES, TensorInfo
 from manylora.adapters.targets import Target, Targets
+from manylora.model.parts import PARTS, Part
 from manylora.model.spec import LinearSpec, ModelSpec
 
 PREFIX = "base_model.model."
 
-_LORA = re.compile(r"base_model\.model\.(?P<path>.+)\.lora_(?P<half>[AB])(?:\.(?P<adapter>[^.]+))?\.weight")
+FILE_PARTS = {part.peft: part for part in PARTS if part.peft}
+"""What a file has of a linear, by PEFT's name."""
+_NAMES = "|".join(FILE_PARTS)
+_LORA = re.compile(rf"base_model\.model\.(?P<path>.+)\.(?P<part>{_NAMES})(?:\.(?P<adapter>[^.]+))?\.weight")
 
 _UNSERVED_TENSORS = (
     (
@@ -31,7 +36,10 @@ _UNSERVED_TENSORS = (
         re.compile(r".*\.(token_adapter\..*|trainable_tokens_.*)"),
         "the file has trained tokens, which are not served",
     ),
-    (re.compile(r".*\.lora_(?![AB]\.).*"), "the file has tensors of a kind of LoRA that is not served"),
+    (
+        re.compile(rf".*\.(?!(?:{_NAMES})\.)lora_.*"),
+        "the file has tensors of a kind of LoRA that is not served",
+    ),
     (
         re.compile(r".*\.(modules_to_save|original_module)\..*"),
         "the file has fully trained modules, which are not served",
@@ -41,20 +49,16 @@ _UNSERVED_TENSORS = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Bound:
-    """One targeted linear with its two tensors."""
+    """One targeted linear with its tensors."""
 
     linear: LinearSpec
     target: Target
-    a: TensorInfo
-    """[R, K]"""
-    b: TensorInfo
-    """[N, R]"""
+    tensors: Mapping[str, TensorInfo]
+    """By the part's name, each of its `file_shape`."""
 
 
-@dataclass(slots=True)
-class _Pair:
-    a: TensorInfo | None = None
-    b: TensorInfo | None = None
+_Found: TypeAlias = dict[str, TensorInfo]
+"""The tensors of one linear, by PEFT's name."""
 
 
 def bind(
@@ -65,7 +69,7 @@ def bind(
     max_lora_rank: int,
     reasons: Reasons,
 ) -> list[Bound]:
-    """Pair the file's tensors and bind each pair to its linear.
+    """Group the file's tensors by linear and bind each group.
 
     Args:
         tensors: the file's, by name.
@@ -75,11 +79,11 @@ def bind(
     Returns:
         The targeted linears in the spec's order; complete only if `reasons` stays empty.
     """
-    pairs = _pair(tensors, spec, reasons)
+    found = _by_linear(tensors, spec, reasons)
     for path in targets.unserved:
         reasons.unsupported("target_modules names modules on which no LoRA is served", path)
     bounds = []
-    for path in pairs:
+    for path in found:
         if path in spec.linears and path not in targets.linears:
             reasons.invalid("the file has tensors for linears that the config does not target", path)
         elif path in spec.other_modules and path not in targets.unserved:
@@ -87,7 +91,7 @@ def bind(
         elif path not in spec.linears and path not in spec.other_modules:
             reasons.invalid("the file has LoRA for modules that the base model does not have", path)
     for path, target in targets.linears.items():
-        bound = _bind_one(spec.linears[path], target, pairs.get(path, _Pair()), max_lora_rank, reasons)
+        bound = _bind_one(spec.linears[path], target, found.get(path, {}), max_lora_rank, reasons)
         if bound is not None:
             bounds.append(bound)
     if not targets.linears and not targets.unserved:
@@ -95,8 +99,8 @@ def bind(
     return bounds
 
 
-def _pair(tensors: Mapping[str, TensorInfo], spec: ModelSpec, reasons: Reasons) -> dict[str, _Pair]:
-    pairs: dict[str, _Pair] = {}
+def _by_linear(tensors: Mapping[str, TensorInfo], spec: ModelSpec, reasons: Reasons) -> dict[str, _Found]:
+    found: dict[str, _Found] = {}
     adapters: set[str | None] = set()
     for name, info in tensors.items():
         match = _LORA.fullmatch(name)
@@ -108,20 +112,20 @@ def _pair(tensors: Mapping[str, TensorInfo], spec: ModelSpec, reasons: Reasons) 
             reasons.invalid(
                 f"tensors have dtype {info.dtype}, expected one of {', '.join(FLOAT_DTYPES)}", name
             )
-        pair = pairs.setdefault(match["path"], _Pair())
-        half = match["half"].lower()
-        if getattr(pair, half) is not None:
-            reasons.invalid(f"the file has two {match['half']} for one linear", match["path"])
-        setattr(pair, half, info)
+        mine = found.setdefault(match["path"], {})
+        if match["part"] in mine:
+            label = FILE_PARTS[match["part"]].label
+            reasons.invalid(f"the file has two {label} for one linear", match["path"])
+        mine[match["part"]] = info
     if len(adapters) > 1:
         reasons.invalid(
             "the file has tensors of several adapters", ", ".join(sorted(str(a) for a in adapters))
         )
-    return pairs
+    return found
 
 
 def _judge_foreign(name: str, spec: ModelSpec, reasons: Reasons) -> None:
-    """Say what a tensor is that is neither A nor B of a linear."""
+    """Say what a tensor is that is no part of a linear."""
     for pattern, reason in _UNSERVED_TENSORS:
         if pattern.fullmatch(name):
             reasons.unsupported(reason, name)
@@ -136,28 +140,41 @@ def _judge_foreign(name: str, spec: ModelSpec, reasons: Reasons) -> None:
 
 
 def _bind_one(
-    linear: LinearSpec, target: Target, pair: _Pair, max_lora_rank: int, reasons: Reasons
+    linear: LinearSpec, target: Target, found: _Found, max_lora_rank: int, reasons: Reasons
 ) -> Bound | None:
     path = linear.path
     if target.rank > max_lora_rank:
         reasons.invalid(f"rank {target.rank} is over max_lora_rank={max_lora_rank}", path)
-    if pair.a is None and pair.b is None:
+    if not found:
         reasons.invalid("the config targets linears that have no tensors in the file", path)
         return None
-    if pair.a is None or pair.b is None:
-        missing = "lora_A" if pair.a is None else "lora_B"
+    missing = next((name for name in FILE_PARTS if name not in found), None)
+    if missing is not None:
         reasons.invalid(f"half a pair: the file has no {missing}", path)
         return None
-    a, b = pair.a.shape, pair.b.shape
-    if len(a) != 2 or len(b) != 2 or a[1] != linear.in_features or b[0] != linear.out_features:
+    parts = [(part, found[name].shape) for name, part in FILE_PARTS.items()]
+    if any(not _fits(part, shape, linear) for part, shape in parts):
+        shapes = " and ".join(f"{part.label} {list(shape)}" for part, shape in parts)
         reasons.invalid(
-            f"A {list(a)} and B {list(b)} do not fit the base model's linear "
-            f"[{linear.out_features}, {linear.in_features}]",
-            path,
+            f"{shapes} do not fit the base model's linear [{linear.out_features}, {linear.in_features}]", path
         )
         return None
-    if a[0] != target.rank or b[1] != target.rank:
-        found = f"{a[0]}" if a[0] == b[1] else f"{a[0]} in A and {b[1]} in B"
-        reasons.invalid(f"rank {found} in the file is unlike the config's {target.rank}", path)
+    ranks = {part.label: part.rank_in(shape) for part, shape in parts}
+    if set(ranks.values()) != {target.rank}:
+        rank = str(ranks.popitem()[1]) if len(set(ranks.values())) == 1 else _listed(ranks)
+        reasons.invalid(f"rank {rank} in the file is unlike the config's {target.rank}", path)
         return None
-    return Bound(linear=linear, target=target, a=pair.a, b=pair.b)
+    return Bound(
+        linear=linear, target=target, tensors={part.name: found[name] for name, part in FILE_PARTS.items()}
+    )
+
+
+def _fits(part: Part, shape: tuple[int, ...], linear: LinearSpec) -> bool:
+    """Whether a tensor is of the base model's linear, whatever its rank."""
+    return len(shape) == 2 and shape == part.file_shape(
+        part.rank_in(shape), linear.in_features, linear.out_features
+    )
+
+
+def _listed(ranks: Mapping[str, int]) -> str:
+    return " and ".join(f"{rank} in {label}" for label, rank in ranks.items())

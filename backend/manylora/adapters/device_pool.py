@@ -1,39 +1,34 @@
 """Adapters in device memory, in pages of 16 rank rows.
 
-Shape key: L layers of a kind, P pages of a kind, S linears of a site, K inputs, N outputs of all S linears,
-E elements of an adapter's buffer.
+Shape key: L layers of a kind, P pages of a group, E elements of an adapter's buffer.
 
-A page of a kind is the same 16 rows in that site of every layer. An adapter takes pages of the kinds it
-targets only, all or nothing.
+What the tensors are, and which share pages, says the table of parts: a *group* is the parts of a kind that
+do. A page is the same 16 rows in that site of every layer. An adapter takes pages of the kinds it targets
+only, all or nothing.
 
 From host to device an adapter goes in one transfer, which nothing but the host's link bounds; from there
-into its pages, at the speed of the device's memory, in two copies a kind and run of pages.
+into its pages, at the speed of the device's memory, in one copy for each part and run of pages.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import torch
 
 from manylora.adapters.copy_stream import Copied, copy_stream
 from manylora.adapters.layout import AdapterLayout, words_of
 from manylora.adapters.pages import PageAllocator
-from manylora.adapters.weights import PAGE_ROWS, AdapterWeights
+from manylora.adapters.weights import AdapterWeights
 from manylora.config import EngineConfig
 from manylora.memory import zeros
-from manylora.model.spec import ModelSpec, SiteKind
+from manylora.model.parts import num_pages_of
+from manylora.model.spec import ModelSpec, SiteKind, page_groups
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class KindTensors:
-    """The pages of one kind."""
-
-    a: torch.Tensor
-    """[L, P, S, 16, K]"""
-    b: torch.Tensor
-    """[L, P, 16, N]"""
+Tensors: TypeAlias = Mapping[str, torch.Tensor]
+"""The pages of parts, by name: [L, P, ...]."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -41,7 +36,7 @@ class Placement:
     """Where one adapter lies in the pool."""
 
     pages: tuple[tuple[int, ...], ...]
-    """Ascending page numbers by kind; empty where the adapter targets nothing of the kind."""
+    """Ascending page numbers by group; empty where the adapter has nothing of the group."""
     copied: Copied
     """Behind the copy."""
 
@@ -51,8 +46,8 @@ class DevicePool:
 
     Args:
         spec: the base model's linears.
-        max_loras: with `max_lora_rank`, the number of pages of each kind:
-            max_loras * ceil(max_lora_rank / 16).
+        max_loras: so many of the largest adapters that `max_lora_rank` admits fit: of rank rows that is
+            max_loras * ceil(max_lora_rank / 16) pages of each kind.
         dtype: of all tensors, and of the adapters that are placed.
         staged: whether adapters go through a buffer on the device, of the size of the largest one that
             `max_lora_rank` admits. None: on CUDA only. Without one, each page is copied from the host.
@@ -70,20 +65,33 @@ class DevicePool:
         self.spec = spec
         self.dtype = dtype
         self.device = torch.device(device)
-        self.num_pages = max_loras * num_pages_of(max_lora_rank)
-        self.kinds = tuple(
-            KindTensors(
-                a=self._zeros(kind.num_layers, self.num_pages, kind.num_slices, PAGE_ROWS, kind.in_features),
-                b=self._zeros(kind.num_layers, self.num_pages, PAGE_ROWS, sum(kind.out_features)),
-            )
-            for kind in spec.kinds
+        self.groups = page_groups(spec.kinds)
+        self.largest_pages = largest_pages(spec.kinds, max_lora_rank)
+        """Pages by group of the largest adapter that `max_lora_rank` admits."""
+        self.max_pages = tuple(max_loras * count for count in self.largest_pages)
+        """Pages of the pool by group."""
+        self._tensors: tuple[Tensors, ...] = tuple(
+            {
+                part.name: self._zeros(group.kind.num_layers, count, *group.kind.page_shape(part))
+                for part in group.parts
+            }
+            for group, count in zip(self.groups, self.max_pages, strict=True)
         )
-        self._allocators = tuple(PageAllocator(self.num_pages) for _ in spec.kinds)
+        self.kinds = tuple(
+            {
+                name: tensor
+                for group in self._tensors[kind :: len(spec.kinds)]
+                for name, tensor in group.items()
+            }
+            for kind in range(len(spec.kinds))
+        )
+        """All parts of each kind."""
+        self._allocators = tuple(PageAllocator(count) for count in self.max_pages)
         self._placements: set[Placement] = set()
         # Those whose copy is known to be over: the driver is asked once, not for each sequence of each step.
         self._arrived: set[Placement] = set()
-        # The same memory as `kinds`, as it is copied.
-        self._words = tuple((words_of(kind.a), words_of(kind.b)) for kind in self.kinds)
+        # The same memory, as it is copied.
+        self._words = tuple({name: words_of(t) for name, t in group.items()} for group in self._tensors)
         self._stream = copy_stream(self.device)
         self._staging: torch.Tensor | None = None
         if self.device.type == "cuda" if staged is None else staged:
@@ -91,16 +99,16 @@ class DevicePool:
             # Memory of the copies' stream: what used it before them is over when they begin.
             with self._stream.running():
                 self._staging = torch.empty(num_elements, dtype=dtype, device=self.device)
-        for kind in self.kinds:
-            self._stream.share(kind.a)
-            self._stream.share(kind.b)
+        for group in self._tensors:
+            for tensor in group.values():
+                self._stream.share(tensor)
         # No page is written before its zeros.
         self._stream.mark_freed()
 
     @property
     def num_bytes(self) -> int:
         """Bytes on the device: the pages, and `staging_bytes`."""
-        pages = sum(t.numel() * t.element_size() for kind in self.kinds for t in (kind.a, kind.b))
+        pages = sum(t.numel() * t.element_size() for group in self._tensors for t in group.values())
         return pages + self.staging_bytes
 
     @property
@@ -109,27 +117,31 @@ class DevicePool:
         return 0 if self._staging is None else self._staging.numel() * self._staging.element_size()
 
     @property
+    def num_pages(self) -> int:
+        """Pages of rank rows of each kind."""
+        return self.max_pages[0]
+
+    @property
     def num_free(self) -> tuple[int, ...]:
-        """Free pages by kind."""
+        """Free pages by group."""
         return tuple(allocator.num_free for allocator in self._allocators)
 
     def bytes_of(self, weights: AdapterWeights) -> int:
-        """Bytes that the adapter's pages take: element size x sum of pages x SiteKind.page_elements."""
-        counts = needed_pages(weights)
-        elements = sum(n * kind.page_elements for n, kind in zip(counts, self.spec.kinds, strict=True))
-        return elements * self.dtype.itemsize
+        """Bytes that the adapter's pages take: element size x sum of pages x PageGroup.page_elements."""
+        pages = zip(weights.num_pages, self.groups, strict=True)
+        return self.dtype.itemsize * sum(count * group.page_elements for count, group in pages)
 
     def plan(self, rank: int) -> int:
         """How many adapters of `rank` on every kind of site the whole pool holds."""
         return self.num_pages // num_pages_of(rank)
 
     def try_place(self, weights: AdapterWeights) -> Placement | None:
-        """Take pages and copy the adapter into them; None, and nothing taken, if a kind lacks pages.
+        """Take pages and copy the adapter into them; None, and nothing taken, if a group lacks pages.
 
         On CUDA the copy runs beside the steps; `await_copy` orders a step behind it.
         """
         assert weights.buffer.dtype == self.dtype, "the adapter is not in the pool's dtype"
-        counts = needed_pages(weights)
+        counts = weights.num_pages
         if any(count > free for count, free in zip(counts, self.num_free, strict=True)):
             return None
         pages = tuple(
@@ -164,13 +176,15 @@ class DevicePool:
     def check(self) -> list[str]:
         """Broken invariants."""
         wrong = []
-        for index, (allocator, kind) in enumerate(zip(self._allocators, self.spec.kinds, strict=True)):
+        for index, (allocator, group) in enumerate(zip(self._allocators, self.groups, strict=True)):
             used = [page for placement in self._placements for page in placement.pages[index]]
-            wrong += [f"pool, {kind.name}: {text}" for text in allocator.check(used)]
+            wrong += [
+                f"pool, {group.kind.name} by {group.paged_by.value}: {text}" for text in allocator.check(used)
+            ]
         return wrong
 
     def _copy(self, weights: AdapterWeights, pages: Sequence[Sequence[int]]) -> Copied:
-        layout = AdapterLayout.of(self.spec.kinds, needed_pages(weights), self.dtype)
+        layout = AdapterLayout.of(self.groups, weights.num_pages, self.dtype)
         assert weights.buffer.shape == (layout.num_elements,), "the adapter's buffer is of another layout"
         source = weights.buffer
         with self._stream.running():
@@ -184,13 +198,12 @@ class DevicePool:
 
     def _fill(self, source: torch.Tensor, layout: AdapterLayout, pages: Sequence[Sequence[int]]) -> None:
         """Copy an adapter's buffer [E], on host or device, into its pages."""
-        for parts, targets, taken in zip(layout.parts, self._words, pages, strict=True):
-            if parts is None:
-                continue
-            for part, target in zip(parts, targets, strict=True):
-                words = words_of(part.of(source))
+        for places, targets, taken in zip(layout.groups, self._words, pages, strict=True):
+            for name, place in places.items():
+                words = words_of(place.of(source))
                 for first, page, count in runs_of(taken):
-                    target[:, page : page + count].copy_(words[:, first : first + count], non_blocking=True)
+                    part = targets[name][:, page : page + count]
+                    part.copy_(words[:, first : first + count], non_blocking=True)
 
     def _zeros(self, *shape: int) -> torch.Tensor:
         return zeros(shape, self.dtype, self.device)
@@ -202,20 +215,14 @@ def pool_dtype(config: EngineConfig, base_dtype: torch.dtype) -> torch.dtype:
     return dtype
 
 
-def num_pages_of(rank: int) -> int:
-    """Pages that `rank` rows take."""
-    return -(-rank // PAGE_ROWS)
+def largest_pages(kinds: Sequence[SiteKind], max_lora_rank: int) -> tuple[int, ...]:
+    """Pages by group of the largest adapter admitted: of `max_lora_rank` on every kind of site."""
+    return tuple(group.paged_by.num_pages(max_lora_rank) for group in page_groups(kinds))
 
 
 def staging_elements(kinds: Sequence[SiteKind], max_lora_rank: int, dtype: torch.dtype) -> int:
-    """E of the largest adapter that `max_lora_rank` admits: of that rank on every kind of site."""
-    pages = [num_pages_of(max_lora_rank)] * len(kinds)
-    return AdapterLayout.of(kinds, pages, dtype).num_elements
-
-
-def needed_pages(weights: AdapterWeights) -> tuple[int, ...]:
-    """Pages that the adapter takes, by kind."""
-    return tuple(kind.num_pages if kind is not None else 0 for kind in weights.kinds)
+    """E of the largest adapter that `max_lora_rank` admits."""
+    return AdapterLayout.of(page_groups(kinds), largest_pages(kinds, max_lora_rank), dtype).num_elements
 
 
 def runs_of(pages: Sequence[int]) -> Iterator[tuple[int, int, int]]:

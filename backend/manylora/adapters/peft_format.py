@@ -1,6 +1,6 @@
 """Reads an adapter in PEFT's format (adapter_config.json, adapter_model.safetensors), whole or not at all.
 
-Shape key: L layers of a kind, P pages, S linears of a site, R rank, K inputs, N outputs.
+Shape key: P pages, R rank, W inputs or outputs of a linear.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from manylora.adapters.safetensors_file import (
     tensor_of,
 )
 from manylora.adapters.targets import Targets, find_targets
-from manylora.adapters.weights import PAGE_ROWS, AdapterWeights, allocate
+from manylora.adapters.weights import AdapterWeights, KindWeights, allocate, fill_rows
 from manylora.errors import InvalidArgumentError, ManyloraError, UnavailableError
-from manylora.model.spec import ModelSpec
+from manylora.model.spec import ModelSpec, SiteKind
 
 _MAX_SCALING = torch.finfo(torch.float32).max
 """A step's scalings are float32."""
@@ -58,7 +58,7 @@ class BindingReport:
     """As the adapter's config has it."""
     modules: tuple[ModuleBinding, ...]
     num_pages: tuple[int, ...]
-    """By kind of site."""
+    """Of rank rows, by kind of site."""
     num_bytes: int
     unmatched: tuple[str, ...]
     """Names in the config that match nothing in this base model. Without effect, in PEFT as here."""
@@ -214,47 +214,39 @@ def _lay_out(
     for bound in sorted(bounds, key=lambda bound: bound.linear.kind):
         into = kinds[bound.linear.kind]
         assert into is not None, f"no memory for {bound.linear.path}"
-        column = sum(spec.kinds[bound.linear.kind].out_features[: bound.linear.slice])
-        modules[bound.linear.path] = _fill(into.a, into.b, bound, column, data, scale, reasons)
+        kind = spec.kinds[bound.linear.kind]
+        modules[bound.linear.path] = _fill(into, kind, bound, data, scale, reasons)
     reasons.raise_if_any()
     weights = AdapterWeights(version=version, scale=scale, max_rank=max(ranks), buffer=buffer, kinds=kinds)
     return weights, [modules[bound.linear.path] for bound in bounds]
 
 
 def _fill(
-    a: torch.Tensor,
-    b: torch.Tensor,
-    bound: Bound,
-    column: int,
-    data: bytearray,
-    scale: float,
-    reasons: Reasons,
+    into: KindWeights, kind: SiteKind, bound: Bound, data: bytearray, scale: float, reasons: Reasons
 ) -> ModuleBinding:
-    """Write one linear's A and B into its rows of the kind's `a` [L, P, S, 16, K] and `b` [L, P, 16, N]."""
-    row, rank = bound.linear.row, bound.target.rank
-    a_RK = tensor_of(bound.a, data)
-    b_NR = tensor_of(bound.b, data)
-    are_finite = _check_finite(a_RK, bound.a, reasons) and _check_finite(b_NR, bound.b, reasons)
+    """Write one linear's tensors into its rows."""
+    tensors = {name: tensor_of(info, data) for name, info in bound.tensors.items()}
+    are_finite = all(_check_finite(tensors[name], info, reasons) for name, info in bound.tensors.items())
     ratio = bound.target.scaling / scale if scale else 0.0
     if ratio != 1.0:
-        was_zero = not bool(b_NR.any())
-        b_NR = b_NR.to(torch.float64 if b_NR.dtype == torch.float64 else torch.float32) * ratio
-        if bound.target.scaling and not was_zero and not bool(b_NR.any()):
+        b_NR = tensors["b"]
+        tensors["b"] = b_NR.to(torch.float64 if b_NR.dtype == torch.float64 else torch.float32) * ratio
+        if bound.target.scaling and bool(b_NR.any()) and not bool(tensors["b"].any()):
             # Refused, since the linear would silently be left out.
             reasons.invalid("the scaling is too far below the adapter's other ones", bound.linear.path)
-    for first in range(0, rank, PAGE_ROWS):
-        last = min(first + PAGE_ROWS, rank)
-        page, count = first // PAGE_ROWS, last - first
-        a[row, page, bound.linear.slice, :count] = a_RK[first:last]
-        b[row, page, :count, column : column + bound.linear.out_features] = b_NR[:, first:last].T
-    stored_a = a[row, :, bound.linear.slice]
-    stored_b = b[row, :, :, column : column + bound.linear.out_features]
-    if are_finite:
-        _check_range(stored_a, bound.a, reasons)
-        _check_range(stored_b, bound.b, reasons)
-    is_zero = not bool(stored_a.any()) or not bool(stored_b.any())
+    is_zero = False
+    for part in (part for part in kind.parts if part.name in tensors):
+        stored = into.rows_of(part, kind, bound.linear)
+        fill_rows(stored, part, tensors[part.name])
+        if are_finite:
+            _check_range(stored, bound.tensors[part.name], reasons)
+        is_zero = is_zero or not bool(stored.any())
     return ModuleBinding(
-        path=bound.linear.path, rank=rank, scaling=bound.target.scaling, dtype=bound.b.dtype, is_zero=is_zero
+        path=bound.linear.path,
+        rank=bound.target.rank,
+        scaling=bound.target.scaling,
+        dtype=bound.tensors["b"].dtype,
+        is_zero=is_zero,
     )
 
 
@@ -278,7 +270,7 @@ def _report(
         version=weights.version,
         base_model_name=config.base_model_name,
         modules=tuple(modules),
-        num_pages=tuple(kind.num_pages if kind is not None else 0 for kind in weights.kinds),
+        num_pages=weights.num_pages[: len(weights.kinds)],
         num_bytes=weights.num_bytes,
         unmatched=targets.unmatched,
     )

@@ -3,24 +3,18 @@
 from __future__ import annotations
 
 from manylora.adapters.adapter import Adapter, Stage
-from manylora.adapters.device_pool import num_pages_of
 from manylora.adapters.reasons import quote
 from manylora.adapters.versions import Versions
 from manylora.errors import InvalidArgumentError, UnavailableError
 
 
 class Pins:
-    """A pin belongs to a name: it goes from one version to the next.
+    """A pin belongs to a name: it goes from one version to the next. Pins leave room for others."""
 
-    Args:
-        max_lora_rank: of others, for which pins leave room.
-    """
-
-    def __init__(self, versions: Versions, max_lora_rank: int) -> None:
+    def __init__(self, versions: Versions) -> None:
         self._versions = versions
         self._host = versions.host
         self._residents = versions.residents
-        self._num_pages = num_pages_of(max_lora_rank)
         self.due = versions.pins_due
         """Adapters to be pinned as soon as they are loaded and the device has room."""
 
@@ -42,13 +36,13 @@ class Pins:
         if adapter.is_pinned:
             return
         assert adapter.weights is not None, f"{adapter} is ready without its weights"
-        if (
-            self.count + 1 >= self._host.max_entries
-            or min(self._residents.pages_beside_pinned(adapter.weights)) < self._num_pages
+        if self.count + 1 >= self._host.max_entries or not self._residents.leaves_room_beside_pinned(
+            adapter.weights
         ):
+            num_pages = self._residents.pool.largest_pages[0]
             raise UnavailableError(
-                f"adapter {name!r} cannot be pinned: others need a host slot and {self._num_pages} device "
-                "pages of each kind beside the pinned ones"
+                f"adapter {name!r} cannot be pinned: others need a host slot and {num_pages} device pages of "
+                "each kind beside the pinned ones"
             )
         if not self._try_pin(adapter):
             raise UnavailableError(f"adapter {name!r} cannot be pinned now: the device pool is in use")

@@ -14,4 +14,4 @@ class AdapterUse:
     scale: float
     """The adapter's own scaling."""
     pages: tuple[tuple[int, ...], ...]
-    """Ascending page numbers by kind; empty where the adapter targets nothing of the kind."""
+    """Ascending page numbers by `page_groups`; empty where the adapter has nothing of the group."""

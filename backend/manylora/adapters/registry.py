@@ -77,7 +77,7 @@ class Registry:
         self._versions = Versions(HostCache(config.num_cpu_loras), Residents(pool), set())
         self._host = self._versions.host
         self._residents = self._versions.residents
-        self._pins = Pins(self._versions, config.max_lora_rank)
+        self._pins = Pins(self._versions)
         self._failures = Failures(clock)
         self._loader: Loader[Loaded] = Loader(wake, clock)
         self._looker: Loader[Sight] = Loader(
@@ -267,7 +267,7 @@ class Registry:
         return {
             "host_adapters": sum(adapter.stage is Stage.READY for adapter in self._versions),
             "device_adapters": len(self._residents),
-            "pool_pages_free": sum(pool.num_free),
+            "pool_pages_free": sum(pool.num_free[: len(pool.kinds)]),
             "pool_pages_total": pool.num_pages * len(pool.kinds),
             "pool_bytes": pool.num_bytes,
         }

@@ -6,7 +6,7 @@ from collections import OrderedDict
 from collections.abc import Iterator
 
 from manylora.adapters.adapter import Adapter
-from manylora.adapters.device_pool import DevicePool, Placement, needed_pages
+from manylora.adapters.device_pool import DevicePool, Placement
 from manylora.adapters.weights import AdapterWeights
 
 
@@ -32,13 +32,13 @@ class Residents:
     def try_place(self, adapter: Adapter) -> bool:
         """Make an adapter resident. Others are evicted only if that makes enough room.
 
-        The least recently used go first, and only those that hold pages of a kind that lacks some.
+        The least recently used go first, and only those that hold pages of a group that lacks some.
         """
         assert adapter.weights is not None, f"{adapter} is not loaded"
         if adapter in self._order:
             self._order.move_to_end(adapter)
             return True
-        needed = needed_pages(adapter.weights)
+        needed = adapter.weights.num_pages
         if not self._could_fit(needed):
             return False
         placement = self.pool.try_place(adapter.weights)
@@ -76,12 +76,12 @@ class Residents:
         self.num_evictions += 1
 
     def pages_beside_pinned(self, weights: AdapterWeights, without: Adapter | None = None) -> list[int]:
-        """Pages by kind that are left once only this adapter and the pinned ones are on the device.
+        """Pages by group that are left once only this adapter and the pinned ones are on the device.
 
         Args:
             without: a pinned one that does not count: this one takes its place.
         """
-        left = [self.pool.num_pages - count for count in needed_pages(weights)]
+        left = [total - count for total, count in zip(self.pool.max_pages, weights.num_pages, strict=True)]
         for adapter in self._order:
             if adapter.is_pinned and adapter is not without:
                 left = [n - len(p) for n, p in zip(left, _pages(adapter), strict=True)]
@@ -91,14 +91,21 @@ class Residents:
         """Whether the adapter ever finds room, however much is evicted."""
         return min(self.pages_beside_pinned(weights, without)) >= 0
 
+    def leaves_room_beside_pinned(self, weights: AdapterWeights) -> bool:
+        """Whether the largest adapter finds room beside this one and the pinned ones."""
+        left = self.pages_beside_pinned(weights)
+        return all(count >= need for count, need in zip(left, self.pool.largest_pages, strict=True))
+
     def check(self) -> list[str]:
         """Broken invariants."""
         wrong = [f"device: {adapter} has no pages" for adapter in self._order if adapter.placement is None]
         wrong += self.pool.check()
-        for kind, free in enumerate(self.pool.num_free):
-            held = sum(len(_pages(adapter)[kind]) for adapter in self._order if adapter.placement is not None)
-            if held + free != self.pool.num_pages:
-                wrong.append(f"device: kind {kind} has {held} pages held and {free} free")
+        for group, free in enumerate(self.pool.num_free):
+            held = sum(
+                len(_pages(adapter)[group]) for adapter in self._order if adapter.placement is not None
+            )
+            if held + free != self.pool.max_pages[group]:
+                wrong.append(f"device: group {group} has {held} pages held and {free} free")
         return wrong
 
     def _could_fit(self, needed: tuple[int, ...]) -> bool:

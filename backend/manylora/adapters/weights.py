@@ -1,29 +1,26 @@
 """An adapter in host memory, in the layout of the device pool.
 
-Shape key: L layers of a kind, P pages, S linears of a site, K inputs, N outputs of all S linears together,
-E elements of the buffer.
+Shape key: L layers of a kind, P pages, E elements of the buffer, W inputs or outputs of one linear.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from manylora_kernels import PAGE_ROWS
 
 from manylora.adapters.layout import AdapterLayout
-from manylora.model.spec import SiteKind
-
-__all__ = ["PAGE_ROWS", "AdapterWeights", "KindWeights", "allocate"]
+from manylora.model.parts import PAGE_ROWS, PAGINGS, PagedBy, Part, Spans
+from manylora.model.spec import LinearSpec, SiteKind, page_groups
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KindWeights:
-    """One adapter's part of one kind of site, ready to be copied page by page.
+    """What one adapter has at one kind of site, ready to be copied page by page.
 
     Rank row j of a linear lies in page j // 16, row j % 16. Rows past a linear's own rank, and all rows
     of a linear that the adapter does not target, are zero.
@@ -31,15 +28,21 @@ class KindWeights:
 
     rank: int
     """The highest rank among the kind's targeted linears: 1 .. 16 * P."""
-    a: torch.Tensor
-    """[L, P, S, 16, K], contiguous, a view of the adapter's buffer."""
-    b: torch.Tensor
-    """[L, P, 16, N], the same; the linears' outputs side by side in site order, times (module / adapter
-    scaling)."""
+    parts: Mapping[str, torch.Tensor]
+    """By name, [L, P, ...] with the shape of a page as the table says: contiguous views of the adapter's
+    buffer. `b` is times (module / adapter scaling)."""
 
-    @property
-    def num_pages(self) -> int:
-        return self.a.shape[1]
+    def num_pages(self, paged_by: PagedBy) -> int:
+        """P of the parts that are paged so."""
+        return paged_by.num_pages(self.rank) if self.rank else 0
+
+    def rows_of(self, part: Part, kind: SiteKind, linear: LinearSpec) -> torch.Tensor:
+        """A linear's rows of a part, a view of `parts`: [P, 16, W]."""
+        layer = self.parts[part.name][linear.row]
+        if part.spans is Spans.INPUTS:
+            return layer[:, linear.slice]
+        column = sum(kind.out_features[: linear.slice])
+        return layer[..., column : column + linear.out_features]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,7 +65,12 @@ class AdapterWeights:
     @property
     def num_bytes(self) -> int:
         """Bytes of all tensors, host or device. The buffer has less than 256 more for each."""
-        return sum(t.numel() * t.element_size() for k in self.kinds if k for t in (k.a, k.b))
+        return sum(t.numel() * t.element_size() for kind in self.kinds if kind for t in kind.parts.values())
+
+    @property
+    def num_pages(self) -> tuple[int, ...]:
+        """Pages that the adapter takes, by `page_groups`."""
+        return tuple(kind.num_pages(by) if kind else 0 for by in PAGINGS for kind in self.kinds)
 
 
 def allocate(
@@ -80,12 +88,23 @@ def allocate(
     Returns:
         The buffer [E], and its tensors by kind.
     """
-    layout = AdapterLayout.of(kinds, [-(-rank // PAGE_ROWS) for rank in ranks], dtype)
+    groups = page_groups(kinds)
+    num_pages = [by.num_pages(rank) if rank else 0 for by in PAGINGS for rank in ranks]
+    layout = AdapterLayout.of(groups, num_pages, dtype)
     buffer = _zeros(layout.num_elements, dtype, pin)
+    parts: list[dict[str, torch.Tensor]] = [{} for _ in kinds]
+    for index, places in enumerate(layout.groups):
+        parts[index % len(kinds)].update((name, place.of(buffer)) for name, place in places.items())
     return buffer, tuple(
-        KindWeights(rank=rank, a=parts[0].of(buffer), b=parts[1].of(buffer)) if parts else None
-        for rank, parts in zip(ranks, layout.parts, strict=True)
+        KindWeights(rank=rank, parts=mine) if mine else None for rank, mine in zip(ranks, parts, strict=True)
     )
+
+
+def fill_rows(into: torch.Tensor, part: Part, tensor: torch.Tensor) -> None:
+    """Write a linear's tensor of a part, as PEFT has it, into the linear's rows [P, 16, W] of `rows_of`."""
+    rows_RW = tensor if part.spans is Spans.INPUTS else tensor.T
+    for page, some in enumerate(torch.split(rows_RW, PAGE_ROWS)):
+        into[page, : len(some)] = some
 
 
 def _zeros(num_elements: int, dtype: torch.dtype, pin: bool) -> torch.Tensor:

@@ -111,15 +111,16 @@ def make_plan(config: EngineConfig, model: ModelOutline, device_bytes: int = 0) 
     Raises:
         InvalidArgumentError: the KV cache is too small to start.
     """
-    from manylora.adapters.device_pool import num_pages_of, pool_dtype, staging_elements
+    from manylora.adapters.device_pool import pool_dtype, staging_elements
     from manylora.engine.start_up import capacity
+    from manylora.model.parts import num_pages_of
 
     lora_dtype = pool_dtype(config, model.dtype)
     largest = num_pages_of(config.max_lora_rank)
     num_pages = config.max_loras * largest
     itemsize = lora_dtype.itemsize
     kinds = [
-        Kind(site=k.name, layers=k.num_layers, pages=num_pages, page_bytes=k.page_elements * itemsize)
+        Kind(site=k.name, layers=k.num_layers, pages=num_pages, page_bytes=k.page_elements() * itemsize)
         for k in model.spec.kinds
     ]
     page_set = sum(kind.page_bytes for kind in kinds)

@@ -183,7 +183,7 @@ def _describe(result: _Result, model: ModelOutline, dtype: torch.dtype) -> str:
         modules = [m for m in report.modules if model.spec.linears[m.path].kind == index]
         if modules:
             pages = report.num_pages[index]
-            num_bytes = pages * kind.page_elements * dtype.itemsize
+            num_bytes = pages * kind.page_elements() * dtype.itemsize
             linears = f"{len(modules)} of {kind.num_layers * kind.num_slices}"
             rows.append((_short(kind.name), linears, _range(m.rank for m in modules), pages, size(num_bytes)))
     lines = [

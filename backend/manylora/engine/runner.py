@@ -12,7 +12,7 @@ from manylora_kernels import SitePool
 from manylora_kernels.attention.plan import MAX_HEAD_SIZE
 from manylora_kernels.lora.device_form import form_of
 
-from manylora.adapters.device_pool import DevicePool, num_pages_of
+from manylora.adapters.device_pool import DevicePool
 from manylora.config import EngineConfig
 from manylora.engine import logprobs, sampler
 from manylora.engine.batch import Batch, BatchBuilder, Item, StepTensors
@@ -28,6 +28,7 @@ from manylora.memory import zeros
 from manylora.messages import SamplingParams
 from manylora.model.grouped_attention import LayerCache
 from manylora.model.loading import LoadedModel
+from manylora.model.parts import num_pages_of
 
 log = logging.getLogger(__name__)
 
@@ -59,8 +60,8 @@ class Runner:
         prepare_kernels(model, config, pool.dtype, paged)
         for site in model.sites:
             kind = model.spec.kinds[site.kind]
-            tensors = pool.kinds[site.kind]
-            site.pool = SitePool(a=tensors.a[site.row], b=tensors.b[site.row], widths=kind.out_features)
+            parts = {name: tensor[site.row] for name, tensor in pool.kinds[site.kind].items()}
+            site.pool = SitePool(**parts, widths=kind.out_features)
         self.builder = BatchBuilder(
             device=model.device,
             block_size=config.kv_block_size,

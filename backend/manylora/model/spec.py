@@ -8,7 +8,11 @@ the same site in every layer that has it. Plain Python, so that adapters can be 
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+
+from manylora.model.parts import PAGINGS, PARTS, PagedBy, Part
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,16 +27,47 @@ class SiteKind:
     """K."""
     out_features: tuple[int, ...]
     """N of each of the S linears, in site order."""
+    parts: tuple[Part, ...] = PARTS
+    """What an adapter has here."""
 
     @property
     def num_slices(self) -> int:
         """S."""
         return len(self.out_features)
 
+    def page_shape(self, part: Part) -> tuple[int, ...]:
+        """Of one page of a part in one layer."""
+        return part.page_shape(self.num_slices, self.in_features, sum(self.out_features))
+
+    def page_elements(self, paged_by: PagedBy = PagedBy.RANK_ROWS) -> int:
+        """Elements of one page over all L layers: L * the sum of its parts' shapes. For A and B that is
+        16 * L * the sum over the linears of (K + N)."""
+        parts = [part for part in self.parts if part.paged_by is paged_by]
+        return self.num_layers * sum(math.prod(self.page_shape(part)) for part in parts)
+
+
+@dataclass(frozen=True, slots=True)
+class PageGroup:
+    """The parts of a kind that share pages: page n of each belongs to one adapter."""
+
+    kind: SiteKind
+    paged_by: PagedBy
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        """Of the table."""
+        return tuple(part for part in self.kind.parts if part.paged_by is self.paged_by)
+
     @property
     def page_elements(self) -> int:
-        """Elements of one page (16 rank rows) over all L layers: 16 * L * sum of (K + N)."""
-        return 16 * self.num_layers * sum(self.in_features + n for n in self.out_features)
+        """As of the kind."""
+        return self.kind.page_elements(self.paged_by)
+
+
+def page_groups(kinds: Sequence[SiteKind]) -> tuple[PageGroup, ...]:
+    """All groups of a model's kinds: first those that are paged by rank rows, in the kinds' order, so that
+    group n is of kind n, then the same of those that are paged by adapter."""
+    return tuple(PageGroup(kind, paged_by) for paged_by in PAGINGS for kind in kinds)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -42,7 +42,7 @@ def read(data: bytes, config: bytes, spec: ModelSpec = SPEC) -> None:
             return
     assert report.modules
     for kind in weights.kinds:
-        assert kind is None or bool(torch.isfinite(kind.a).all() and torch.isfinite(kind.b).all())
+        assert kind is None or all(bool(torch.isfinite(part).all()) for part in kind.parts.values())
 
 
 @settings(max_examples=150, deadline=None)

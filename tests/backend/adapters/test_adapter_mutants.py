@@ -95,8 +95,8 @@ def delta_of(weights: AdapterWeights, linear: LinearSpec, spec: ModelSpec = SPEC
         return torch.zeros(linear.out_features, linear.in_features, dtype=torch.float64)
     kind = spec.kinds[linear.kind]
     first = sum(kind.out_features[: linear.slice])
-    a = pages.a[linear.row, :, linear.slice].reshape(-1, linear.in_features).double()
-    b = pages.b[linear.row].reshape(-1, sum(kind.out_features)).double()
+    a = pages.parts["a"][linear.row, :, linear.slice].reshape(-1, linear.in_features).double()
+    b = pages.parts["b"][linear.row].reshape(-1, sum(kind.out_features)).double()
     return weights.scale * (b[:, first : first + linear.out_features].T @ a)
 
 

@@ -14,11 +14,11 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 from manylora.adapters import device_pool as device_pool_module
 from manylora.adapters.copy_stream import Copied, NoCopyStream
-from manylora.adapters.device_pool import DevicePool, Placement, needed_pages, runs_of
+from manylora.adapters.device_pool import DevicePool, Placement, runs_of
 from manylora.adapters.layout import ALIGNMENT_BYTES, AdapterLayout
 from manylora.adapters.peft_format import read_adapter
 from manylora.adapters.weights import AdapterWeights, allocate
-from manylora.model.spec import ModelSpec, SiteKind
+from manylora.model.spec import ModelSpec, SiteKind, page_groups
 from torch.utils._python_dispatch import TorchDispatchMode
 
 CPU = torch.device("cpu")
@@ -50,7 +50,7 @@ def make_weights(
     buffer.fill_(math.nan)
     generator = torch.Generator().manual_seed(seed)
     for kind in kinds:
-        for tensor in (kind.a, kind.b) if kind else ():
+        for tensor in kind.parts.values() if kind else ():
             tensor.copy_(torch.rand(tensor.shape, generator=generator))
     return AdapterWeights(version=str(seed), scale=1.0, max_rank=max(ranks), buffer=buffer, kinds=kinds)
 
@@ -64,8 +64,8 @@ def fragment(pool: DevicePool, held: Sequence[int]) -> None:
         assert filler.pages == ((page,),) * len(pool.kinds)
         pool.await_copy(filler)
     for kind in pool.kinds:
-        kind.a.fill_(math.nan)
-        kind.b.fill_(math.nan)
+        for part in kind.values():
+            part.fill_(math.nan)
     # Only now, as behind a step: the next copies wait for the poison.
     for page, filler in enumerate(fillers):
         if filler is not None and page not in held:
@@ -80,10 +80,10 @@ def bits(tensor: torch.Tensor) -> torch.Tensor:
 def holds(pool: DevicePool, placement: Placement, weights: AdapterWeights) -> bool:
     pool.await_copy(placement)
     return all(
-        torch.equal(bits(kind.a[:, list(pages)]), bits(source.a))
-        and torch.equal(bits(kind.b[:, list(pages)]), bits(source.b))
+        torch.equal(bits(kind[name][:, list(pages)]), bits(part))
         for kind, source, pages in zip(pool.kinds, weights.kinds, placement.pages, strict=True)
         if source is not None
+        for name, part in source.parts.items()
     )
 
 
@@ -92,7 +92,7 @@ def is_poisoned(pool: DevicePool, placements: Sequence[Placement]) -> bool:
     for index, kind in enumerate(pool.kinds):
         taken = {page for placement in placements for page in placement.pages[index]}
         others = [page for page in range(pool.num_pages) if page not in taken]
-        if not (kind.a[:, others].isnan().all() and kind.b[:, others].isnan().all()):
+        if not all(part[:, others].isnan().all() for part in kind.values()):
             return False
     return True
 
@@ -118,8 +118,7 @@ def test_pages_are_the_same_through_the_buffer_and_from_the_host(
         placements.append(placement.pages)
     assert placements[0] == placements[1]
     for one, other in zip(*(pool.kinds for pool in pools), strict=True):
-        assert torch.equal(bits(one.a), bits(other.a))
-        assert torch.equal(bits(one.b), bits(other.b))
+        assert all(torch.equal(bits(one[name]), bits(other[name])) for name in one)
 
 
 def test_a_rank_64_adapter_may_lie_in_several_runs() -> None:
@@ -208,15 +207,17 @@ PAGES = st.tuples(*[st.integers(0, 5)] * 3)
 def test_tensors_are_aligned_apart_and_within_the_buffer(
     pages: tuple[int, ...], more: tuple[int, ...], dtype: torch.dtype
 ) -> None:
-    layout = AdapterLayout.of(SPEC.kinds, pages, dtype)
+    layout = AdapterLayout.of(page_groups(SPEC.kinds), pages, dtype)
     end = 0
-    for part in (part for parts in layout.parts if parts for part in parts):
+    for part in (part for group in layout.groups for part in group.values()):
         assert part.start * dtype.itemsize % ALIGNMENT_BYTES == 0
         assert 0 <= part.start - end < ALIGNMENT_BYTES // dtype.itemsize
         end = part.start + math.prod(part.shape)
     assert 0 <= layout.num_elements - end < ALIGNMENT_BYTES // dtype.itemsize
-    assert [parts is None for parts in layout.parts] == [count == 0 for count in pages]
-    larger = AdapterLayout.of(SPEC.kinds, [one + two for one, two in zip(pages, more, strict=True)], dtype)
+    assert [bool(group) for group in layout.groups] == [bool(count) for count in pages]
+    larger = AdapterLayout.of(
+        page_groups(SPEC.kinds), [one + two for one, two in zip(pages, more, strict=True)], dtype
+    )
     assert larger.num_elements >= layout.num_elements
 
 
@@ -226,15 +227,17 @@ def test_an_adapter_that_is_read_lies_in_one_buffer(
 ) -> None:
     directory: Path = write()
     weights, _ = read_adapter(directory, llama_spec, max_lora_rank=4, dtype=dtype, pin=False)
-    layout = AdapterLayout.of(llama_spec.kinds, needed_pages(weights), dtype)
+    layout = AdapterLayout.of(page_groups(llama_spec.kinds), weights.num_pages, dtype)
     assert weights.buffer.shape == (layout.num_elements,)
     assert weights.buffer.dtype == dtype
-    for kind, parts in zip(weights.kinds, layout.parts, strict=True):
-        assert (kind is None) == (parts is None)
-        if kind is not None and parts is not None:
-            for tensor, part in zip((kind.a, kind.b), parts, strict=True):
-                assert tensor.shape == part.shape
-                assert tensor.data_ptr() == weights.buffer.data_ptr() + part.start * dtype.itemsize
+    for kind, places in zip(weights.kinds, layout.groups, strict=True):
+        assert (kind is None) == (not places)
+        if kind is not None:
+            assert list(kind.parts) == list(places)
+            for name, place in places.items():
+                assert kind.parts[name].shape == place.shape
+                address = weights.buffer.data_ptr() + place.start * dtype.itemsize
+                assert kind.parts[name].data_ptr() == address
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="memory can be page-locked here")
@@ -282,8 +285,8 @@ class Machine(RuleBasedStateMachine):
         for pool, placement in zip(self.pools, placements, strict=True):
             pool.free(placement)
             for kind, pages in zip(pool.kinds, placement.pages, strict=True):
-                kind.a[:, list(pages)] = math.nan
-                kind.b[:, list(pages)] = math.nan
+                for part in kind.values():
+                    part[:, list(pages)] = math.nan
 
     @invariant()
     def every_adapter_is_whole_and_nothing_else_is_written(self) -> None:
@@ -349,13 +352,12 @@ def test_pages_that_a_running_step_reads_are_not_overwritten() -> None:
     keep_busy(1)
     torch.cuda.synchronize()
     busy = keep_busy()
-    read = [(kind.a.clone(), kind.b.clone()) for kind in pool.kinds]
+    read = [{name: part.clone() for name, part in kind.items()} for kind in pool.kinds]
     pool.free(placement)
     placement = pool.try_place(new)
     assert placement is not None
     assert not busy.query(), "the host waited for the step"
     assert holds(pool, placement, new)
-    for (a, b), source in zip(read, old.kinds, strict=True):
+    for parts, source in zip(read, old.kinds, strict=True):
         assert source is not None
-        assert torch.equal(bits(a), bits(source.a))
-        assert torch.equal(bits(b), bits(source.b))
+        assert all(torch.equal(bits(parts[name]), bits(part)) for name, part in source.parts.items())

@@ -80,10 +80,10 @@ def test_32_adapters_of_rank_16_are_resident_where_8_of_rank_64_are_reserved() -
 def test_placing_is_all_or_nothing() -> None:
     pool = DevicePool(SPEC, 1, 32, torch.float32, CPU)
     assert pool.try_place(make_weights((0, 32, 0), 1.0)) is not None
-    before = [kind.a.clone() for kind in pool.kinds]
+    before = [kind["a"].clone() for kind in pool.kinds]
     assert pool.try_place(make_weights((16, 16, 16), 2.0)) is None
     assert pool.num_free == (2, 0, 2)
-    assert all(torch.equal(one, kind.a) for one, kind in zip(before, pool.kinds, strict=True))
+    assert all(torch.equal(one, kind["a"]) for one, kind in zip(before, pool.kinds, strict=True))
 
 
 def test_an_adapter_of_another_dtype_is_a_mistake() -> None:
@@ -128,7 +128,7 @@ def test_check_sees_pages_that_are_given_back_too_early() -> None:
 
 def holds(pool: DevicePool, placement: Placement | None, value: float) -> bool:
     return placement is not None and all(
-        bool((kind.a[:, list(pages)] == value).all() and (kind.b[:, list(pages)] == value).all())
+        all(bool((part[:, list(pages)] == value).all()) for part in kind.values())
         for kind, pages in zip(pool.kinds, placement.pages, strict=True)
         if pages
     )

@@ -124,8 +124,8 @@ def delta_of(weights: AdapterWeights, spec: ModelSpec, linear: LinearSpec) -> to
     if pages is None:
         return torch.zeros(linear.out_features, linear.in_features)
     first = sum(kind.out_features[: linear.slice])
-    a = pages.a[linear.row, :, linear.slice].reshape(-1, linear.in_features).float()
-    b = pages.b[linear.row].reshape(-1, sum(kind.out_features)).float()
+    a = pages.parts["a"][linear.row, :, linear.slice].reshape(-1, linear.in_features).float()
+    b = pages.parts["b"][linear.row].reshape(-1, sum(kind.out_features)).float()
     return weights.scale * (b[:, first : first + linear.out_features].T @ a)
 
 
@@ -220,9 +220,9 @@ def test_forward_through_the_pool_equals_peft(tmp_path: Path) -> None:
     linear = spec.linears[path]
     pages = list(placement.pages[linear.kind])
     x = torch.randn(5, linear.in_features)
-    a = pool.kinds[linear.kind].a[linear.row, pages, linear.slice].reshape(-1, linear.in_features)
+    a = pool.kinds[linear.kind]["a"][linear.row, pages, linear.slice].reshape(-1, linear.in_features)
     first = sum(spec.kinds[linear.kind].out_features[: linear.slice])
-    b = pool.kinds[linear.kind].b[linear.row, pages].flatten(0, 1)[:, first : first + linear.out_features]
+    b = pool.kinds[linear.kind]["b"][linear.row, pages].flatten(0, 1)[:, first : first + linear.out_features]
     module = wrapped.base_model.model.get_submodule(path)
     expected = module.lora_B["default"](module.lora_A["default"](x)) * module.scaling["default"]
     torch.testing.assert_close(weights.scale * (x @ a.T @ b), expected.detach(), rtol=1e-5, atol=1e-4)

@@ -126,9 +126,10 @@ def holds(registry: Registry, lease: Lease, spec: ModelSpec) -> bool:
     weights, _ = read_adapter(directory, spec, max_lora_rank=64, dtype=torch.float32, pin=False)
     pool = registry._residents.pool
     return all(
-        torch.equal(tensors.a[:, list(pages)], kind.a) and torch.equal(tensors.b[:, list(pages)], kind.b)
+        torch.equal(tensors[name][:, list(pages)], part)
         for tensors, pages, kind in zip(pool.kinds, placement.pages, weights.kinds, strict=True)
         if kind is not None
+        for name, part in kind.parts.items()
     )
 
 

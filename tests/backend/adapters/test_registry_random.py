@@ -351,8 +351,8 @@ class Machine(RuleBasedStateMachine):
                 placement = lease.placement
                 assert placement is not None
                 for kind, pages in zip(pool.kinds, placement.pages, strict=True):
-                    assert bool((kind.a[:, list(pages)] == float(lease.version)).all())
-                    assert bool((kind.b[:, list(pages)] == float(lease.version)).all())
+                    for part in kind.values():
+                        assert bool((part[:, list(pages)] == float(lease.version)).all())
 
     @property
     def whole(self) -> list[str]:

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from manylora.adapters.device_pool import num_pages_of
+from manylora.adapters.device_pool import largest_pages
 from manylora.config import EngineConfig
 from manylora.engine.step_graphs import buckets
 from manylora.errors import InvalidArgumentError
 from manylora.model.loading import PROBE_LENGTHS
-from manylora.model.spec import SiteKind
+from manylora.model.spec import SiteKind, page_groups
 
 _DEFAULT_TOKENS_PER_SEQ = 1024
 GRAPH_BYTES = 16 << 20
@@ -105,8 +105,8 @@ def num_dry_run_blocks(config: EngineConfig, max_model_len: int) -> int:
 
 def pool_bytes(kinds: Sequence[SiteKind], config: EngineConfig, itemsize: int) -> int:
     """Of the device pool's pages."""
-    num_pages = config.max_loras * num_pages_of(config.max_lora_rank)
-    return num_pages * itemsize * sum(kind.page_elements for kind in kinds)
+    pages = zip(largest_pages(kinds, config.max_lora_rank), page_groups(kinds), strict=True)
+    return config.max_loras * itemsize * sum(count * group.page_elements for count, group in pages)
 
 
 def step_bytes(kinds: Sequence[SiteKind], config: EngineConfig, itemsize: int, vocab_size: int) -> int:

@@ -8,9 +8,9 @@ import time
 import torch
 from manylora_kernels import ServedAttention, ServedShapes, SiteShape, warmup, warmup_attention
 
-from manylora.adapters.device_pool import num_pages_of
 from manylora.config import EngineConfig
 from manylora.model.loading import LoadedModel
+from manylora.model.parts import num_pages_of
 
 log = logging.getLogger(__name__)
 
