@@ -77,7 +77,9 @@ class ModelBed:
         self.is_compiled = False
         if compiles(self.config, device):
             with _told("compiled"):
-                self.is_compiled = compile_forward(self.model.module, logits_tolerance(dtype))
+                self.is_compiled = compile_forward(
+                    self.model.module, self.model.context, logits_tolerance(dtype)
+                )
         with _told("pool, kernels"):
             self.pool = DevicePool(self.model.spec, max_adapters, RANK, dtype, device)
             # Without a GPU the interpreter runs what a GPU would.
@@ -136,17 +138,16 @@ class ModelBed:
     def forward(self, batch: Batch) -> Callable[[], torch.Tensor]:
         """The model's forward pass alone, on tensors that are there already: what a graph can hold."""
         step = self.runner.builder.build(batch)
-        self.model.holder.mix = step.mix
 
         def run() -> torch.Tensor:
-            output: Any = self.model.module(
-                input_ids=step.input_ids,
-                position_ids=step.positions,
-                use_cache=False,
-                # None, where the builder knows it: all rows.
-                logits_to_keep=0 if step.sample_rows is None else step.sample_rows,
-                manylora_plan=step.plan,
-            )
+            with self.model.context.during(step.plan, step.mix):
+                output: Any = self.model.module(
+                    input_ids=step.input_ids,
+                    position_ids=step.positions,
+                    use_cache=False,
+                    # None, where the builder knows it: all rows.
+                    logits_to_keep=0 if step.sample_rows is None else step.sample_rows,
+                )
             logits: torch.Tensor = output.logits[0]
             return logits
 

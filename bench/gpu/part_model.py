@@ -90,7 +90,6 @@ def _forward(context: Context, bed: ModelBed, num_seqs: int, mine: list[int]) ->
             return graph_of(bed.forward(bed.decode(num_seqs, mix)), context.device)
 
         found = attempt(recorded)
-        bed.model.holder.mix = None
         if isinstance(found, str):
             yield context.row("decode", FORWARD, rows=num_seqs, adapters=mix, result=found)
         else:

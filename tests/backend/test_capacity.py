@@ -103,12 +103,12 @@ def test_caches_made_anew_serve_as_the_first_ones(tiny_model: Callable[..., Path
     pool = DevicePool(model.spec, 1, 16, model.dtype, model.device)
     first = capacity.num_dry_run_blocks(config, model.max_model_len)
     runner = Runner(model, config, pool, num_blocks=first)
-    rows = {cache.keys.shape[0] for cache in runner.builder.caches.values()}
+    rows = {cache.keys.shape[0] for cache in runner.model.context.caches.values()}
     runner.make_caches(0)
     runner.make_caches(40)
     runner.prove_packing()
     assert rows == {first * 16}
-    assert {cache.keys.shape[0] for cache in runner.builder.caches.values()} == {40 * 16}
+    assert {cache.keys.shape[0] for cache in runner.model.context.caches.values()} == {40 * 16}
     assert runner.num_blocks == 40
 
 

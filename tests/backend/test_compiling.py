@@ -51,7 +51,7 @@ def compile_with(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], CompileCoun
     def choose(backend: str) -> CompileCounterWithBackend:
         counter = CompileCounterWithBackend(backend)
         monkeypatch.setattr(
-            loading, "compile_forward", lambda module, tolerance: compile_forward(module, tolerance, counter)
+            loading, "compile_forward", lambda *arguments: compile_forward(*arguments, counter)
         )
         return counter
 
@@ -122,15 +122,12 @@ def loaded_of(tiny_model: Callable[..., Path], **options: Any) -> loading.Loaded
     return loading.load_model(EngineConfig(base_model=str(tiny_model("llama")), num_threads=1, **options))
 
 
-def call(module: torch.nn.Module, num_tokens: int, rows: list[int]) -> torch.Tensor:
+def call(loaded: loading.LoadedModel, num_tokens: int, rows: list[int]) -> torch.Tensor:
     ids = (7 + torch.arange(num_tokens))[None]
-    output = module(
-        input_ids=ids,
-        position_ids=ids - 7,
-        use_cache=False,
-        logits_to_keep=torch.tensor(rows),
-        manylora_plan=CacheProbe(),
-    )
+    with loaded.context.during(CacheProbe()):
+        output = loaded.module(
+            input_ids=ids, position_ids=ids - 7, use_cache=False, logits_to_keep=torch.tensor(rows)
+        )
     logits: torch.Tensor = output.logits
     return logits
 
@@ -151,11 +148,11 @@ def test_steps_of_any_size_run_what_was_compiled(tiny_model: Callable[..., Path]
 
         return run
 
-    assert compile_forward(loaded.module, MISMATCH, backend)
+    assert compile_forward(loaded.module, loaded.context, MISMATCH, backend)
     compiled = len(runs)
     for num_tokens, rows in STEPS:
         with torch.inference_mode(inside), torch.no_grad():
-            found, wanted = call(loaded.module, num_tokens, rows), call(own.module, num_tokens, rows)
+            found, wanted = call(loaded, num_tokens, rows), call(own, num_tokens, rows)
             assert found.is_inference() == inside
         assert found.shape == wanted.shape
         torch.testing.assert_close(found, wanted)
@@ -178,11 +175,11 @@ def test_a_model_that_cannot_be_compiled_serves_as_it_is(
 
     own, loaded = loaded_of(tiny_model), loaded_of(tiny_model)
     with caplog.at_level(logging.WARNING, "manylora.model.compiling"):
-        assert not compile_forward(loaded.module, MISMATCH, broken)
+        assert not compile_forward(loaded.module, loaded.context, MISMATCH, broken)
     assert "LlamaForCausalLM cannot be compiled" in caplog.text
     assert "no such instruction" in caplog.text
     with torch.inference_mode():
-        assert torch.equal(call(loaded.module, 5, [4]), call(own.module, 5, [4]))
+        assert torch.equal(call(loaded, 5, [4]), call(own, 5, [4]))
 
 
 def test_a_compiler_that_is_wrong_is_not_used(
@@ -193,10 +190,10 @@ def test_a_compiler_that_is_wrong_is_not_used(
 
     own, loaded = loaded_of(tiny_model), loaded_of(tiny_model)
     with caplog.at_level(logging.WARNING, "manylora.model.compiling"):
-        assert not compile_forward(loaded.module, MISMATCH, wrong)
+        assert not compile_forward(loaded.module, loaded.context, MISMATCH, wrong)
     assert "logits differ by 0.01 of the largest, allowed is 0.001" in caplog.text
     with torch.inference_mode():
-        assert torch.equal(call(loaded.module, 5, [4]), call(own.module, 5, [4]))
+        assert torch.equal(call(loaded, 5, [4]), call(own, 5, [4]))
 
 
 def test_a_failed_step_leaves_the_model_as_it_was(
@@ -210,7 +207,7 @@ def test_a_failed_step_leaves_the_model_as_it_was(
     wanted = answers(make_config("llama", "false"))
     with Engine(config) as engine:
         runner = engine.runner
-        monkeypatch.setattr(runner.builder.caches[2], "keys", None)
+        monkeypatch.setattr(runner.model.context.caches[2], "keys", None)
         with pytest.raises(InternalError):
             engine.generate([prompts()[0]], max_tokens=2)
         monkeypatch.undo()

@@ -10,8 +10,9 @@ import torch
 from manylora import EngineConfig
 from manylora.model.gated import GatedUnit, find_gated_units, put_gates_first
 from manylora.model.loading import load_model
-from manylora.model.lora_layers import GatedLinear, MixHolder, find_sites, replace_linears
+from manylora.model.lora_layers import GatedLinear, find_sites, replace_linears
 from manylora.model.spec import ModelSpec
+from manylora.model.step_context import StepContext
 from torch.nn import functional
 
 K, WIDTH, NUM_ROWS = 24, 40, 5
@@ -116,7 +117,7 @@ def test_a_gated_unit_is_found_and_computes_the_same(
     expected = model(x)
     ordered = put_gates_first(spec, found)
     assert [ordered.linears[found[0].gate].slice, ordered.linears[found[0].up].slice] == [0, 1]
-    replace_linears(model, ordered, MixHolder(), found)
+    replace_linears(model, ordered, StepContext(), found)
     tolerance = 16 * torch.finfo(dtype).eps
     torch.testing.assert_close(model(x), expected, rtol=tolerance, atol=tolerance)
 

@@ -21,8 +21,8 @@ from manylora.engine.graph_recorder import PlainRecorder, Replay
 from manylora.engine.start_up import graph_start
 from manylora.engine.step_graphs import StepGraphs, buckets
 from manylora.model import loading
-from manylora.model.attention import AttentionPlan
 from manylora.model.compiling import compile_forward
+from manylora.model.paged_attention import PagedPlan
 from manylora_kernels import Mix
 from manylora_kernels.attention.paged_batch import PagedBatch
 from manylora_kernels.lora.device_form import form_of
@@ -161,9 +161,7 @@ def test_all_that_a_gpu_is_served_with_at_once(config: EngineConfig, monkeypatch
 
         return run
 
-    monkeypatch.setattr(
-        loading, "compile_forward", lambda module, tolerance: compile_forward(module, tolerance, backend)
-    )
+    monkeypatch.setattr(loading, "compile_forward", lambda *arguments: compile_forward(*arguments, backend))
     with Engine(replace(config, compile_model="true")) as engine:
         graphs = engine.runner.graphs
         assert graphs is not None
@@ -304,7 +302,6 @@ def toy(steps: list[StepTensors]) -> StepGraphs:
     builder = BatchBuilder(
         device=torch.device(DEVICE),
         block_size=4,
-        caches={},
         max_loras=2,
         max_pages=1,
         num_kinds=1,
@@ -315,8 +312,9 @@ def toy(steps: list[StepTensors]) -> StepGraphs:
     def forward(step: StepTensors) -> torch.Tensor:
         steps.append(step)
         assert step.sample_rows is None
-        assert step.plan.paged is not None
-        rows = [step.input_ids[0], step.positions[0], step.plan.paged.contexts, step.plan.write_rows]
+        assert isinstance(step.plan, PagedPlan)
+        batch = step.plan.batch
+        rows = [step.input_ids[0], step.positions[0], batch.contexts, batch.write_rows]
         if step.mix is not None:
             rows.append(step.mix.step.packed[: step.mix.num_rows])
         return torch.nn.functional.pad(torch.stack(rows, 1).float(), (0, 5 - len(rows)))
@@ -345,7 +343,7 @@ def toy_step(ids: list[int], num_rows: int, slots: list[int] | None) -> StepTens
         input_ids=padded.to(DEVICE),
         positions=torch.arange(num_rows, device=DEVICE)[None],
         sample_rows=None,
-        plan=AttentionPlan(write_rows=paged.write_rows, groups=[], paged=paged, caches={}),
+        plan=PagedPlan(paged),
         mix=mix,
     )
 

@@ -18,8 +18,9 @@ from manylora_kernels.upload import upload
 
 from manylora.errors import ManyloraError
 from manylora.messages import TokenLogprobs
-from manylora.model.attention import AttentionPlan
-from manylora.model.grouped_attention import Group, LayerCache
+from manylora.model.grouped_attention import Group, GroupedPlan
+from manylora.model.paged_attention import PagedPlan
+from manylora.model.step_context import AttentionPlan
 
 if TYPE_CHECKING:
     from manylora.engine.flight import Flight
@@ -95,7 +96,6 @@ class BatchBuilder:
 
     device: torch.device
     block_size: int
-    caches: dict[int, LayerCache]
     max_loras: int
     max_pages: int
     """Most pages of one adapter in one kind."""
@@ -153,7 +153,7 @@ class BatchBuilder:
         return input_ids
 
     def _plan_paged(self, items: list[Item], num_rows: int | None) -> AttentionPlan:
-        paged = PagedBatch.build(
+        batch = PagedBatch.build(
             [item.num_tokens for item in items],
             [item.end for item in items],
             [item.sequence.blocks(-(-item.end // self.block_size)) for item in items],
@@ -161,7 +161,7 @@ class BatchBuilder:
             self.device,
             num_rows=num_rows,
         )
-        return AttentionPlan(write_rows=paged.write_rows, groups=[], caches=self.caches, paged=paged)
+        return PagedPlan(batch)
 
     def _plan(self, groups: list[list[Item]]) -> AttentionPlan:
         write_rows = np.concatenate([self._rows(item)[item.start :] for group in groups for item in group])
@@ -169,7 +169,7 @@ class BatchBuilder:
         for group in groups:
             plan_groups.append(self._plan_group(group, first_row, whole=len(groups) == 1))
             first_row += sum(item.num_tokens for item in group)
-        return AttentionPlan(write_rows=self._tensor(write_rows), groups=plan_groups, caches=self.caches)
+        return GroupedPlan(write_rows=self._tensor(write_rows), groups=plan_groups)
 
     def _group(self, items: list[Item]) -> list[list[Item]]:
         singles = sorted((i for i in items if i.num_tokens == 1), key=lambda i: i.end)

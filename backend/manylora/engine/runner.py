@@ -26,9 +26,9 @@ from manylora.engine.step_graphs import StepGraphs
 from manylora.errors import UnsupportedError
 from manylora.memory import zeros
 from manylora.messages import SamplingParams
-from manylora.model.grouped_attention import LayerCache
 from manylora.model.loading import LoadedModel
 from manylora.model.parts import num_pages_of
+from manylora.model.step_context import LayerCache
 
 log = logging.getLogger(__name__)
 
@@ -65,7 +65,6 @@ class Runner:
         self.builder = BatchBuilder(
             device=model.device,
             block_size=config.kv_block_size,
-            caches={},
             max_loras=config.max_loras,
             max_pages=num_pages_of(config.max_lora_rank),
             num_kinds=len(model.spec.kinds),
@@ -78,7 +77,7 @@ class Runner:
         """Give each layer a KV cache of so many blocks, in the place of the one that it has. Graphs that read
         that one must not be replayed any more."""
         self.num_blocks = num_blocks
-        caches = self.builder.caches
+        caches = self.model.context.caches
         # Before the new ones: both may be more than there is.
         caches.clear()
         for layer, shape in self.model.layers.items():
@@ -112,18 +111,14 @@ class Runner:
 
     def _forward(self, step: StepTensors) -> torch.Tensor:
         """[number of sampled rows, V], operator by operator."""
-        self.model.holder.mix = step.mix
-        try:
+        with self.model.context.during(step.plan, step.mix):
             output = self.model.module(
                 input_ids=step.input_ids,
                 position_ids=step.positions,
                 use_cache=False,
                 # 0 keeps all, without an index.
                 logits_to_keep=0 if step.sample_rows is None else step.sample_rows,
-                manylora_plan=step.plan,
             )
-        finally:
-            self.model.holder.mix = None
         logits: torch.Tensor = output.logits[0]
         return logits
 

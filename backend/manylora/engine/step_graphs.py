@@ -36,7 +36,7 @@ from manylora_kernels.attention.paged_batch import PagedBatch
 
 from manylora.engine.batch import BatchBuilder, StepTensors
 from manylora.engine.graph_recorder import Recorder, Replay
-from manylora.model.attention import AttentionPlan
+from manylora.model.paged_attention import PagedPlan
 
 log = logging.getLogger(__name__)
 
@@ -148,13 +148,13 @@ class StepGraphs:
         rows = step.input_ids.shape[1]
         has_adapters = step.mix is not None and not step.mix.is_empty
         graph = self._graphs.get((rows, has_adapters))
-        if graph is None or step.plan.paged is None or self._logits is None:
+        if graph is None or not isinstance(step.plan, PagedPlan) or self._logits is None:
             raise ValueError(f"step: found {rows} rows, allowed decodes in {self.buckets} rows")
         mine = graph.step
-        assert mine.plan.paged is not None
+        assert isinstance(mine.plan, PagedPlan)
         mine.input_ids.copy_(step.input_ids)
         mine.positions.copy_(step.positions)
-        mine.plan.paged.copy_from(step.plan.paged)
+        mine.plan.batch.copy_from(step.plan.batch)
         if mine.mix is not None and step.mix is not None:
             mine.mix.copy_from(step.mix)
         graph.replay()
@@ -173,15 +173,12 @@ class StepGraphs:
 
     def _inputs(self, rows: int, mix: Mix | None) -> StepTensors:
         """The first rows of the shared tensors, with a mix of their own."""
-        paged = self._paged.first(rows)
         return StepTensors(
             # With the strides of a tensor of its own: compiled model code is for no others.
             input_ids=self._input_ids[:rows][None],
             positions=self._positions[:rows][None],
             sample_rows=None,
-            plan=AttentionPlan(
-                write_rows=paged.write_rows, groups=[], paged=paged, caches=self._builder.caches
-            ),
+            plan=PagedPlan(self._paged.first(rows)),
             mix=mix,
         )
 

@@ -18,7 +18,8 @@ from typing import Any, TypeAlias
 import torch
 from transformers.modeling_outputs import CausalLMOutput
 
-from manylora.model.attention import AttentionPlan, CacheProbe, PlanHolder
+from manylora.model.attention import CacheProbe
+from manylora.model.step_context import StepContext
 
 log = logging.getLogger(__name__)
 
@@ -31,11 +32,14 @@ _MANY = (61, 3)
 _ONE = (1, 1)
 
 
-def compile_forward(module: torch.nn.Module, tolerance: float, backend: Backend = "inductor") -> bool:
+def compile_forward(
+    module: torch.nn.Module, context: StepContext, tolerance: float, backend: Backend = "inductor"
+) -> bool:
     """Replace the model's forward by a compiled one, if it compiles and says the same.
 
     Args:
         module: a model of transformers with our sites and attention.
+        context: where these find the running step.
         tolerance: how far logits may be apart, as a share of the largest.
         backend: what compiles.
 
@@ -44,7 +48,7 @@ def compile_forward(module: torch.nn.Module, tolerance: float, backend: Backend 
     """
     name = type(module).__name__
     try:
-        compiled = CompiledForward(module, backend)
+        compiled = CompiledForward(module, context, backend)
         difference = max(compiled.compile(*example) for example in (_ONE, _MANY))
     except Exception as error:  # whatever a compiler may raise: it is no reason not to serve
         log.warning("%s cannot be compiled (%s: %s); it runs as it is", name, type(error).__name__, error)
@@ -62,10 +66,10 @@ def compile_forward(module: torch.nn.Module, tolerance: float, backend: Backend 
 class CompiledForward:
     """Stands for a model's forward: takes what the engine's steps hand over, and nothing else."""
 
-    def __init__(self, module: torch.nn.Module, backend: Backend) -> None:
+    def __init__(self, module: torch.nn.Module, context: StepContext, backend: Backend) -> None:
         self._own = module.forward
         self._device = next(module.parameters()).device
-        self._holder = PlanHolder()
+        self._context = context
         self._compiled = torch.compile(self._logits_function(), backend=backend)
 
     def __call__(
@@ -74,7 +78,6 @@ class CompiledForward:
         input_ids: torch.Tensor,
         position_ids: torch.Tensor,
         logits_to_keep: torch.Tensor | int,
-        manylora_plan: AttentionPlan | CacheProbe,
         use_cache: bool = False,
     ) -> CausalLMOutput:
         """Compute logits [1, S, V] of the rows `logits_to_keep` [S] of a step of `input_ids` [1, T]; 0 keeps
@@ -85,7 +88,7 @@ class CompiledForward:
             logits_to_keep = torch.arange(input_ids.shape[1], device=self._device)
         # Never a compilation while others wait: what does not fit runs uncompiled.
         with torch.inference_mode(), torch.compiler.set_stance("eager_on_recompile"):
-            logits = self._run(input_ids, position_ids, logits_to_keep, manylora_plan)
+            logits = self._run(input_ids, position_ids, logits_to_keep)
         # Whoever calls from outside of inference mode may go on to change what he gets.
         return CausalLMOutput(logits=logits if torch.is_inference_mode_enabled() else logits.clone())
 
@@ -98,42 +101,31 @@ class CompiledForward:
         """
         ids = torch.arange(num_tokens, device=self._device)
         tensors = (ids[None], ids.clone()[None], ids[-num_wanted:].clone())
-        probe = CacheProbe()
-        own: torch.Tensor = self._own(
-            input_ids=tensors[0],
-            position_ids=tensors[1],
-            use_cache=False,
-            logits_to_keep=tensors[2],
-            manylora_plan=probe,
-        ).logits
+        with self._context.during(CacheProbe()):
+            own: torch.Tensor = self._own(
+                input_ids=tensors[0],
+                position_ids=tensors[1],
+                use_cache=False,
+                logits_to_keep=tensors[2],
+            ).logits
         if num_tokens > 1:
             for tensor in tensors:
                 torch._dynamo.mark_dynamic(tensor, tensor.dim() - 1)
-        with torch.compiler.set_stance("default"):
-            found = self._run(*tensors, probe)
+        with torch.compiler.set_stance("default"), self._context.during(CacheProbe()):
+            found = self._run(*tensors)
         scale = own.float().abs().max().clamp(min=1.0)
         return float((found.float() - own.float()).abs().max() / scale)
 
-    def _run(
-        self,
-        input_ids: torch.Tensor,
-        position_ids: torch.Tensor,
-        wanted: torch.Tensor,
-        plan: AttentionPlan | CacheProbe,
-    ) -> torch.Tensor:
+    def _run(self, input_ids: torch.Tensor, position_ids: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
         # One row of many is asked for twice: a size of one would be code of its own.
         is_alone = input_ids.shape[1] > 1 and wanted.shape[0] == 1
         if is_alone:
             wanted = wanted.repeat(2)
-        self._holder.plan = plan
-        try:
-            logits = self._compiled(*map(_of_inference, (input_ids, position_ids, wanted)))
-        finally:
-            self._holder.plan = None
+        logits: torch.Tensor = self._compiled(*map(_of_inference, (input_ids, position_ids, wanted)))
         return logits[:, :1] if is_alone else logits
 
     def _logits_function(self) -> Callable[..., torch.Tensor]:
-        own, number = self._own, self._holder.number
+        own, number = self._own, self._context.number
 
         def logits(input_ids: torch.Tensor, position_ids: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
             output = own(
@@ -141,7 +133,6 @@ class CompiledForward:
                 position_ids=position_ids,
                 use_cache=False,
                 logits_to_keep=wanted,
-                manylora_plan=number,
             )
             result: torch.Tensor = output.logits
             return result

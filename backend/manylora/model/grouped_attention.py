@@ -10,6 +10,7 @@ decodes reads keys and values where they lie; elsewhere these are gathered, too.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -17,16 +18,7 @@ from manylora_kernels.attention import cpu as attention_cpu
 from manylora_kernels.attention.plan import Scoring
 from torch.nn import functional
 
-
-@dataclass(slots=True, kw_only=True)
-class LayerCache:
-    """Keys and values of one layer: [blocks * M, V * D] each, row = block * M + offset."""
-
-    keys: torch.Tensor
-    values: torch.Tensor
-    num_heads: int
-    key_size: int
-    value_size: int
+from manylora.model.step_context import AttentionCall, LayerCache
 
 
 @dataclass(slots=True, kw_only=True)
@@ -65,6 +57,28 @@ class Group:
             visible &= key_C > query_BQ1 - window
         mask = torch.zeros(visible.shape, dtype=dtype, device=visible.device)
         return mask.masked_fill_(~visible, float("-inf"))[:, None]
+
+
+@dataclass(slots=True, kw_only=True)
+class GroupedPlan:
+    """A step whose attention is computed group by group. Built by engine/batch.py."""
+
+    write_rows: torch.Tensor
+    """[T] where each token's key and value go in the layer caches."""
+    groups: list[Group]
+
+    def attend(self, call: AttentionCall, caches: Mapping[int, LayerCache]) -> torch.Tensor:
+        """As `AttentionPlan.attend` says."""
+        cache = caches[call.layer]
+        cache.keys.index_copy_(0, self.write_rows, call.key.transpose(0, 1).flatten(1))
+        cache.values.index_copy_(0, self.write_rows, call.value.transpose(0, 1).flatten(1))
+        if len(self.groups) == 1 and isinstance(self.groups[0].rows, slice):
+            return attend(self.groups[0], call.query, call.key, call.value, cache, call.scoring)
+        num_heads, num_rows, _ = call.query.shape
+        out = call.query.new_empty(num_rows, num_heads, call.value.shape[2])
+        for group in self.groups:
+            out[group.rows] = attend(group, call.query, call.key, call.value, cache, call.scoring)
+        return out
 
 
 def attend(

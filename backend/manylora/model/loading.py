@@ -15,21 +15,21 @@ import transformers
 from manylora_kernels import AttentionShape
 from safetensors import SafetensorError
 from transformers import (
-    AttentionInterface,
     AutoConfig,
     AutoModelForCausalLM,
 )
 
 from manylora.config import EngineConfig, resolve_directory
 from manylora.errors import InvalidArgumentError, UnsupportedError
-from manylora.model.attention import IMPLEMENTATION, CacheProbe, attention_forward
+from manylora.model.attention import CacheProbe, use_our_attention
 from manylora.model.compiling import compile_forward
 from manylora.model.end_tokens import resolve_end_tokens
 from manylora.model.gated import find_gated_units, put_gates_first
-from manylora.model.lora_layers import MixHolder, Site, find_sites, replace_linears
+from manylora.model.lora_layers import Site, find_sites, replace_linears
 from manylora.model.model_len import resolve_max_model_len
 from manylora.model.own_weights import take_weights
 from manylora.model.spec import ModelSpec
+from manylora.model.step_context import StepContext
 from manylora.threads import num_step_threads
 
 log = logging.getLogger(__name__)
@@ -47,7 +47,8 @@ class LoadedModel:
     directory: Path
     spec: ModelSpec
     sites: list[Site]
-    holder: MixHolder
+    context: StepContext
+    """Where sites and attention find the running step."""
     layers: dict[int, tuple[int, int, int]]
     """layer_idx -> (V, key D, value D)."""
     attention: frozenset[AttentionShape]
@@ -90,7 +91,7 @@ def load_model(config: EngineConfig) -> LoadedModel:
         # Linears that became one left holes that nothing later fits into.
         torch.cuda.empty_cache()
     if compiles(config, device):
-        compile_forward(module, logits_tolerance(model.dtype))
+        compile_forward(module, model.context, logits_tolerance(model.dtype))
     return model
 
 
@@ -110,18 +111,18 @@ def convert_model(
     weight_bytes = sum(p.numel() * p.element_size() for p in module.parameters())
     with torch.inference_mode():
         probe_logits = [_whole_logits(module, ids) for ids in probe_ids]
-        use_our_attention(module)
-        probe, spec = observe(module)
-        holder = MixHolder()
+        context = StepContext()
+        use_our_attention(module, context)
+        probe, spec = observe(module, context)
         gated_units = find_gated_units(module, spec)
         spec = put_gates_first(spec, gated_units)
-        sites = replace_linears(module, spec, holder, gated_units)
+        sites = replace_linears(module, spec, context, gated_units)
     return LoadedModel(
         module=module,
         directory=directory,
         spec=spec,
         sites=sites,
-        holder=holder,
+        context=context,
         layers=probe.layers,
         attention=frozenset(probe.shapes),
         dtype=next(module.parameters()).dtype,
@@ -223,17 +224,7 @@ def _whole_logits(module: torch.nn.Module, ids: list[int]) -> torch.Tensor:
     return logits[0].float()
 
 
-def use_our_attention(module: torch.nn.Module) -> None:
-    """Have the model call `attention_forward`, and build no masks.
-
-    Masks follow from the step's plan. For an attention without a mask function transformers makes none; with
-    one it would first look at each step's positions on the host, and wait for the device.
-    """
-    AttentionInterface.register(IMPLEMENTATION, attention_forward)
-    module.set_attn_implementation(IMPLEMENTATION)  # type: ignore[operator]  # PreTrainedModel's method
-
-
-def observe(module: torch.nn.Module) -> tuple[CacheProbe, ModelSpec]:
+def observe(module: torch.nn.Module, context: StepContext) -> tuple[CacheProbe, ModelSpec]:
     """Run a probe: what each layer's attention is, and the sites of linears.
 
     Raises:
@@ -244,7 +235,8 @@ def observe(module: torch.nn.Module) -> tuple[CacheProbe, ModelSpec]:
     ids = torch.arange(_PROBE_TOKENS, device=device)[None]
 
     def run() -> None:
-        module(input_ids=ids, position_ids=ids, use_cache=False, logits_to_keep=1, manylora_plan=probe)
+        with context.during(probe):
+            module(input_ids=ids, position_ids=ids, use_cache=False, logits_to_keep=1)
 
     spec = find_sites(module, run, _PROBE_TOKENS)
     if not probe.layers:

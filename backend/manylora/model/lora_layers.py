@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
-from manylora_kernels import Mix, SitePool, gate_up_lora, linear_lora, silu_mul
+from manylora_kernels import SitePool, gate_up_lora, linear_lora, silu_mul
 from transformers.pytorch_utils import Conv1D
 
 from manylora.errors import UnsupportedError
@@ -21,15 +21,9 @@ from manylora.model import operators
 from manylora.model.gated import GatedUnit
 from manylora.model.linear import Product, fuse, make_product, weight_of
 from manylora.model.spec import LinearSpec, ModelSpec, SiteKind
+from manylora.model.step_context import StepContext
 
 _LAYER = re.compile(r"^(?P<stem>.*?)\.(?P<index>\d+)\.(?P<rest>.+)$")
-
-
-@dataclass(slots=True)
-class MixHolder:
-    """The step's adapter mix, where every site of the model finds it. Filled by the runner."""
-
-    mix: Mix | None = None
 
 
 @dataclass(kw_only=True, eq=False)
@@ -44,7 +38,7 @@ class Site:
     row: int
     widths: tuple[int, ...]
     product: Product
-    holder: MixHolder
+    context: StepContext
     pool: SitePool | None = None
     number: int = field(init=False)
     """Under which a compiled model's operators find the site."""
@@ -71,7 +65,7 @@ class Site:
         if torch.compiler.is_compiling():
             whole: torch.Tensor = operators.site_linear(x, self.number, sum(self.widths))
             return whole
-        mix, x_TK = self.holder.mix, x.reshape(-1, x.shape[-1])
+        mix, x_TK = self.context.mix, x.reshape(-1, x.shape[-1])
         if mix is None or self.pool is None or mix.is_empty:
             y = self.product(x_TK)
         else:
@@ -83,7 +77,7 @@ class Site:
         if torch.compiler.is_compiling():
             whole: torch.Tensor = operators.site_gate_up(x, self.number, self.widths[0])
             return whole
-        mix, x_TK = self.holder.mix, x.reshape(-1, x.shape[-1])
+        mix, x_TK = self.context.mix, x.reshape(-1, x.shape[-1])
         if mix is None or self.pool is None or mix.is_empty:
             y = silu_mul(self.product(x_TK))
         else:
@@ -224,7 +218,7 @@ def shape_of(linear: torch.nn.Module) -> tuple[int, int]:
 
 
 def replace_linears(
-    model: torch.nn.Module, spec: ModelSpec, holder: MixHolder, gated_units: Sequence[GatedUnit] = ()
+    model: torch.nn.Module, spec: ModelSpec, context: StepContext, gated_units: Sequence[GatedUnit] = ()
 ) -> list[Site]:
     """Put a SiteLinear in the place of every linear of `spec`, a GatedLinear in that of every gated unit, and
     a ProductLinear in lm_head's."""
@@ -237,7 +231,7 @@ def replace_linears(
         modules = [model.get_submodule(part.path) for part in parts]
         product = make_product(*fuse(modules))
         site = Site(
-            kind=kind, row=row, widths=tuple(p.out_features for p in parts), product=product, holder=holder
+            kind=kind, row=row, widths=tuple(p.out_features for p in parts), product=product, context=context
         )
         for part in parts:
             _set_submodule(

@@ -3,8 +3,8 @@
 Shape key: T tokens of a step, H query heads, V key/value heads, D key size, E value size, K inputs,
 N outputs.
 
-An operator takes tensors and numbers only. What it works on besides, a site with its pool or the step's
-attention plan, it looks up under a number that `register` gave. The attention's writes to the caches are not
+An operator takes tensors and numbers only. What it works on besides, a site with its pool or the running
+step, it looks up under a number that `register` gave. The attention's writes to the caches are not
 declared: its result is always used, so it cannot be dropped, and each layer's follows from the one before,
 so none can change places; no compiled code touches a cache otherwise.
 """
@@ -13,14 +13,27 @@ from __future__ import annotations
 
 import itertools
 import weakref
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from manylora_kernels.attention.plan import Scoring
 
-if TYPE_CHECKING:
-    from manylora.model.attention import PlanHolder
-    from manylora.model.lora_layers import ProductLinear, Site
+
+class _Site(Protocol):
+    def linear(self, x: torch.Tensor) -> torch.Tensor: ...
+
+    def gate_up(self, x: torch.Tensor) -> torch.Tensor: ...
+
+
+class _ProductLinear(Protocol):
+    def product(self, x: torch.Tensor) -> torch.Tensor: ...
+
+
+class _StepContext(Protocol):
+    def attend(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layer: int, scoring: Scoring
+    ) -> torch.Tensor: ...
+
 
 _numbers = itertools.count()
 _objects: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
@@ -33,8 +46,8 @@ def register(owner: object) -> int:
     return number
 
 
-def _site(number: int) -> Site:
-    site: Site = _objects[number]
+def _site(number: int) -> _Site:
+    site: _Site = _objects[number]
     return site
 
 
@@ -63,7 +76,7 @@ def _(x: torch.Tensor, site: int, num_outputs: int) -> torch.Tensor:
 @torch.library.custom_op("manylora::product", mutates_args=())
 def product(x: torch.Tensor, linear: int, num_outputs: int) -> torch.Tensor:
     """[..., K] -> [..., N]: what a `ProductLinear` computes."""
-    owner: ProductLinear = _objects[linear]
+    owner: _ProductLinear = _objects[linear]
     return owner.product(x)
 
 
@@ -78,14 +91,14 @@ def attention(
     key: torch.Tensor,
     value: torch.Tensor,
     sinks: torch.Tensor | None,
-    plan_holder: int,
+    context: int,
     layer: int,
     scaling: float,
     window: int,
     softcap: float | None,
 ) -> torch.Tensor:
     """[1, H, T, D], [1, V, T, D], [1, V, T, E] -> [1, T, H, E]: what the plan of the current step says."""
-    owner: PlanHolder = _objects[plan_holder]
+    owner: _StepContext = _objects[context]
     scoring = Scoring(scaling=scaling, window=window, softcap=softcap, sinks=sinks)
     return owner.attend(query, key, value, layer, scoring).contiguous()
 
@@ -96,7 +109,7 @@ def _(
     key: torch.Tensor,
     value: torch.Tensor,
     sinks: torch.Tensor | None,
-    plan_holder: int,
+    context: int,
     layer: int,
     scaling: float,
     window: int,

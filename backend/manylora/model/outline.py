@@ -14,8 +14,10 @@ from transformers import AutoModelForCausalLM
 from manylora.config import EngineConfig, resolve_directory
 from manylora.errors import InvalidArgumentError
 from manylora.model import loading
+from manylora.model.attention import use_our_attention
 from manylora.model.model_len import resolve_max_model_len
 from manylora.model.spec import ModelSpec
+from manylora.model.step_context import StepContext
 
 log = logging.getLogger(__name__)
 
@@ -61,8 +63,9 @@ def outline_model(config: EngineConfig) -> ModelOutline:
     weight_bytes = sum(p.numel() * p.element_size() for p in module.parameters())
     try:
         with fake, torch.inference_mode():
-            loading.use_our_attention(module)
-            probe, spec = loading.observe(module)
+            context = StepContext()
+            use_our_attention(module, context)
+            probe, spec = loading.observe(module, context)
             layers = probe.layers
     except RuntimeError as error:
         name = type(module).__name__
