@@ -12,8 +12,7 @@ from manylora.adapters.adapter_files import Sight
 from manylora.adapters.failures import Failures
 from manylora.adapters.load import Loaded
 from manylora.adapters.loader import Job, Loader
-from manylora.adapters.versions import Versions, no_room
-from manylora.adapters.weights import AdapterWeights
+from manylora.adapters.versions import Versions, no_room, no_room_at_start
 from manylora.errors import ManyloraError
 
 
@@ -51,6 +50,8 @@ class LoadQueue:
         load: Callable[[str, Sight], Loaded],
     ) -> None:
         self.num_loads = 0
+        self.is_preloading = False
+        """Nothing is served yet: an adapter without room is a mistake in the settings."""
         self.report: Reported
         """Set by the registry before the first poll."""
         self._versions = versions
@@ -72,13 +73,6 @@ class LoadQueue:
         self._versions.queued[adapter] = None
         for lease in leases:
             adapter.add(lease)
-
-    def admit(self, adapter: Adapter, weights: AdapterWeights) -> None:
-        """Take in an adapter that was read outside the queue."""
-        self._versions.current[adapter.name] = adapter
-        self.num_loads += 1
-        self._host.reserve(adapter)
-        self._versions.fill(adapter, weights)
 
     def try_update(self, name: str, sight: Sight) -> bool:
         """Read a new version of an adapter that is there; False if too much is in the works.
@@ -163,7 +157,7 @@ class LoadQueue:
     def _finish(self, adapter: Adapter, loaded: Loaded, *, was_read: bool) -> None:
         weights, error = loaded.weights, loaded.error
         if weights is not None and not self._versions.residents.fits_beside_pinned(weights):
-            error = no_room(adapter.name)
+            error = no_room_at_start(adapter.name) if self.is_preloading else no_room(adapter.name)
         if weights is None or error is not None or loaded.is_torn:
             self._give_up(adapter, loaded, error, was_read=was_read)
             return

@@ -101,9 +101,12 @@ class Loader(Generic[T]):
         self._results: queue.SimpleQueue[Job[T]] = queue.SimpleQueue()
         self._closing = threading.Event()
         self._num_started = 0
-        # Guards the workers, which the engine's thread looks at while they take and end jobs.
+        # Guards the workers and the number of jobs: the engine's thread reads them while workers begin and
+        # end jobs.
         self._lock = threading.Lock()
         self._workers: set[_Worker[T]] = set()
+        self._num_open = 0
+        """Jobs that have been submitted and have not ended, begun or not."""
         self._next_look_s = -math.inf
         for _ in range(num_threads):
             self._start_worker()
@@ -123,12 +126,12 @@ class Loader(Generic[T]):
     @property
     def next_s(self) -> float:
         """When `take` should be called, though nothing may have ended; infinity: no need to."""
-        with self._lock:
-            is_busy = any(worker.job is not None for worker in self._workers)
-        return self._next_look_s if is_busy else math.inf
+        return self._next_look_s if self._num_open else math.inf
 
     def submit(self, job: Job[T]) -> None:
         """Queue a job. It comes back through `take`."""
+        with self._lock:
+            self._num_open += 1
         self._jobs.put(job)
 
     def take(self) -> list[Job[T]]:
@@ -174,6 +177,7 @@ class Loader(Generic[T]):
             with self._lock:
                 # Before the result, so that whoever takes it finds this thread idle.
                 worker.job = None
+                self._num_open -= 1
                 if worker.is_lost:
                     self._workers.discard(worker)
             self._finish(job)
@@ -233,6 +237,8 @@ class Loader(Generic[T]):
             except queue.Empty:
                 return refused
             assert job is not None, "a closed loader is not watched"
+            with self._lock:
+                self._num_open -= 1
             job.error = UnavailableError(
                 f"adapter {job.what!r} cannot be read now: {self.num_lost} threads wait for files under "
                 "adapter_root that give no answer"

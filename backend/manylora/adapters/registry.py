@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import itertools
 import logging
+import threading
 import time
 from collections.abc import Callable
 
 import torch
 
-from manylora.adapters.adapter import Adapter, Lease, Stage
+from manylora.adapters.adapter import Lease, Stage
 from manylora.adapters.adapter_files import Sight
 from manylora.adapters.adapter_root import AdapterRoot
 from manylora.adapters.device_pool import DevicePool
@@ -26,7 +27,6 @@ from manylora.adapters.loader import Loader
 from manylora.adapters.lookout import STALL_S, Lookout
 from manylora.adapters.pins import Pins
 from manylora.adapters.placement import AdapterUse
-from manylora.adapters.preload import read_first
 from manylora.adapters.reader import Read, reader
 from manylora.adapters.registry_view import check_adapter, state_of
 from manylora.adapters.residents import Residents
@@ -52,6 +52,8 @@ class Registry:
         dtype: the pool's.
         wake: called on a loader's thread when `poll` has something to take.
         clock: seconds, for pauses behind failed loads, for looks at files and for what hangs.
+        wait: waits until `wake` is called, for so many seconds of the clock at most; in place of the real
+            clock's. Only preloading waits.
         read: what reads an adapter, instead of `read_adapter`.
         strict: whether an adapter_root that is no directory is an error.
 
@@ -67,11 +69,14 @@ class Registry:
         dtype: torch.dtype,
         wake: Callable[[], None],
         clock: Callable[[], float] = time.monotonic,
+        wait: Callable[[float], None] | None = None,
         read: Read | None = None,
         *,
         strict: bool = True,
     ) -> None:
         self.config = config
+        self._wake, self._woken = wake, threading.Event()
+        self._clock, self._wait = clock, wait or self._wait_for_wake
         self.root = AdapterRoot(config.adapter_root, strict=strict)
         self._read = read or reader(config, self.root, spec, dtype, pin=pool.device.type == "cuda")
         self._versions = Versions(HostCache(config.num_cpu_loras), Residents(pool), set())
@@ -79,9 +84,9 @@ class Registry:
         self._residents = self._versions.residents
         self._pins = Pins(self._versions)
         self._failures = Failures(clock)
-        self._loader: Loader[Loaded] = Loader(wake, clock)
+        self._loader: Loader[Loaded] = Loader(self._on_wake, clock)
         self._looker: Loader[Sight] = Loader(
-            wake, clock, num_threads=1, stall_s=STALL_S, name="manylora-looker"
+            self._on_wake, clock, num_threads=1, stall_s=STALL_S, name="manylora-looker"
         )
         self._loads = LoadQueue(self._versions, self._failures, self._loader, self._load)
         self._lookout = Lookout(
@@ -183,11 +188,14 @@ class Registry:
         lease.is_active = False
 
     def preload(self, *, strict: bool) -> None:
-        """Read preload_adapters and pinned_adapters, and pin the latter on both levels. Before serving only.
+        """Load preload_adapters and pinned_adapters, and pin the latter on both levels. Before serving only.
+
+        One after the other, pinned ones first, each as for a request and waited for: for the disk until that
+        hangs, for a writer until MAX_SETTLE_S.
 
         Args:
             strict: whether one that cannot be loaded is an error. Otherwise it is logged and has failed, as
-                if a request had asked for it; its pin comes into force when it loads.
+                if for a request; its pin comes into force when it loads.
 
         Raises:
             InvalidArgumentError: they are too many.
@@ -200,33 +208,27 @@ class Registry:
                 f"{len(names)} adapters are to be preloaded, max_cpu_loras={self._host.max_entries}"
             )
         self._pins.due.update(pinned)
+        self._loads.is_preloading = True
         for name in names:
             try:
-                self._preload(name)
+                self._load_now(name)
             except ManyloraError as error:
+                if name not in self._failures:
+                    self._failures.remember(name, error)
                 if strict:
                     raise
                 log.error("adapter %r cannot be preloaded and has failed: %s", name, error.message)
+        self._loads.is_preloading = False
 
-    def _preload(self, name: str) -> None:
-        try:
-            self.root.check_name(name)
-            loaded = read_first(name, self.root.look, self._load, self.config.adapter_settle_s)
-        except ManyloraError as refusal:
-            self._failures.remember(name, refusal)
-            raise
-        error = loaded.error
-        if loaded.weights is not None and not self._residents.fits_beside_pinned(loaded.weights):
-            error = InvalidArgumentError(f"adapter {name!r} has no room beside the pinned ones before it")
-        if loaded.weights is None or error is not None:
-            assert error is not None, "a load without a result"
-            self._failures.remember(name, error, loaded.sight.stamp)
-            raise error
-        adapter = Adapter(name, loaded.sight)
-        self._loads.admit(adapter, loaded.weights)
-        self._lookout.on_loaded(adapter)
-        if name in self._pins.due:
-            self._pins.try_due(name)
+    def _load_now(self, name: str) -> None:
+        lease = self.acquire(name)
+        self.poll()
+        while lease.state not in ("ready", "failed"):
+            self._wait(max(0.0, self.next_s - self._clock()))
+            self.poll()
+        self.release(lease)
+        if lease.error is not None:
+            raise lease.error
 
     def pin(self, adapter_id: str) -> None:
         """Keep a loaded adapter on host and device until `unpin`, and each version that follows it.
@@ -295,6 +297,16 @@ class Registry:
         for adapter in self._versions:
             wrong += check_adapter(adapter, self._versions)
         return wrong
+
+    def _on_wake(self) -> None:
+        """On a loader's thread."""
+        self._woken.set()
+        self._wake()
+
+    def _wait_for_wake(self, timeout_s: float) -> None:
+        self._woken.wait(min(timeout_s, threading.TIMEOUT_MAX))
+        # What has ended by now is found by the next `poll`, what ends later sets it again.
+        self._woken.clear()
 
     def _load(self, name: str, asked: Sight) -> Loaded:
         return load(name, asked, self.root.look, self._read, self.config.adapter_settle_s)

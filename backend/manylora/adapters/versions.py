@@ -9,7 +9,7 @@ from manylora.adapters.adapter import Adapter, Lease, Stage
 from manylora.adapters.host_cache import HostCache
 from manylora.adapters.residents import Residents
 from manylora.adapters.weights import AdapterWeights
-from manylora.errors import ManyloraError, UnavailableError
+from manylora.errors import InvalidArgumentError, ManyloraError, UnavailableError
 
 log = logging.getLogger(__name__)
 
@@ -186,3 +186,8 @@ class Versions:
 def no_room(name: str) -> UnavailableError:
     """The error of an adapter for which pinned ones leave too little."""
     return UnavailableError(f"adapter {name!r} has no room in the device pool beside pinned ones")
+
+
+def no_room_at_start(name: str) -> InvalidArgumentError:
+    """The same for one that is preloaded after them."""
+    return InvalidArgumentError(f"adapter {name!r} has no room beside the pinned ones before it")

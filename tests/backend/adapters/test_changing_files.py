@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
+import math
 import os
 import shutil
 import threading
@@ -12,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from manylora.adapters import adapter_files, adapter_root, loader
+from manylora.adapters import adapter_files, adapter_root, loader, verdicts
 from manylora.adapters.adapter_root import AdapterRoot
 from manylora.adapters.peft_format import read_adapter
 from manylora.adapters.weights import AdapterWeights
@@ -632,3 +634,81 @@ def test_a_root_that_hangs_stops_no_start_and_is_found_later(
         registry.poll()
     bench.now_s += 1.0
     registry.release(bench.ready(registry, "a"))
+
+
+def test_a_job_is_watched_before_a_thread_has_begun_it() -> None:
+    """Or nobody would look when the thread hangs at once."""
+    idle: loader.Loader[None] = loader.Loader(lambda: None, num_threads=0)
+    assert idle.next_s == math.inf
+    idle.submit(loader.Job("a", lambda: None))
+    assert idle.next_s < math.inf
+
+
+def test_preloading_waits_until_files_have_been_left_alone(bench: Bench) -> None:
+    bench.write("a", "b")
+    registry = bench.registry(adapter_settle_s=1.0, preload_adapters=("a",), pinned_adapters=("b",))
+    registry.preload(strict=True)
+    assert [(s.name, s.state) for s in registry.states()] == [("a", "host"), ("b", "device")]
+    # Files grow no older on this clock, so each adapter's are waited for.
+    assert 1.0 < bench.now_s <= 2.0
+
+
+def test_preloading_gives_up_on_files_that_keep_changing(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench.write("a")
+    registry = bench.registry(adapter_settle_s=1.0, preload_adapters=("a",))
+    seeds, real = itertools.count(), registry._lookout._look
+
+    def look(name: str) -> Any:
+        bench.write("a", seed=next(seeds))
+        return real(name)
+
+    monkeypatch.setattr(registry._lookout, "_look", look)
+    with pytest.raises(UnavailableError, match=r"^adapter 'a': its files keep changing"):
+        registry.preload(strict=True)
+    assert verdicts.MAX_SETTLE_S <= bench.now_s <= verdicts.MAX_SETTLE_S + 2.0
+
+
+@pytest.mark.parametrize("what", ["look", "read"])
+def test_preloading_waits_a_bounded_time_for_files_that_give_no_answer(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    bench.write("a", "b")
+    gate, hangs = threading.Event(), threading.Event()
+    # A thread that waits at its gate computes nothing, however long it took on its way there.
+    monkeypatch.setattr(loader.time, "clock_gettime", lambda clock: 0.0)
+
+    def hang(name: str) -> None:
+        if name == "a":
+            hangs.set()
+            assert gate.wait(PATIENCE_S)
+
+    def read(directory: Path) -> AdapterWeights:
+        if what == "read":
+            hang(directory.name)
+        return read_adapter(directory, bench.spec, max_lora_rank=16, dtype=torch.float32, pin=False)[0]
+
+    registry = bench.registry(read, pinned_adapters=("a",), preload_adapters=("b",))
+    real = registry._lookout._look
+
+    def look(name: str) -> Any:
+        if what == "look":
+            hang(name)
+        return real(name)
+
+    registry._lookout._look = look
+    bench.hung["a"] = hangs
+    registry.preload(strict=False)
+    assert [(s.name, s.state) for s in registry.states()] == [("a", "failed"), ("b", "host")]
+    assert loader.HUNG_S <= bench.now_s <= loader.HUNG_S + 2 * loader.STALL_S
+    gate.set()
+    while registry._loader.num_lost or registry._looker.num_lost:
+        registry.poll()
+    # Its failure is forgotten when its pause has passed, and its pin comes into force.
+    bench.now_s += 1.0
+    bench.settle(registry, registry.acquire("a"))
+    assert [(s.name, s.state, s.pinned) for s in registry.states()] == [
+        ("a", "device", True),
+        ("b", "host", False),
+    ]

@@ -6,6 +6,7 @@ import json
 import logging
 import queue
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,9 @@ class Bench:
         self.spec = spec
         self.root = root
         self.now_s = 0.0
+        self.hung: dict[str, threading.Event] = {}
+        """Adapters whose files give no answer, once the event is set: the clock moves while preloading waits
+        for them."""
         self.wakes = threading.Semaphore(0)
         self.looks = threading.Semaphore(0)
         self.registries: list[Registry] = []
@@ -57,10 +61,28 @@ class Bench:
             self.spec, config.max_loras, config.max_lora_rank, torch.float32, torch.device("cpu")
         )
         registry = Registry(
-            self.spec, config, pool, torch.float32, self.wake, clock=lambda: self.now_s, read=read
+            self.spec,
+            config,
+            pool,
+            torch.float32,
+            self.wake,
+            clock=lambda: self.now_s,
+            wait=lambda timeout_s: self.wait(registry, timeout_s),
+            read=read,
         )
         self.registries.append(registry)
         return registry
+
+    def wait(self, registry: Registry, timeout_s: float) -> None:
+        """Preloading waits: in real time for a look or a read, otherwise by the clock, which moves on."""
+        names = [watch.name for watch in registry._lookout._looking.values()]
+        names += [adapter.name for adapter in registry._loads._reading.values()]
+        deadline_s = time.monotonic() + PATIENCE_S
+        while any(name not in self.hung or not self.hung[name].is_set() for name in names):
+            if self.looks.acquire(timeout=0.01) or self.wakes.acquire(timeout=0.01):
+                return
+            assert time.monotonic() < deadline_s, "no look and no load finished"
+        self.now_s += timeout_s
 
     def wake(self) -> None:
         is_look = threading.current_thread().name.startswith("manylora-looker")

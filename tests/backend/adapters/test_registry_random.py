@@ -187,18 +187,24 @@ class Machine(RuleBasedStateMachine):
             torch.float32,
             self.wake,
             clock=lambda: self.now_s,
+            wait=self.wait,
             read=self.disk.read,
         )
         self.cleanup.callback(self.registry.close)
         self.cleanup.callback(self.disk.open_all)
-        reads = self.registry._loader
-        reads.submit = self.disk.gated(reads)  # type: ignore[method-assign]
         self.look_for_real = self.registry.root.look
         self.registry.root.look = self.registry._lookout._look = self.look  # type: ignore[method-assign]
         for name in {*pinned, *preloaded}:
             self.disk.at_start[name] = Content(9, name not in broken)
         self.registry.preload(strict=False)
         assert all(self.is_pinned(name) or self.state_of(name) == "failed" for name in pinned)
+        reads = self.registry._loader
+        reads.submit = self.disk.gated(reads)  # type: ignore[method-assign]
+
+    def wait(self, _timeout_s: float) -> None:
+        """Preloading waits for one look or one read at a time."""
+        semaphore = self.looks if self.registry._lookout._looking else self.wakes
+        assert semaphore.acquire(timeout=PATIENCE_S), "nothing finished"
 
     def look(self, name: str) -> Sight:
         """A file's age is by clocks that no test moves."""
