@@ -10,7 +10,7 @@ device is done, as the host's clock has it, with the device idle before.
 
 from __future__ import annotations
 
-import argparse
+import csv
 import datetime
 import statistics
 import sys
@@ -26,7 +26,9 @@ from manylora.model.parts import num_pages_of
 from manylora.model.spec import ModelSpec, SiteKind
 from manylora_kernels import SiteShape
 
-from bench.kernels_gpu import LAYER, TINY_LAYER, write_rows
+from bench.arguments import make_parser
+from bench.gpu.shapes import LLAMA_LAYER, TINY_LAYER
+from bench.loadtest import environment
 
 GOAL = 1.2
 """Times the plain copy, at most."""
@@ -208,10 +210,19 @@ def _row(weights: AdapterWeights, num_runs: int, placed: Times, plain: Times) ->
     }
 
 
+def write_rows(rows: Sequence[Mapping[str, object]], path: Path, where: Mapping[str, object]) -> None:
+    """Append to a CSV, each row with where and with what it was measured."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    is_new = not path.exists()
+    with path.open("a", newline="") as file:
+        writer = csv.DictWriter(file, fieldnames=[*where, *rows[0]])
+        if is_new:
+            writer.writeheader()
+        writer.writerows({**where, **row} for row in rows)
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser(__doc__)
     parser.add_argument("--cpu-logic", action="store_true", help="tiny shapes on a CPU")
     parser.add_argument("--ranks", type=int, nargs="+", default=[8, 16, 64])
     parser.add_argument("--repeats", type=int, default=30)
@@ -220,8 +231,6 @@ def main() -> None:
     if not args.cpu_logic and not torch.cuda.is_available():
         print("no GPU here: nothing to measure (--cpu-logic runs the logic on a CPU)")
         return
-    from bench.loadtest import environment  # a neighbour of this file
-
     where = {
         "date": datetime.date.today().isoformat(),
         "commit": environment.commit(),
@@ -233,7 +242,7 @@ def main() -> None:
         rows = measure(torch.device("cpu"), TINY_LAYER, args.ranks, 2, num_layers=2, dtype=torch.float32)
     else:
         try:
-            rows = measure(torch.device("cuda"), LAYER, args.ranks, args.repeats)
+            rows = measure(torch.device("cuda"), LLAMA_LAYER, args.ranks, args.repeats)
         except RuntimeError as error:
             sys.exit(str(error))
     for row in rows:

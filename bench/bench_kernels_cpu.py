@@ -9,7 +9,6 @@ layer.
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -21,6 +20,7 @@ import torch.nn.functional as F
 from manylora_kernels import Mix, SitePool, add_lora, reference
 from manylora_kernels.lora.cpu_form import add_lora_by_products
 
+from bench.arguments import add_save, make_parser
 from bench.loadtest.csv_file import append_csv
 from bench.loadtest.environment import processor_name
 from bench.loadtest.origin import Origin
@@ -167,13 +167,11 @@ def summary(times: Sequence[float]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser(__doc__)
     parser.add_argument("--dtype", choices=["float32", "float16", "bfloat16"], default="float32")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--repeats", type=int, default=9)
-    parser.add_argument("--save", action="store_true", help="append rows to bench/results/kernels_cpu.csv")
+    add_save(parser, "kernels_cpu")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)

@@ -24,9 +24,10 @@ from manylora import Engine, EngineConfig
 from manylora.supervise import engine_process
 from manylora.wait_policy import WaitPolicy
 
+from bench.arguments import add_base_model, add_save, make_parser, numbers_from, setting, words
 from bench.loadtest.csv_file import append_csv
 from bench.loadtest.origin import Origin
-from bench.paths import BASE_MODEL, RESULTS
+from bench.paths import RESULTS
 
 PROMPT = list(range(1000, 1064))
 BUSY = "print(flush=True)\nwhile True: pass"
@@ -123,12 +124,11 @@ def busy(num_processes: int) -> Iterator[None]:
 
 def measure(options: argparse.Namespace, origin: Origin) -> list[Row]:
     """All ways in turn, in each round beside each load."""
-    loads = [int(number) for number in options.busy.split(",")]
     found: dict[tuple[int, str], list[float]] = {}
     with ExitStack() as stack:
-        children = {way: stack.enter_context(Child(way)) for way in options.ways.split(",")}
+        children = {way: stack.enter_context(Child(way)) for way in options.ways}
         for _ in range(options.runs):
-            for num_busy in loads:
+            for num_busy in options.busy:
                 for way, child in children.items():
                     with busy(num_busy):
                         child.answer(options.requests, options.tokens)
@@ -152,20 +152,27 @@ def measure(options: argparse.Namespace, origin: Origin) -> list[Row]:
 
 def main() -> int:
     """Measure and print medians with ranges."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--base-model", default=str(BASE_MODEL), metavar="DIR")
-    parser.add_argument("--ways", default=",".join(WAYS), help="(%(default)s)")
-    parser.add_argument("--busy", default="0,1,2,4", metavar="N,...", help="busy processes (%(default)s)")
+    parser = make_parser(__doc__)
+    add_base_model(parser)
+    parser.add_argument(
+        "--ways", type=words, default=list(WAYS), metavar="WAY,...", help=f"({','.join(WAYS)})"
+    )
+    parser.add_argument(
+        "--busy", type=numbers_from(0), default=[0, 1, 2, 4], metavar="N,...", help="busy processes (0,1,2,4)"
+    )
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--requests", type=int, default=2, help="at once")
     parser.add_argument("--tokens", type=int, default=32, help="of each answer")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a setting")
-    parser.add_argument("--save", action="store_true", help="append the rows to bench/results/contention.csv")
+    parser.add_argument(
+        "--set", type=setting, action="append", default=[], metavar="KEY=VALUE", help="a setting"
+    )
+    add_save(parser, "contention")
     parser.add_argument("--be-engine", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.be_engine:
-        settings = dict(setting.split("=", 1) for setting in options.set)
-        config = EngineConfig.from_strings({"base_model": options.base_model, "device": "cpu", **settings})
+        config = EngineConfig.from_strings(
+            {"base_model": str(options.base_model), "device": "cpu", **dict(options.set)}
+        )
         answer(config, options.be_engine)
         return 0
     rows = measure(options, Origin.now("contention"))

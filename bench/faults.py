@@ -8,7 +8,6 @@ asserted, without times, by tests/server/test_faults_*.py.
 
 from __future__ import annotations
 
-import argparse
 import shutil
 import sys
 import tempfile
@@ -18,12 +17,13 @@ from pathlib import Path
 
 from manylora.serve.background import RunningServer, running_server
 
+from bench.arguments import add_base_model, add_save, make_parser
 from bench.campaigns.faults import base_weights, doors, files, freezing, scenarios
 from bench.campaigns.faults.load import HUNG, WRONG, Bed, Report
 from bench.campaigns.faults.silent_mount import may_mount
 from bench.loadtest.csv_file import append_csv
 from bench.loadtest.origin import Origin
-from bench.paths import BASE_MODEL, RESULTS
+from bench.paths import RESULTS
 from examples.make_adapters import make_adapter
 
 PROMISED_S = 2.0
@@ -144,9 +144,9 @@ def main() -> int:
 
     Returns: 1 if a client hung or had a wrong answer, or a killed engine's clients waited for too long.
     """
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--base-model", type=Path, default=BASE_MODEL, metavar="DIR")
-    parser.add_argument("--save", action="store_true", help="append the rows to bench/results/faults.csv")
+    parser = make_parser(__doc__)
+    add_base_model(parser)
+    add_save(parser, "faults")
     options = parser.parse_args()
     origin = Origin.now("faults")
     reports: list[Report] = []

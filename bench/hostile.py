@@ -17,7 +17,6 @@ import argparse
 import shutil
 import sys
 import tempfile
-import warnings
 from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -25,15 +24,15 @@ from typing import Any
 
 from manylora.serve.background import RunningServer, running_server
 from tqdm import tqdm
-from transformers.utils.logging import disable_progress_bar
 
-from bench.campaigns.harness import Peft, Wanted
+from bench.arguments import add_base_model, add_save, make_parser
+from bench.campaigns.harness import Peft, Wanted, silence_libraries
 from bench.campaigns.hostile import campaign
 from bench.campaigns.hostile.adapters import write_mutants
 from bench.campaigns.hostile.grammar import Grammar
 from bench.loadtest.csv_file import append_csv
 from bench.loadtest.origin import Origin
-from bench.paths import BASE_MODEL, RESULTS, ROOT
+from bench.paths import RESULTS, ROOT
 
 TRAINED = ROOT / "examples" / "adapters"
 MAX_SHOWN = 20
@@ -57,9 +56,7 @@ class Row(Origin):
 
 def main() -> None:
     args = parse_arguments()
-    disable_progress_bar()
-    # peft 0.21 asks transformers 5.23 for an attribute that has a new name.
-    warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)
+    silence_libraries()
     names = sorted(path.name for path in TRAINED.iterdir())
     with tempfile.TemporaryDirectory() as folder:
         adapter_root = Path(folder)
@@ -86,16 +83,14 @@ def main() -> None:
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--base-model", type=Path, default=BASE_MODEL)
+    parser = make_parser(__doc__)
+    add_base_model(parser)
     parser.add_argument("--requests", type=int, default=10_000, help="cases of the grammar")
     parser.add_argument("--adapters", type=int, default=0, help="mutated adapters")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", type=int, nargs="+", help="send just the cases of these numbers")
     parser.add_argument("--show", action="store_true", help="print the cases of --only and send nothing")
-    parser.add_argument("--save", action="store_true", help="append a row to bench/results/hostile.csv")
+    add_save(parser, "hostile", "a row")
     args = parser.parse_args()
     if args.show and not args.only:
         parser.error("--show prints what --only names")

@@ -9,35 +9,15 @@ float64, then all take turns.
 
 from __future__ import annotations
 
-import argparse
-import csv
-import os
 import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-
-from bench import gpu_suite
 from bench.gpu.budget import Deadline
-from bench.gpu.peer_modules import FOLDER
-from bench.gpu.shapes import LLAMA_LAYER, TINY_LAYER, TINY_POINTS, all_points, few_points
-
-__all__ = ["LAYER", "TINY_LAYER", "main", "write_rows"]
-
-LAYER = LLAMA_LAYER
-
-
-def write_rows(rows: Sequence[Mapping[str, object]], path: Path, where: Mapping[str, object]) -> None:
-    """Append to a CSV, each row with where and with what it was measured."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    is_new = not path.exists()
-    with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=[*where, *rows[0]])
-        if is_new:
-            writer.writeheader()
-        writer.writerows({**where, **row} for row in rows)
+from bench.gpu.commands import Platform, add_peers, can_run, gpu_parser
+from bench.gpu.shapes import TINY_POINTS, all_points, few_points
+from bench.gpu.suite_run import line_of, make_context
+from bench.loadtest.csv_file import append_csv
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -45,33 +25,25 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Returns: the exit status, 1 where a form was wrong or failed.
     """
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--cpu-logic", action="store_true", help="tiny shapes in triton's interpreter")
+    parser = gpu_parser(__doc__, budget_s=240.0, budget="seconds, then no new point is begun")
     parser.add_argument("--points", choices=["few", "all"], default="few")
-    parser.add_argument("--budget-s", type=float, default=240.0, help="seconds, then no new point is begun")
-    parser.add_argument("--peers", type=Path, default=FOLDER, help="where bench/peers.py has put its files")
-    parser.add_argument("--out", type=Path, help="a CSV to append to")
+    add_peers(parser)
+    parser.add_argument("--out", type=Path, metavar="FILE", help="a CSV to append to")
     arguments = parser.parse_args(argv)
-    if arguments.cpu_logic:
-        os.environ["TRITON_INTERPRET"] = "1"
-    elif not torch.cuda.is_available():
-        print("no GPU here: nothing to measure (--cpu-logic runs the logic on a CPU)")
+    if not can_run(arguments, "measure"):
         return 0
     from bench.gpu import part_kernels  # imports what imports triton
 
-    arguments.quick, arguments.origin = False, {}
-    context = gpu_suite.make_context(arguments)
+    context = make_context(Platform.of(arguments), arguments.peers)
     chosen = {"few": few_points, "all": all_points}[arguments.points]()
-    rows = []
+    is_bad = False
     deadline = Deadline.after(arguments.budget_s)
     for row in part_kernels.run(context, deadline, TINY_POINTS if context.is_tiny else chosen):
-        print(gpu_suite.line_of(row), flush=True)
-        rows.append(row)
-    if arguments.out and rows:
-        write_rows([asdict(row) for row in rows], arguments.out, {})
-    return int(any(row.is_bad for row in rows))
+        print(line_of(row), flush=True)
+        if arguments.out:
+            append_csv(arguments.out, [row])
+        is_bad |= row.is_bad
+    return int(is_bad)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ are as large as they can be. Phases without and with it alternate; each row has 
 
 from __future__ import annotations
 
-import argparse
 import http.client
 import json
 import sys
@@ -23,9 +22,10 @@ from pathlib import Path
 from manylora.serve.background import RunningServer, running_server
 from manylora_client import Client
 
+from bench.arguments import add_base_model, add_save, make_parser
 from bench.loadtest.csv_file import append_csv
 from bench.loadtest.origin import Origin
-from bench.paths import BASE_MODEL, RESULTS
+from bench.paths import RESULTS
 
 PROMPT = "Once upon a time there was a small dragon who"
 NUM_TOKENS = 16
@@ -191,11 +191,11 @@ def main() -> int:
 
     Returns: 1 if a worst wait is more than `MOST_TIMES` that without.
     """
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--base-model", type=Path, default=BASE_MODEL, metavar="DIR")
+    parser = make_parser(__doc__)
+    add_base_model(parser)
     parser.add_argument("--phase-s", type=float, default=20.0, metavar="S", help="seconds of a phase")
     parser.add_argument("--phases", type=int, default=2, metavar="N", help="phases of each sort and kind")
-    parser.add_argument("--save", action="store_true", help="append the rows to bench/results/long_chats.csv")
+    add_save(parser, "long_chats")
     options = parser.parse_args()
     origin = Origin.now("long chats")
     rows = []

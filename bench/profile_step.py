@@ -7,7 +7,6 @@ The parts are measured with torch's profiler on the engine's own thread, over de
 
 from __future__ import annotations
 
-import argparse
 import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -23,9 +22,10 @@ from manylora.model import grouped_attention, lora_layers
 from manylora_kernels.lora.cpu_form import CpuForm
 from torch.profiler import ProfilerActivity, profile, record_function
 
+from bench.arguments import add_base_model, add_save, make_parser
 from bench.loadtest.csv_file import append_csv
 from bench.loadtest.origin import Origin
-from bench.paths import BASE_MODEL, RESULTS
+from bench.paths import RESULTS
 from examples.make_adapters import make_adapter
 
 
@@ -89,15 +89,13 @@ class ProfiledSteps:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--base-model", type=Path, default=BASE_MODEL)
+    parser = make_parser(__doc__)
+    add_base_model(parser)
     parser.add_argument("--requests", type=int, default=32)
     parser.add_argument("--adapters", type=int, default=8)
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--steps", type=int, default=16)
-    parser.add_argument("--save", action="store_true", help="append the parts to bench/results/profile.csv")
+    add_save(parser, "profile", "the parts")
     args = parser.parse_args()
     origin = Origin.now("profile")
     name_parts()

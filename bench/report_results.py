@@ -8,13 +8,13 @@ The page shows the latest run of each label of each CSV file. Nothing on it is w
 
 from __future__ import annotations
 
-import argparse
 import csv
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 
+from bench.arguments import make_parser
 from bench.gpu import report as gpu_report
 from bench.loadtest import table
 from bench.loadtest.csv_file import read_csv
@@ -215,9 +215,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Returns: the exit status.
     """
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser(__doc__)
     parser.add_argument("--check", action="store_true", help="write nothing; end with 1 if the page is old")
     parser.add_argument("--results", type=Path, default=RESULTS, metavar="DIR", help="of the rows and plots")
     parser.add_argument("--page", type=Path, default=PAGE, metavar="FILE")

@@ -21,7 +21,6 @@ import argparse
 import sys
 import tempfile
 import time
-import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -29,16 +28,16 @@ from pathlib import Path
 from manylora.serve.background import running_server
 from tqdm import tqdm
 from transformers import AutoConfig
-from transformers.utils.logging import disable_progress_bar
 
-from bench.campaigns.harness import Peft
+from bench.arguments import add_base_model, add_save, make_parser
+from bench.campaigns.harness import Peft, silence_libraries
 from bench.campaigns.server_state import main_processes, server_faults
 from bench.campaigns.soak.drive import Answers, Result, Soak
 from bench.campaigns.soak.memory import MIB, MemoryWatch, Trend, save_csv, save_plot, trends
 from bench.campaigns.soak.plan import MAX_TOKENS, Plan
 from bench.loadtest.csv_file import append_csv
 from bench.loadtest.origin import Origin
-from bench.paths import BASE_MODEL, RESULTS
+from bench.paths import RESULTS
 from examples.make_adapters import make_adapter
 
 RANKS = (4, 8, 16)
@@ -80,9 +79,7 @@ class Row(Origin):
 
 def main() -> None:
     args = parse_arguments()
-    disable_progress_bar()
-    # peft 0.21 asks transformers 5.23 for an attribute that has a new name.
-    warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)
+    silence_libraries()
     if args.adapter_root:
         sys.exit(1 if soak(args, args.adapter_root) else 0)
     with tempfile.TemporaryDirectory() as folder:
@@ -91,10 +88,8 @@ def main() -> None:
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--base-model", type=Path, default=BASE_MODEL)
+    parser = make_parser(__doc__)
+    add_base_model(parser)
     parser.add_argument("--adapter-root", type=Path, help="where adapters are made, and kept")
     parser.add_argument("--requests", type=int, default=20_000)
     parser.add_argument("--clients", type=int, default=32)
@@ -106,7 +101,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--csv", type=Path, help="save the memory of each process over time")
     parser.add_argument("--plot", type=Path, help="draw it as a PNG")
-    parser.add_argument("--save", action="store_true", help="append a row to bench/results/soak.csv")
+    add_save(parser, "soak", "a row")
     return parser.parse_args()
 
 

@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import datetime
 import math
-import os
 import sys
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -24,7 +23,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from bench.gpu.budget import Deadline
-from bench.gpu.shapes import LLAMA_LAYER, TINY_LAYER, Layer
+from bench.gpu.commands import Platform, add_compilers, can_run, gpu_parser, num_compilers
 from bench.loadtest import environment
 
 if TYPE_CHECKING:
@@ -45,12 +44,13 @@ ONE_ADAPTER_ROWS = (512, 1024, 2048, 4096, 8192)
 class Tuner:
     """What a search needs: the device, its facts and the time."""
 
-    def __init__(self, layer: Layer, dtype: torch.dtype, device: torch.device, deadline: Deadline) -> None:
+    def __init__(self, platform: Platform, deadline: Deadline) -> None:
         from manylora_kernels.device import facts
 
-        self.layer, self.dtype, self.device, self.deadline = layer, dtype, device, deadline
-        self.facts = facts(device)
-        self.repeats = 9 if device.type == "cuda" else 1
+        self.layer, self.dtype, self.device = platform.layer, platform.dtype, platform.device
+        self.deadline = deadline
+        self.facts = facts(self.device)
+        self.repeats = 1 if platform.is_tiny else 9
 
     def cells(self, rows: Sequence[int], pages: Sequence[int]) -> list[Cell]:
         """Those of the goals first."""
@@ -180,47 +180,30 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns: the exit status.
     """
     arguments = _parse(argv)
-    if arguments.cpu_logic:
-        os.environ["TRITON_INTERPRET"] = "1"
-    elif not torch.cuda.is_available():
-        print("no GPU here: nothing to tune (--cpu-logic runs the logic on a CPU)")
+    if not can_run(arguments, "tune"):
         return 0
     from bench.gpu import tune_file
-    from bench.gpu.tune_bench import Compilers, default_compilers
+    from bench.gpu.tune_bench import Compilers
 
-    tiny = bool(arguments.cpu_logic)
-    tuner = Tuner(
-        TINY_LAYER if tiny else LLAMA_LAYER,
-        torch.float16 if tiny else torch.bfloat16,
-        torch.device("cpu" if tiny else "cuda"),
-        Deadline.after(arguments.budget_s),
-    )
+    tuner = Tuner(Platform.of(arguments), Deadline.after(arguments.budget_s))
     device, path = tune_file.path_of(tuner.facts.name)
     path = arguments.out or path
-    count = arguments.compilers
-    if count is None:
-        # The interpreter compiles nothing.
-        count = 0 if tiny else default_compilers()
-    compilers = Compilers(count, tuner.dtype, tuner.device)
+    compilers = Compilers(num_compilers(arguments), tuner.dtype, tuner.device)
     try:
         searched = tune(tuner, arguments.rows, arguments.pages, path, device, compilers)
     finally:
         compilers.close()
     if arguments.one_adapter:
-        tune_one_adapter(tuner, path, device, (6,) if tiny else ONE_ADAPTER_ROWS)
+        tune_one_adapter(tuner, path, device, (6,) if arguments.cpu_logic else ONE_ADAPTER_ROWS)
     print(f"{searched} cells searched; {path}")
     return 0
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--cpu-logic", action="store_true", help="tiny shapes in triton's interpreter")
+    parser = gpu_parser(__doc__, budget_s=530.0, budget="seconds of the search")
     parser.add_argument("--rows", type=int, nargs="+", default=list(ROWS), help="most rows of a step")
     parser.add_argument("--pages", type=int, nargs="+", default=list(PAGES), help="most pages of an adapter")
-    parser.add_argument("--budget-s", type=float, default=530.0, help="seconds of the search")
-    parser.add_argument("--compilers", type=int, help="processes that compile; by the processors at hand")
+    add_compilers(parser)
     parser.add_argument("--one-adapter", action="store_true", help="also where the vendor's products begin")
     parser.add_argument("--out", type=Path, metavar="FILE", help="in place of the shipped file")
     arguments = parser.parse_args(argv)

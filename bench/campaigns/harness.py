@@ -7,6 +7,7 @@ import itertools
 import json
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from manylora.serve.background import RunningServer
 from manylora_client import Client
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils.logging import disable_progress_bar
 
 from bench.paths import ROOT
 
@@ -41,6 +43,13 @@ TIE = 1e-3
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
+
+
+def silence_libraries() -> None:
+    """Leave the console to a campaign: no progress of loading, no warning that says nothing of it."""
+    disable_progress_bar()
+    # peft 0.21 asks transformers 5.23 for an attribute that has a new name.
+    warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)
 
 
 def connect(server: RunningServer, protocol: Literal["http", "grpc"] = "http") -> Client:

@@ -19,6 +19,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from bench.gpu import lease_files, lease_tests
+from bench.gpu.commands import compilers_at_hand
 from bench.gpu.rows import Context, Row
 from bench.gpu.stage_process import StageProcess, kill_orphans
 from bench.gpu.suite_report import ROWS, Report
@@ -31,8 +32,7 @@ PATIENCE = 4
 """Times the limits in the rehearsal: a CPU may be busy with other things."""
 _MARGIN_S = 3.0
 """From when a process begins nothing more to when it is killed."""
-_PROCESSORS = max(0, (os.cpu_count() or 1) - 2)
-_COMPILERS = min(6, _PROCESSORS)
+_COMPILERS = min(6, compilers_at_hand())
 """Beside the tests: more would take the memory that tests and the model need."""
 
 
@@ -56,7 +56,7 @@ STAGES = (
     Stage("exposed", 50, ("exposed", "pool-rank")),
     Stage("proofs", 60, ("proofs",)),
     Stage("copy", 20, ("copy",)),
-    Stage("peers", 0, ("peers", "exposed-peers", "table"), compilers=min(12, _PROCESSORS)),
+    Stage("peers", 0, ("peers", "exposed-peers", "table"), compilers=compilers_at_hand()),
 )
 """In the order of what is to be known first."""
 _COMPILED = ("exposed", "pool-rank", "proofs", "model")

@@ -33,7 +33,7 @@ def run(context: Context, deadline: Deadline) -> Iterator[Row]:
 
 
 def _measure(context: Context, rank: int) -> list[dict[str, object]]:
-    import adapter_copy  # needs the backend's packages
+    from bench import adapter_copy  # needs the backend's packages
 
     return adapter_copy.measure(context.device, context.layer, [rank], context.repeats)
 

@@ -6,7 +6,6 @@ Shape key: T rows, D adapters.
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -137,11 +136,6 @@ class Compilers:
     def close(self) -> None:
         """End the processes."""
         self._workers.close()
-
-
-def default_compilers() -> int:
-    """As many as the machine has processors, but two and at most twelve."""
-    return max(0, min(12, (os.cpu_count() or 1) - 2))
 
 
 def compile_plan(job: tuple[Cell, Plan, torch.dtype, str]) -> None:

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from manylora_client.address import read_address
 
+from bench.arguments import numbers_from, parsed, positive, rates, setting, words
 from bench.loadtest.arrival import Arrival
 from bench.loadtest.workload import Lengths, Shape, check_skew
 from bench.paths import BASE_MODEL, RESULTS
-
-T = TypeVar("T")
 
 TARGETS = ("engine", "http", "http-stream", "grpc", "grpc-stream", "peft")
 
@@ -121,7 +119,7 @@ def _parser() -> argparse.ArgumentParser:
 
     output = parser.add_argument_group("measuring and results")
     add = output.add_argument
-    add("--rounds", type=_positive, default=5, help="runs of each case on each target (default: %(default)s)")
+    add("--rounds", type=positive, default=5, help="runs of each case on each target (default: %(default)s)")
     add("--no-check", dest="check", action="store_false", help="compare no tokens before measuring")
     add("--allow-errors", action="store_true", help="exit with 0 even if requests failed")
     add(
@@ -139,30 +137,35 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_workload(group: Any) -> None:
     add = group.add_argument
-    add("--requests", type=_positive, default=32, metavar="N", help="of each run (default: %(default)s)")
+    add("--requests", type=positive, default=32, metavar="N", help="of each run (default: %(default)s)")
     add(
         "--adapters",
-        type=_counts,
+        type=numbers_from(0),
         default=[8],
         metavar="K,...",
         help="how many; several make a sweep (default: 8)",
     )
     add("--no-base", dest="base", action="store_false", help="leave the base model's run out")
-    add("--skew", type=_skew, default="even", help="even, uniform or zipf:EXPONENT (default: %(default)s)")
+    add(
+        "--skew",
+        type=parsed(check_skew),
+        default="even",
+        help="even, uniform or zipf:EXPONENT (default: %(default)s)",
+    )
     for name, what in (("prompt", "of each prompt"), ("output", "of each answer")):
         add(
             f"--{name}-tokens",
-            type=_lengths,
+            type=parsed(Lengths.parse),
             default=Lengths(64, 64),
             metavar="N[-M]",
             help=f"{what}, drawn evenly from a range (default: 64)",
         )
     either = group.add_mutually_exclusive_group()
     add = either.add_argument
-    add("--rates", type=_rates, default=[], metavar="R,...", help="random arrivals, so many a second")
+    add("--rates", type=rates, default=[], metavar="R,...", help="random arrivals, so many a second")
     add(
         "--concurrency",
-        type=_clients,
+        type=numbers_from(1),
         default=[],
         metavar="C,...",
         help="clients that each wait for their answer (default: all requests at once)",
@@ -174,13 +177,13 @@ def _add_server(group: Any) -> None:
     add = group.add_argument
     add("--base-model", type=Path, metavar="DIR", help="(default: the one that `make setup` prepares)")
     add("--model-name", default="", help="for tables and plots (default: the directory's)")
-    add("--rank", type=_positive, default=16, help="of the synthetic adapters (default: %(default)s)")
+    add("--rank", type=positive, default=16, help="of the synthetic adapters (default: %(default)s)")
     add("--adapter-root", type=Path, metavar="DIR", help="take adapters from here instead")
     add(
         "--set",
         action="append",
         default=[],
-        type=_setting,
+        type=setting,
         metavar="KEY=VALUE",
         help="of the engine, by itself and in a server (default: room for all adapters, no prefix cache)",
     )
@@ -191,64 +194,12 @@ def _add_server(group: Any) -> None:
         metavar="URL",
         help="a server that runs, http:// or grpc://; may be given for both (default: one is started)",
     )
-    add("--peft-batch", type=_positive, default=64, metavar="N", help="largest batch of PEFT (default: 64)")
-
-
-def _list(text: str) -> list[str]:
-    return [part.strip() for part in text.split(",") if part.strip()]
+    add("--peft-batch", type=positive, default=64, metavar="N", help="largest batch of PEFT (default: 64)")
 
 
 def _targets(text: str) -> list[str]:
-    names = _list(text)
+    names = words(text)
     unknown = [name for name in names if name not in TARGETS]
     if unknown or not names or len(set(names)) < len(names):
         raise argparse.ArgumentTypeError(f"{text!r}: expected some of {', '.join(TARGETS)}, each once")
     return names
-
-
-def _counts(text: str) -> list[int]:
-    return sorted({_at_least(0, part) for part in _list(text)})
-
-
-def _clients(text: str) -> list[int]:
-    return sorted({_at_least(1, part) for part in _list(text)})
-
-
-def _rates(text: str) -> list[float]:
-    rates = sorted({float(part) for part in _list(text)})
-    if not rates or not 0 < rates[0] <= rates[-1] < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text!r}: expected rates above 0")
-    return rates
-
-
-def _positive(text: str) -> int:
-    return _at_least(1, text)
-
-
-def _at_least(least: int, text: str) -> int:
-    number = int(text)
-    if number < least:
-        raise argparse.ArgumentTypeError(f"{number}: must be {least} or more")
-    return number
-
-
-def _lengths(text: str) -> Lengths:
-    return _parsed(Lengths.parse, text)
-
-
-def _skew(text: str) -> str:
-    return _parsed(check_skew, text)
-
-
-def _parsed(parse: Callable[[str], T], text: str) -> T:
-    try:
-        return parse(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from error
-
-
-def _setting(text: str) -> tuple[str, str]:
-    key, equals, value = text.partition("=")
-    if not equals or not key:
-        raise argparse.ArgumentTypeError(f"{text!r}: expected KEY=VALUE")
-    return key, value

@@ -25,6 +25,7 @@ from manylora.errors import ManyloraError
 from manylora.serve.background import running_server
 from manylora_client import Client, ManyloraClientError
 
+from bench.arguments import add_base_model, add_save, make_parser, words
 from bench.loadtest.csv_file import append_csv
 from bench.loadtest.origin import Origin
 from bench.paths import RESULTS, ROOT
@@ -203,9 +204,7 @@ def _server(arguments: argparse.Namespace, way: Way) -> Iterator[str]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser(__doc__)
     ways = parser.add_subparsers(dest="way", required=True, metavar="WAY")
     for name, text in WAYS.items():
         way = ways.add_parser(name, help=text, description=text)
@@ -214,7 +213,7 @@ def _parser() -> argparse.ArgumentParser:
         else:
             way.add_argument(
                 "--adapters",
-                type=lambda text: text.split(","),
+                type=words,
                 help=f"names with commas, the most popular one first; {BASE_MODEL} is the base model; "
                 "default: all of --adapter-root",
             )
@@ -234,7 +233,7 @@ def _parser() -> argparse.ArgumentParser:
 def _add_common(parser: argparse.ArgumentParser) -> None:
     server = parser.add_argument_group("server")
     server.add_argument("--url", help="host:port of a running one (of HTTP or gRPC, as the way needs)")
-    server.add_argument("--base-model", type=Path, default=ROOT / ".build" / "base_model")
+    add_base_model(server)
     server.add_argument("--adapter-root", type=Path, default=ROOT / "examples" / "adapters")
     load = parser.add_argument_group("load")
     either = load.add_mutually_exclusive_group()
@@ -249,9 +248,7 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
     load.add_argument("--prompt-words", type=int, default=64, help="one token each with most tokenizers")
     load.add_argument("--max-tokens", type=int, default=32, help="of every answer")
     load.add_argument("--seed", type=int, default=0)
-    parser.add_argument(
-        "--save", action="store_true", help="append a row for each load to bench/results/perf_analyzer.csv"
-    )
+    add_save(parser, "perf_analyzer", "a row for each load")
     parser.add_argument("--keep", type=Path, metavar="DIR", help="keep inputs and exports there")
     parser.add_argument(
         "--perf-analyzer", type=Path, default=COMMAND, help="default: what install.py fetched"
@@ -260,7 +257,7 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
 
 
 def _numbers(text: str) -> list[float]:
-    return [float(word) for word in text.split(",")]
+    return [float(word) for word in words(text)]
 
 
 def _complete(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:

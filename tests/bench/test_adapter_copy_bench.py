@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from bench import adapter_copy
-from bench.kernels_gpu import LAYER, TINY_LAYER
+from bench.gpu.shapes import LLAMA_LAYER, TINY_LAYER
 
 SCRIPT = Path(__file__).resolve().parents[2] / "bench" / "adapter_copy.py"
 CPU = torch.device("cpu")
@@ -42,7 +42,7 @@ def test_checks_times_and_writes_a_row_for_each_rank_and_arrangement(tmp_path: P
 
 def test_an_adapter_of_llama_has_the_bytes_of_the_design() -> None:
     """16 rows x 32 layers x sum over the linears of (inputs + outputs) x 2 bytes."""
-    spec = adapter_copy.spec_of(LAYER, 32)
+    spec = adapter_copy.spec_of(LLAMA_LAYER, 32)
     linears = [
         *[(4096, n) for n in (4096, 1024, 1024, 4096, 14336, 14336)],
         (14336, 4096),

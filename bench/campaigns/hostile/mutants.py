@@ -5,10 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 import random
 import re
-import socket
 import struct
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -18,13 +16,9 @@ from typing import Any
 import torch
 from safetensors.torch import load, save
 
+from .file_forms import CONFIG_NAME, FILES, WEIGHTS_NAME
 from .malformed import mutate_bytes, mutate_json
 from .mutant_values import CONFIG_VALUES, DTYPES, NAMES, NUMBERS
-
-CONFIG_NAME = "adapter_config.json"
-WEIGHTS_NAME = "adapter_model.safetensors"
-HUGE_BYTES = 1 << 40
-"""Size of a file with a hole."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -258,64 +252,3 @@ def _to(dtype: torch.dtype) -> Callable[[torch.Tensor], torch.Tensor]:
 def _renamed(draw: random.Random, name: str) -> str:
     pattern, put = draw.choice(NAMES)
     return re.sub(pattern, put, name, count=1)
-
-
-def _absent(path: Path) -> None:
-    path.unlink()
-
-
-def _directory(path: Path) -> None:
-    path.unlink()
-    path.mkdir()
-
-
-def _pipe(path: Path) -> None:
-    path.unlink()
-    os.mkfifo(path)
-
-
-def _socket(path: Path) -> None:
-    path.unlink()
-    # A socket's path must be short: bound where it is, from its own directory.
-    with socket.socket(socket.AF_UNIX) as bound:
-        directory = os.open(path.parent, os.O_RDONLY)
-        try:
-            bound.bind(f"/proc/self/fd/{directory}/{path.name}")
-        finally:
-            os.close(directory)
-
-
-def _hole(path: Path) -> None:
-    os.truncate(path, HUGE_BYTES)
-
-
-def _closed(path: Path) -> None:
-    path.chmod(0)
-
-
-def _linked(target: str) -> Callable[[Path], None]:
-    def link(path: Path) -> None:
-        path.unlink()
-        path.symlink_to(target.format(name=path.name))
-
-    return link
-
-
-FILES: dict[str, Callable[[Path], None]] = {
-    "absent": _absent,
-    "directory": _directory,
-    "pipe": _pipe,
-    "socket": _socket,
-    "hole": _hole,
-    "closed": _closed,
-    "link to itself": _linked("{name}"),
-    "link to nothing": _linked("nothing"),
-    "link to its directory": _linked("."),
-    "link to zeros": _linked("/dev/zero"),
-    "link to the terminal": _linked("/dev/tty"),
-    "link to memory": _linked("/proc/self/mem"),
-    "link to a list of processes": _linked("/proc"),
-    "link to the other file": lambda path: _linked(WEIGHTS_NAME if path.name == CONFIG_NAME else CONFIG_NAME)(
-        path
-    ),
-}
