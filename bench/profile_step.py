@@ -15,9 +15,10 @@ from typing import Any
 
 import torch
 from manylora import Engine, EngineConfig
-from manylora.engine import sampler
-from manylora.engine.batch import Batch, BatchBuilder
+from manylora.engine import sampler, steps
 from manylora.engine.flight import Flight
+from manylora.engine.step import Step
+from manylora.engine.step_tensors import Uploader
 from manylora.model import grouped_attention, lora_layers
 from manylora_kernels.lora.cpu_form import CpuForm
 from torch.profiler import ProfilerActivity, profile, record_function
@@ -55,7 +56,8 @@ def named(name: str, function: Callable[..., object]) -> Callable[..., object]:
 
 def name_parts() -> None:
     """Give the parts of a step their names before the engine is built."""
-    BatchBuilder.build = named("part: build tensors", BatchBuilder.build)  # type: ignore[method-assign]
+    steps.build_step = named("part: build step", steps.build_step)  # type: ignore[assignment]
+    Uploader.upload = named("part: upload step", Uploader.upload)  # type: ignore[method-assign]
     sampler.choose = named("part: sample", sampler.choose)  # type: ignore[assignment]
     CpuForm.add_lora = named("part: LoRA", CpuForm.add_lora)  # type: ignore[method-assign]
     grouped_attention.attend = named("part: attend", grouped_attention.attend)  # type: ignore[assignment]
@@ -66,9 +68,7 @@ def name_parts() -> None:
 class ProfiledSteps:
     """Profiles `count` full decode steps, after `skip` of them."""
 
-    def __init__(
-        self, launch: Callable[[Batch, Flight | None], Flight], num_seqs: int, skip: int, count: int
-    ) -> None:
+    def __init__(self, launch: Callable[[Step], Flight], num_seqs: int, skip: int, count: int) -> None:
         self.launch = launch
         self.num_seqs = num_seqs
         self.skip = skip
@@ -76,13 +76,13 @@ class ProfiledSteps:
         self.seen = 0
         self.profiler = profile(activities=[ProfilerActivity.CPU])
 
-    def __call__(self, batch: Batch, previous: Flight | None) -> Flight:
-        full = batch.num_tokens == len(batch.items) == self.num_seqs
+    def __call__(self, step: Step) -> Flight:
+        full = step.is_decode and step.num_seqs == self.num_seqs
         self.seen += full
         if full and self.seen == self.skip:
             self.profiler.start()
         with record_function("step"):
-            flight = self.launch(batch, previous)
+            flight = self.launch(step)
         if full and self.seen == self.skip + self.count - 1:
             self.profiler.stop()
         return flight

@@ -6,16 +6,15 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
 from manylora.adapters.device_pool import DevicePool
 from manylora.adapters.placement import AdapterUse
 from manylora.config import EngineConfig
-from manylora.engine.batch import Batch, Item
-from manylora.engine.runner import Runner
-from manylora.engine.sequence import Sequence
-from manylora.messages import SamplingParams
+from manylora.engine.start_up.graph_start import record_graphs
+from manylora.engine.start_up.make_runner import make_runner
+from manylora.engine.start_up.packing_check import prove_packing
+from manylora.engine.step import Step, StepSequence, make_step
 from manylora.model.compiling import compile_forward
 from manylora.model.loading import compiles, convert_model, logits_tolerance
 from manylora.model.lora_layers import GatedLinear
@@ -83,11 +82,11 @@ class ModelBed:
         with _told("pool, kernels"):
             self.pool = DevicePool(self.model.spec, max_adapters, RANK, dtype, device)
             # Without a GPU the interpreter runs what a GPU would.
-            self.runner = Runner(self.model, self.config, self.pool, paged=True)
+            self.runner = make_runner(self.model, self.config, self.pool, paged=True)
         with _told("packing proved"):
-            self.runner.prove_packing()
+            prove_packing(self.runner)
         with _told("graphs"):
-            self.runner.capture_graphs(self.config)
+            record_graphs(self.runner, self.config)
         # Behind the graphs: their proof leaves zeros in the first page.
         for kind in self.pool.kinds:
             kind["a"].normal_(std=kind["a"].shape[-1] ** -0.5)
@@ -119,55 +118,46 @@ class ModelBed:
         one = sum(kind.page_elements() for kind in self.model.spec.kinds)
         return num_adapters * one * self.model.dtype.itemsize
 
-    def decode(self, num_seqs: int, num_adapters: int) -> Batch:
+    def decode(self, num_seqs: int, num_adapters: int) -> Step:
         """A step of one token of each sequence; adapters take turns among them."""
-        return self._batch([CONTEXT] * num_seqs, 1, num_adapters)
+        return self._step([CONTEXT] * num_seqs, 1, num_adapters)
 
-    def prefill(self, num_tokens: int, num_seqs: int, num_adapters: int) -> Batch:
+    def prefill(self, num_tokens: int, num_seqs: int, num_adapters: int) -> Step:
         """A step of fresh prompts of `num_tokens` together; adapters take turns among them."""
-        return self._batch([num_tokens // num_seqs] * num_seqs, 0, num_adapters)
+        return self._step([num_tokens // num_seqs] * num_seqs, 0, num_adapters)
 
-    def run(self, batch: Batch) -> torch.Tensor:
+    def run(self, step: Step) -> torch.Tensor:
         """The step, as the engine computes it: [sequences, vocabulary]."""
-        return self.runner.logits(batch)
+        return self.runner.logits(step)
 
-    def launch(self, batch: Batch) -> object:
+    def launch(self, step: Step) -> object:
         """The step and the sampler behind it; the host waits for nothing."""
-        return self.runner.launch(batch)
+        return self.runner.launch(step)
 
-    def forward(self, batch: Batch) -> Callable[[], torch.Tensor]:
+    def forward(self, step: Step) -> Callable[[], torch.Tensor]:
         """The model's forward pass alone, on tensors that are there already: what a graph can hold."""
-        step = self.runner.builder.build(batch)
+        tensors = self.runner.uploader.upload(step)
+        return lambda: self.runner.forward(tensors)
 
-        def run() -> torch.Tensor:
-            with self.model.context.during(step.plan, step.mix):
-                output: Any = self.model.module(
-                    input_ids=step.input_ids,
-                    position_ids=step.positions,
-                    use_cache=False,
-                    # None, where the builder knows it: all rows.
-                    logits_to_keep=0 if step.sample_rows is None else step.sample_rows,
-                )
-            logits: torch.Tensor = output.logits[0]
-            return logits
-
-        return run
-
-    def _batch(self, lengths: list[int], num_new: int, num_adapters: int) -> Batch:
-        size, items, next_block = self.config.kv_block_size, [], 0
+    def _step(self, lengths: list[int], num_new: int, num_adapters: int) -> Step:
+        size, sequences, next_block = self.config.kv_block_size, [], 0
         adapters = [
             AdapterUse(version=str(page), scale=1.0, pages=((page,),) * len(self.pool.kinds))
             for page in range(num_adapters)
         ]
         for index, length in enumerate(lengths):
             num_blocks = -(-length // size)
-            adapter = adapters[index % num_adapters] if num_adapters else None
-            sequence = _sequence(index, length, self.hf_config.vocab_size, adapter)
-            sequence.table = list(range(next_block, next_block + num_blocks))
-            sequence.num_computed = length - num_new if num_new else 0
+            first = length - num_new if num_new else 0
+            sequences.append(
+                StepSequence(
+                    token_ids=[(7 * index + 3 * t) % self.hf_config.vocab_size for t in range(first, length)],
+                    context=length,
+                    table=list(range(next_block, next_block + num_blocks)),
+                    adapter=adapters[index % num_adapters] if num_adapters else None,
+                )
+            )
             next_block += num_blocks
-            items.append(Item(sequence, num_new or length))
-        return Batch(items)
+        return make_step(1, sequences)
 
 
 @contextmanager
@@ -183,15 +173,3 @@ def _random_model(hf_config: LlamaConfig, device: torch.device, dtype: torch.dty
     with torch.device(device):
         module: torch.nn.Module = AutoModelForCausalLM.from_config(hf_config, dtype=dtype)
     return module.eval().requires_grad_(False)
-
-
-def _sequence(index: int, length: int, vocab_size: int, adapter: AdapterUse | None) -> Sequence:
-    return Sequence(
-        id=index,
-        token_ids=[(7 * index + 3 * t) % vocab_size for t in range(length)],
-        num_prompt=length,
-        params=SamplingParams(),
-        seed=0,
-        lease=None,
-        adapter=adapter,
-    )

@@ -19,10 +19,9 @@ from manylora import EngineConfig
 from manylora.adapters.device_pool import DevicePool
 from manylora.adapters.placement import AdapterUse
 from manylora.engine import runner
-from manylora.engine.batch import Batch, Item
-from manylora.engine.sequence import Sequence as EngineSequence
 from manylora.engine.start_up import warm_up
-from manylora.messages import SamplingParams
+from manylora.engine.start_up.make_runner import make_runner
+from manylora.engine.step import StepSequence, make_step
 from manylora.model.loading import load_model
 from manylora_kernels.attention.precompile import precompile_attention
 from manylora_kernels.lora import precompile
@@ -35,12 +34,18 @@ BLOCK_SIZE = 4
 MAX_LEN = 256
 
 
-def steps(adapters: Sequence[AdapterUse | None]) -> Iterator[list[Item]]:
+def steps(adapters: Sequence[AdapterUse | None]) -> Iterator[list[StepSequence]]:
     """Decodes of every number and context, prompts and chunks of every length, alone and together."""
     draw = random.Random(1)
 
-    def item(num_tokens: int, start: int, nth: int) -> Item:
-        return Item(sequence(num_tokens + start, start, adapters[nth % len(adapters)]), num_tokens)
+    def item(num_tokens: int, start: int, nth: int) -> StepSequence:
+        end = num_tokens + start
+        return StepSequence(
+            token_ids=[3] * num_tokens,
+            context=end,
+            table=list(range(-(-end // BLOCK_SIZE))),
+            adapter=adapters[nth % len(adapters)],
+        )
 
     for num_seqs in range(1, MAX_SEQS + 1):
         for longest in (1, 17, MAX_LEN):
@@ -53,23 +58,9 @@ def steps(adapters: Sequence[AdapterUse | None]) -> Iterator[list[Item]]:
         yield [*decodes, item(num_tokens // 2 + 1, 5, 1), item(num_tokens - num_tokens // 2, 0, 2)]
 
 
-def sequence(num_tokens: int, num_computed: int, adapter: AdapterUse | None) -> EngineSequence:
-    return EngineSequence(
-        id=0,
-        token_ids=[3] * num_tokens,
-        num_prompt=num_tokens,
-        params=SamplingParams(),
-        seed=0,
-        lease=None,
-        adapter=adapter,
-        table=list(range(-(-num_tokens // BLOCK_SIZE))),
-        num_computed=num_computed,
-    )
-
-
 def main() -> None:
     use_a_driver_that_does_nothing()
-    runner._serves_paged = lambda model: True
+    runner.serves_paged = lambda model: True
     config = EngineConfig(
         base_model=sys.argv[1],
         adapter_root=sys.argv[1],
@@ -84,7 +75,7 @@ def main() -> None:
     )
     model = load_model(config)
     pool = DevicePool(model.spec, config.max_loras, config.max_lora_rank, model.dtype, model.device)
-    served = runner.Runner(model, config, pool)
+    served = make_runner(model, config, pool)
     num_kinds = len(model.spec.kinds)
     adapters = [
         None,
@@ -94,15 +85,15 @@ def main() -> None:
 
     every = list(steps([*adapters, one_kind]))
     with torch.inference_mode():
-        served.logits(Batch(every[-1]))
+        served.logits(make_step(1, every[-1]))
         cold = Counter(compiled)
         compiled.clear()
         precompile.precompile(CPU, warm_up.served_shapes(model, config, pool.dtype))
         precompile_attention(CPU, warm_up.served_attention(model, config))
         before = Counter(compiled)
         compiled.clear()
-        for items in every:
-            served.logits(Batch(items))
+        for sequences in every:
+            served.logits(make_step(1, sequences))
     print(
         json.dumps({"cold": cold, "before": before, "steps": len(every), "while_serving": Counter(compiled)})
     )

@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 from manylora import Engine, EngineConfig, cli
 from manylora.adapters.device_pool import DevicePool
-from manylora.engine.runner import Runner
 from manylora.engine.start_up import capacity
 from manylora.engine.start_up.capacity import DeviceMemory
+from manylora.engine.start_up.make_runner import make_runner
+from manylora.engine.start_up.packing_check import prove_packing
 from manylora.errors import InvalidArgumentError
 from manylora.memory import host_memory
 from manylora.model.loading import load_model
@@ -102,11 +103,11 @@ def test_caches_made_anew_serve_as_the_first_ones(tiny_model: Callable[..., Path
     model = load_model(config)
     pool = DevicePool(model.spec, 1, 16, model.dtype, model.device)
     first = capacity.num_dry_run_blocks(config, model.max_model_len)
-    runner = Runner(model, config, pool, num_blocks=first)
+    runner = make_runner(model, config, pool, first)
     rows = {cache.keys.shape[0] for cache in runner.model.context.caches.values()}
     runner.make_caches(0)
     runner.make_caches(40)
-    runner.prove_packing()
+    prove_packing(runner)
     assert rows == {first * 16}
     assert {cache.keys.shape[0] for cache in runner.model.context.caches.values()} == {40 * 16}
     assert runner.num_blocks == 40

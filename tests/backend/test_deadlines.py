@@ -14,9 +14,9 @@ from manylora import Engine, EngineConfig
 from manylora.adapters import reader as reader_module
 from manylora.engine import engine as engine_module
 from manylora.engine import inbox as inbox_module
-from manylora.engine.batch import Batch
 from manylora.engine.flight import Flight
 from manylora.engine.sequence import Sequence, State
+from manylora.engine.step import Step
 from manylora.errors import UnavailableError
 from manylora.messages import Failed, Generate, SamplingParams, Tokens
 
@@ -165,8 +165,8 @@ def test_a_running_sequence_and_one_in_the_queue_end_within_a_step(
     with Engine(make_config(base, adapter_root, max_num_seqs=1)) as engine:
         launch, num_steps = engine.runner.launch, SimpleNamespace(done=0)
 
-        def launch_slowly(batch: Batch, previous: Flight | None) -> Flight:
-            flight = launch(batch, previous)
+        def launch_slowly(step: Step) -> Flight:
+            flight = launch(step)
             num_steps.done += 1
             if num_steps.done == 3:
                 now.s += 10

@@ -15,8 +15,8 @@ import pytest
 import torch
 from manylora import Engine, EngineConfig
 from manylora.engine import runner
-from manylora.engine.batch import Batch
 from manylora.engine.flight import Flight
+from manylora.engine.step import Step
 from manylora.errors import InvalidArgumentError, NotFoundError, UnavailableError
 from manylora.messages import Cancel, Generate, SamplingParams, Tokens
 from transformers import AutoModelForCausalLM
@@ -278,11 +278,11 @@ def test_a_fault_in_a_step_ends_its_requests_and_no_others(
         launch = engine.runner.launch
         broken = threading.Event()
 
-        def fail_once(batch: Batch, previous: Flight | None) -> Flight:
+        def fail_once(step: Step) -> Flight:
             if not broken.is_set():
                 broken.set()
                 raise RuntimeError("injected")
-            return launch(batch, previous)
+            return launch(step)
 
         monkeypatch.setattr(engine.runner, "launch", fail_once)
         inbox = Inbox(engine)

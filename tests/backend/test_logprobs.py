@@ -17,7 +17,7 @@ from manylora.offline import Completion
 from transformers import AutoModelForCausalLM
 
 from .inbox import Inbox
-from .sampling import items
+from .sampling import sampling
 from .test_penalties import sequence
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -29,7 +29,7 @@ TOLERANCE = 2e-4
 
 def told(values: torch.Tensor, sequences: Sequence[EngineSequence], ids: list[int]) -> list[TokenLogprobs]:
     """What is told of the chosen ids, of the rows that ask."""
-    asked = distributions(values, items(sequences))
+    asked = distributions(values, sampling(sequences))
     assert asked is not None
     found = asked.gather(torch.tensor(ids))
     return list(found.on_host(found.tensors).values())
@@ -56,10 +56,10 @@ def test_an_impossible_token_has_minus_infinity_and_the_others_are_right() -> No
 def test_rows_that_do_not_ask_are_left_out() -> None:
     values = torch.zeros(4, 5)
     sequences = [sequence(3, 1, logprobs=n) for n in (0, 2, 0, 1)]
-    asked = distributions(values, items(sequences))
+    asked = distributions(values, sampling(sequences))
     assert asked is not None
     assert asked.rows == [1, 3]
-    assert distributions(values[:1], items(sequences[:1])) is None
+    assert distributions(values[:1], sampling(sequences[:1])) is None
 
 
 def assert_told_by(

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from manylora import Engine, EngineConfig
-from manylora.engine.runner import Runner
+from manylora.engine.step import Step
+from manylora.engine.step_tensors import StepTensors, Uploader
 from manylora.errors import InvalidArgumentError, UnsupportedError
 from manylora.model.outline import outline_model
 from transformers import AutoModelForCausalLM
@@ -91,20 +93,14 @@ def test_a_model_that_packs_wrongly_is_refused(
     tiny_model: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The start-up comparison sees a single position that is off by one."""
-    whole = Runner.logits
+    upload = Uploader.upload
 
-    def shifted(self: Runner, batch: object) -> torch.Tensor:
-        build = self.builder.build
+    def shifted(self: Uploader, step: Step, *others: Any) -> StepTensors:
+        tensors = upload(self, step, *others)
+        tensors.positions[0, -1] += 1
+        return tensors
 
-        def off(batch: object, *others: object) -> object:
-            step = build(batch, *others)
-            step.positions[0, -1] += 1
-            return step
-
-        monkeypatch.setattr(type(self.builder), "build", lambda _self, *args: off(*args))
-        return whole(self, batch)
-
-    monkeypatch.setattr(Runner, "logits", shifted)
+    monkeypatch.setattr(Uploader, "upload", shifted)
     with pytest.raises(UnsupportedError, match="computes differently when sequences share a step"):
         Engine(EngineConfig(base_model=str(tiny_model("llama"))))
 

@@ -49,7 +49,7 @@ def test_a_packed_batch_matches_generate(
     tiny_model: Callable[..., Path], family: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Plain; with windows and soft cap; with windows and sinks."""
-    monkeypatch.setattr(runner, "_serves_paged", lambda model: True)
+    monkeypatch.setattr(runner, "serves_paged", lambda model: True)
     directory = tiny_model(family)
     # 16 tokens a step: the longer prompts come in chunks, beside decodes of the others.
     config = EngineConfig(

@@ -9,12 +9,12 @@ import peft
 import pytest
 import torch
 from manylora import Engine, EngineConfig
-from manylora.engine.penalties import penalise
+from manylora.engine import penalties
 from manylora.engine.sequence import Sequence
 from manylora.messages import SamplingParams
 from transformers import AutoModelForCausalLM, RepetitionPenaltyLogitsProcessor
 
-from .sampling import sample
+from .sampling import sample, sampling
 
 VOCAB = 97
 PENALTIES = [
@@ -45,6 +45,11 @@ def logits(rows: int, seed: int = 1) -> torch.Tensor:
     return torch.randn(rows, VOCAB, generator=torch.Generator().manual_seed(seed)) * 4
 
 
+def penalise(values: torch.Tensor, sequences: list[Sequence]) -> torch.Tensor:
+    found = sampling(sequences).penalties
+    return values if found is None else penalties.penalise(values, found)
+
+
 def wanted(row_V: torch.Tensor, s: Sequence) -> torch.Tensor:
     """One row by transformers' processor and OpenAI's formula."""
     penalty = float(s.params.repetition_penalty)
@@ -73,6 +78,7 @@ def test_penalties_are_those_of_transformers_and_openai(
 def test_where_nobody_asks_nothing_is_touched() -> None:
     values = logits(2).bfloat16()
     sequences = [sequence(9, 4), sequence(9, 4, temperature=1.0, min_p=0.1)]
+    assert sampling(sequences).penalties is None
     assert penalise(values, sequences) is values
     assert [s.counts for s in sequences] == [None, None]
 

@@ -14,14 +14,15 @@ import pytest
 import torch
 from manylora import Engine, EngineConfig
 from manylora.engine import runner
-from manylora.engine.batch import Batch
 from manylora.engine.flight import Flight
+from manylora.engine.schedule import Schedule
 from manylora.engine.scheduler import Scheduler
 from manylora.engine.sequence import State
+from manylora.engine.step import Step
 from manylora.messages import Generate, SamplingParams, Tokens
 
 from .inbox import PATIENCE_S, Inbox
-from .test_scheduler import EOS, make, sequence
+from .test_scheduler import EOS, make, result, sequence
 
 Request = tuple[list[int], str, dict[str, object]]
 Told = tuple[list[int], str]
@@ -137,10 +138,10 @@ def test_no_launch_makes_the_host_wait(
     """torch raises where an operator waits for the device."""
     launch = runner.Runner.launch
 
-    def strict(self: runner.Runner, batch: Batch, previous: Flight | None) -> Flight:
+    def strict(self: runner.Runner, step: Step) -> Flight:
         torch.cuda.set_sync_debug_mode("error")
         try:
-            return launch(self, batch, previous)
+            return launch(self, step)
         finally:
             torch.cuda.set_sync_debug_mode("default")
 
@@ -158,21 +159,19 @@ class Ahead:
 
     def __init__(self, scheduler: Scheduler) -> None:
         self.scheduler = scheduler
-        self.before: Batch | None = None
+        self.before: Schedule | None = None
 
     def turn(self, token: int = 5) -> list[tuple[int, int]]:
         """Schedule, then land the step before with `token` everywhere; (sequence, start) of the new step."""
         assert self.before is None or self.scheduler.can_run_ahead()
-        batch = self.scheduler.schedule()
+        schedule = self.scheduler.schedule()
         self.land(token)
-        self.before = batch
-        return [] if batch is None else [(item.sequence.id, item.start) for item in batch.items]
+        self.before = schedule
+        return [] if schedule is None else [(s.sequence.id, s.start) for s in schedule.sequences]
 
     def land(self, token: int) -> None:
         if self.before is not None:
-            for item in self.before.sampling_items:
-                item.next_id = token
-            self.scheduler.finish(self.before)
+            self.scheduler.finish(self.before, result(self.before, token))
             self.before = None
         assert self.scheduler.check() == []
 

@@ -10,7 +10,7 @@ from manylora.engine.sequence import Sequence
 from manylora.messages import SamplingParams
 from transformers import MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-from .sampling import sample
+from .sampling import sample, sampling
 
 VOCAB = 1000
 
@@ -102,7 +102,7 @@ def test_filters_leave_what_transformers_leaves(params: dict[str, float], temper
         wanted = TopPLogitsWarper(params["top_p"])(None, wanted)
     if "min_p" in params:
         wanted = MinPLogitsWarper(params["min_p"])(None, wanted)
-    ids, mass = candidates(values - values.max(), SamplingParams(**params))
+    ids, mass = candidates(values - values.max(), **params)
     assert sorted(ids.tolist()) == wanted[0].isfinite().nonzero().flatten().tolist()
     drawn_from = mass.diff(prepend=torch.zeros(1, dtype=mass.dtype)) / mass[-1]
     torch.testing.assert_close(drawn_from.float(), wanted[0].softmax(-1)[ids], rtol=1e-4, atol=1e-7)
@@ -113,14 +113,16 @@ def test_all_rows_at_once_draw_what_each_draws_alone(dtype: torch.dtype) -> None
     """The form for GPUs, on a CPU, against the one for CPUs; a draw at the very border of two may differ."""
     params = [p.values[0] for p in SETTINGS if "top_k" in p.values[0] or "top_p" in p.values[0]]
     params += [{"top_p": 1e-9}, {"top_k": 1}, {"top_k": 10**6, "top_p": 0.3}, {"top_k": 9, "min_p": 1.0}]
-    settings = [SamplingParams(**p) for p in params for _ in range(40)]
-    scaled = logits(len(settings)).to(dtype).float()
+    rows = [sequence(**(p | {"temperature": 1.0})) for p in params for _ in range(40)]
+    settings = sampling(rows).draws
+    assert settings is not None
+    scaled = logits(len(rows)).to(dtype).float()
     scaled -= scaled.amax(-1, keepdim=True)
-    draws = torch.tensor([[uniform(s, 7)] for s in range(len(settings))], dtype=torch.float64)
+    draws = torch.tensor([[uniform(s, 7)] for s in range(len(rows))], dtype=torch.float64)
     found = draw_sorted(scaled, draws, settings).tolist()
     wanted = []
-    for row, draw, one in zip(scaled, draws, settings, strict=True):
-        ids, mass = candidates(row, one)
+    for row, draw, s in zip(scaled, draws, rows, strict=True):
+        ids, mass = candidates(row, s.params.top_k, s.params.top_p, s.params.min_p)
         wanted.append(int(ids[torch.searchsorted(mass, draw * mass[-1], right=True)]))
     assert found == wanted
 

@@ -10,8 +10,10 @@ from hypothesis import strategies as st
 from manylora.adapters.placement import AdapterUse
 from manylora.engine.kv_cache import BlockPool
 from manylora.engine.limits import Limits
+from manylora.engine.schedule import Schedule
 from manylora.engine.scheduler import Scheduler
 from manylora.engine.sequence import Sequence, State
+from manylora.engine.step import NewTokens, StepResult
 from manylora.errors import ManyloraError, NotFoundError, UnavailableError
 from manylora.messages import SamplingParams
 
@@ -87,16 +89,19 @@ def sequence(number: int, prompt: int = 3, adapter: str = "", **params: object) 
     )
 
 
+def result(schedule: Schedule, token: int) -> StepResult:
+    """`token` for every sequence that samples."""
+    return StepResult(schedule.number, [NewTokens([token]) for s in schedule.sequences if s.samples])
+
+
 def step(scheduler: Scheduler, token: int = 5) -> list[tuple[int, int]]:
     """One step that yields `token` everywhere; (sequence, tokens) of it."""
-    batch = scheduler.schedule()
-    if batch is None:
+    schedule = scheduler.schedule()
+    if schedule is None:
         return []
-    assert batch.num_tokens <= scheduler.limits.max_batched_tokens
-    for item in batch.sampling_items:
-        item.next_id = token
-    seen = [(item.sequence.id, item.num_tokens) for item in batch.items]
-    scheduler.finish(batch)
+    assert schedule.num_tokens <= scheduler.limits.max_batched_tokens
+    seen = [(scheduled.sequence.id, scheduled.num_tokens) for scheduled in schedule.sequences]
+    scheduler.finish(schedule, result(schedule, token))
     assert scheduler.check() == []
     return seen
 
@@ -152,9 +157,26 @@ def test_max_model_len_ends_a_sequence_with_length() -> None:
     scheduler = make(max_model_len=5)
     scheduler.add(sequence(0, max_tokens=50))
     step(scheduler)
-    batch = scheduler.schedule()
-    batch.items[0].next_id = 5
-    assert [tokens.finish_reason for _, tokens in scheduler.finish(batch)] == ["length"]
+    schedule = scheduler.schedule()
+    assert schedule is not None
+    answers = scheduler.finish(schedule, result(schedule, 5))
+    assert [tokens.finish_reason for _, tokens in answers] == ["length"]
+
+
+def test_several_tokens_of_one_step_end_where_the_sequence_ends() -> None:
+    scheduler = make()
+    one, two = sequence(0, max_tokens=2), sequence(1, max_tokens=9)
+    for s in (one, two):
+        scheduler.add(s)
+    schedule = scheduler.schedule()
+    assert schedule is not None
+    given = [NewTokens([5, 6, 7]), NewTokens([8, EOS, 9])]
+    answers = scheduler.finish(schedule, StepResult(schedule.number, given))
+    assert [(tokens.token_ids, tokens.finish_reason) for _, tokens in answers] == [
+        ([5, 6], "length"),
+        ([8, EOS], "stop"),
+    ]
+    assert [s.token_ids[3:] for s in (one, two)] == [[5, 6], [8, EOS]]
 
 
 def test_a_full_queue_refuses_and_says_so() -> None:

@@ -27,6 +27,8 @@ from manylora.engine.sequence import Sequence, State
 from manylora.messages import SamplingParams
 from manylora.model.spec import ModelSpec, SiteKind
 
+from .test_scheduler import result
+
 SPEC = ModelSpec(
     kinds=(SiteKind(name="q", num_layers=1, in_features=1, out_features=(1,)),),
     linears={},
@@ -139,20 +141,18 @@ class World:
             self.end(sequence)
         self.scheduler.failed.clear()
         self.poll()
-        batch = self.scheduler.schedule()
+        schedule = self.scheduler.schedule()
         assert self.scheduler.failed == []
         assert all(not 0 < s.deadline_s <= self.num_turns for s in self.scheduler.running)
-        if batch is not None:
-            for item in batch.sampling_items:
-                item.next_id = 7
-            for sequence, tokens in self.scheduler.finish(batch):
+        if schedule is not None:
+            for sequence, tokens in self.scheduler.finish(schedule, result(schedule, 7)):
                 if tokens.finish_reason:
                     self.end(sequence)
         assert self.scheduler.check() + self.registry.check() == []
         self.may_read.set()
         for _ in range(sum(entry.stage is Stage.LOADING for entry in self.registry._versions)):
             self.num_read.acquire()
-        return batch is not None or num_missed > 0
+        return schedule is not None or num_missed > 0
 
     def run(self) -> None:
         """Turn until all have ended. What runs in none of three turns never will."""

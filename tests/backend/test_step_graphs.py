@@ -16,10 +16,10 @@ import pytest
 import torch
 from manylora import Engine, EngineConfig
 from manylora.engine import runner
-from manylora.engine.batch import BatchBuilder, StepTensors
 from manylora.engine.graph_recorder import PlainRecorder, Replay
 from manylora.engine.start_up import graph_start
 from manylora.engine.step_graphs import StepGraphs, buckets
+from manylora.engine.step_tensors import StepTensors, Uploader
 from manylora.model import loading
 from manylora.model.compiling import compile_forward
 from manylora.model.paged_attention import PagedPlan
@@ -82,13 +82,13 @@ def config(base: Path, adapter_root: Path) -> EngineConfig:
 @pytest.fixture
 def in_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     """Engines take the Triton kernels' forms on any device."""
-    monkeypatch.setattr(runner, "_serves_paged", lambda model: True)
+    monkeypatch.setattr(runner, "serves_paged", lambda model: True)
 
 
 def plain(config: EngineConfig, monkeypatch: pytest.MonkeyPatch) -> Engine:
     """An engine of the CPU's own forms."""
     with monkeypatch.context() as patch:
-        patch.setattr(runner, "_serves_paged", lambda model: False)
+        patch.setattr(runner, "serves_paged", lambda model: False)
         return Engine(replace(config, device="cpu"))
 
 
@@ -235,7 +235,7 @@ def test_a_model_that_cannot_be_recorded_is_served_eagerly(
     config: EngineConfig, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     recorder = RefusingRecorder()
-    monkeypatch.setattr(runner, "recorder_for", lambda device: recorder)
+    monkeypatch.setattr(graph_start, "recorder_for", lambda device: recorder)
     names = ["small", "", "narrow"]
     with plain(config, monkeypatch) as engine:
         wanted = says(engine, names)
@@ -252,7 +252,7 @@ def test_a_model_that_cannot_be_recorded_is_served_eagerly(
 def test_a_model_that_replays_other_numbers_is_served_eagerly(
     config: EngineConfig, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(runner, "recorder_for", lambda device: StaleRecorder())
+    monkeypatch.setattr(graph_start, "recorder_for", lambda device: StaleRecorder())
     with plain(config, monkeypatch) as engine:
         wanted = says(engine, ["small", ""])
     with Engine(config) as engine:
@@ -299,7 +299,7 @@ def test_the_proof_leaves_the_pool_as_it_was(config: EngineConfig) -> None:
 
 def toy(steps: list[StepTensors]) -> StepGraphs:
     """Graphs of a model whose logits are its inputs; `steps` collects what it is called with."""
-    builder = BatchBuilder(
+    uploader = Uploader(
         device=torch.device(DEVICE),
         block_size=4,
         max_loras=2,
@@ -319,7 +319,7 @@ def toy(steps: list[StepTensors]) -> StepGraphs:
             rows.append(step.mix.step.packed[: step.mix.num_rows])
         return torch.nn.functional.pad(torch.stack(rows, 1).float(), (0, 5 - len(rows)))
 
-    graphs = StepGraphs(forward, builder, 8, 32, [3], PlainRecorder())
+    graphs = StepGraphs(forward, uploader, 8, 32, [3], PlainRecorder())
     graphs.capture()
     return graphs
 

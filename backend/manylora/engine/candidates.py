@@ -6,13 +6,13 @@ Shape key: V vocabulary, N candidates, F rows that filter.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence as Seq
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from manylora_kernels.upload import upload
 
-from manylora.messages import SamplingParams
+from manylora.engine.sampling import Draws
 
 _FIRST_CANDIDATES = 512
 """Rows with top_p look at this many best tokens first, and at all only when these do not hold the mass."""
@@ -45,7 +45,9 @@ def best_of_rows(values_FV: torch.Tensor, count: int) -> tuple[torch.Tensor, tor
     return values[:, :count], ids[:, :count]
 
 
-def candidates(scaled_V: torch.Tensor, params: SamplingParams) -> tuple[torch.Tensor, torch.Tensor]:
+def candidates(
+    scaled_V: torch.Tensor, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0
+) -> tuple[torch.Tensor, torch.Tensor]:
     """The tokens that top_k, top_p and min_p leave, best first: ids [N] and cumulated probability [N].
 
     The filters apply in this order, each to what the one before has left, as in transformers: the top_k best;
@@ -54,29 +56,26 @@ def candidates(scaled_V: torch.Tensor, params: SamplingParams) -> tuple[torch.Te
 
     Args:
         scaled_V: [V] logits after temperature, measured from the best one, which is 0.
-        params: with top_k above 0 or top_p below 1.
+        top_k: 0: all.
     """
-    values, ids, mass = _most_probable(scaled_V, params.top_k, params.top_p)
-    kept = min(int(torch.searchsorted(mass, params.top_p * _BELOW)) + 1, len(values))
-    if params.min_p > 0:
-        kept = min(kept, int((values >= math.log(params.min_p)).sum()))
+    values, ids, mass = _most_probable(scaled_V, top_k, top_p)
+    kept = min(int(torch.searchsorted(mass, top_p * _BELOW)) + 1, len(values))
+    if min_p > 0:
+        kept = min(kept, int((values >= math.log(min_p)).sum()))
     return ids[:kept], mass[:kept]
 
 
-def draw_sorted(scaled_FV: torch.Tensor, draws_F1: torch.Tensor, params: Seq[SamplingParams]) -> torch.Tensor:
+def draw_sorted(scaled_FV: torch.Tensor, draws_F1: torch.Tensor, draws: Draws) -> torch.Tensor:
     """Draw one of each row's `candidates`, all rows at once and without a look at any number: [F].
 
     Args:
         scaled_FV: [F, V], as of `candidates`.
         draws_F1: [F, 1], float64, in [0, 1).
-        params: F.
+        draws: the settings of these rows.
     """
     vocab = scaled_FV.shape[1]
-    limits = np.array(
-        [
-            [p.top_k or vocab, p.top_p * _BELOW, math.log(p.min_p) if p.min_p > 0 else -math.inf]
-            for p in params
-        ]
+    limits = np.stack(
+        [np.where(draws.top_k > 0, draws.top_k, vocab), draws.top_p * _BELOW, log_min_p(draws)], axis=1
     )
     top_k, top_p, least = torch.split(upload(limits, scaled_FV.device), 1, dim=1)  # [F, 1] each
     values, ids = scaled_FV.sort(dim=-1, descending=True, stable=True)
@@ -85,6 +84,11 @@ def draw_sorted(scaled_FV: torch.Tensor, draws_F1: torch.Tensor, params: Seq[Sam
     kept = torch.minimum((mass < top_p * mass[:, -1:]).sum(-1, keepdim=True) + 1, top_k.long())
     kept = torch.minimum(kept, (values >= least).sum(-1, keepdim=True)).clamp_(1, vocab)
     return ids.gather(1, pick(mass, mass.gather(1, kept - 1), draws_F1)).squeeze(1)
+
+
+def log_min_p(draws: Draws) -> npt.NDArray[np.float64]:
+    """[F] what logits measured from the best one must reach; -infinity without min_p."""
+    return np.array([math.log(p) if p > 0 else -math.inf for p in draws.min_p.tolist()])
 
 
 def cumulated_mass(scaled_FV: torch.Tensor) -> torch.Tensor:

@@ -23,11 +23,13 @@ from manylora.engine.inbox import Inbox
 from manylora.engine.kv_cache import BlockPool
 from manylora.engine.limits import Limits
 from manylora.engine.requests import Requests
-from manylora.engine.runner import Runner
 from manylora.engine.scheduler import Scheduler
 from manylora.engine.sequence import Sequence
 from manylora.engine.session import Closed, Deliver, EngineMessage, Sent, Session, StatusRequest, Wake
+from manylora.engine.start_up.graph_start import record_graphs
 from manylora.engine.start_up.kernel_check import prove_kernels
+from manylora.engine.start_up.make_runner import make_runner
+from manylora.engine.start_up.packing_check import prove_packing
 from manylora.engine.start_up.room import Room
 from manylora.engine.steps import Steps
 from manylora.errors import CancelledRequestError, InternalError, ManyloraError, UnavailableError
@@ -147,11 +149,11 @@ class Engine:
             dtype,
             self.model.device,
         )
-        self.runner = Runner(self.model, config, self.pool, num_blocks=num_blocks)
-        prove_kernels(self.model, self.runner.builder)
+        self.runner = make_runner(self.model, config, self.pool, num_blocks)
+        prove_kernels(self.model, self.runner.uploader)
         room.fill(self.runner)
-        self.runner.prove_packing()
-        self.runner.capture_graphs(config)
+        prove_packing(self.runner)
+        record_graphs(self.runner, config)
         self.registry = Registry(
             self.model.spec,
             config,

@@ -1,6 +1,6 @@
 """The model's own log probabilities of chosen tokens and of the likeliest ones.
 
-Shape key: B sampling items, A of them that ask, V vocabulary, N the most alternatives that one asks for.
+Shape key: B sampled rows, A of them that ask, V vocabulary, N the most alternatives that one asks for.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from manylora_kernels.upload import upload
 
-from manylora.engine.batch import Item
 from manylora.engine.candidates import best_of_rows
+from manylora.engine.sampling import Sampling
 from manylora.messages import TokenLogprobs
 
 
@@ -62,18 +62,17 @@ class LogprobTensors:
         }
 
 
-def distributions(logits_BV: torch.Tensor, items: Seq[Item]) -> Distributions | None:
-    """Take the distributions of the rows that ask; None where nobody does.
+def distributions(logits_BV: torch.Tensor, sampling: Sampling) -> Distributions | None:
+    """The distributions of the rows that ask; None where nobody does.
 
     Args:
         logits_BV: [B, V], the model's own: before penalties, forbidden ends and temperature.
-        items: B, in row order.
+        sampling: the settings of the B rows.
     """
-    rows = [row for row, item in enumerate(items) if item.sequence.params.logprobs > 0]
-    if not rows:
+    if not len(sampling.logprob_rows):
         return None
-    asked = logits_BV.index_select(0, upload(np.asarray(rows), logits_BV.device))
-    num_top = [items[row].sequence.params.logprobs for row in rows]
+    asked = logits_BV.index_select(0, upload(sampling.logprob_rows, logits_BV.device))
     logprobs_AV = asked.float().log_softmax(-1)
     # Of a row that is not finite nobody hears, but its numbers are sorted with the others'.
-    return Distributions(rows, num_top, logprobs_AV.masked_fill_(logprobs_AV.isnan(), float("-inf")))
+    logprobs_AV.masked_fill_(logprobs_AV.isnan(), float("-inf"))
+    return Distributions(sampling.logprob_rows.tolist(), sampling.num_logprobs.tolist(), logprobs_AV)

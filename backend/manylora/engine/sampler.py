@@ -1,6 +1,6 @@
 """Chooses the next token of every sequence of a step at once, on the device and without waiting for it.
 
-Shape key: B sampling items, V vocabulary, F rows that draw in one way.
+Shape key: B sampled rows, V vocabulary, F rows that draw in one way.
 
 In this order: ends that `min_tokens` forbids, penalties, then the best token, or with a temperature a draw
 among those that top_k, top_p and min_p leave. Each draw takes one uniform number that depends on the
@@ -12,17 +12,16 @@ Greedy rows take the first maximum.
 from __future__ import annotations
 
 import hashlib
-import math
-from collections.abc import Sequence as Seq
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from manylora_kernels.upload import upload
 
-from manylora.engine.batch import Item
-from manylora.engine.candidates import candidates, cumulated_mass, draw_sorted, pick
+from manylora.engine.candidates import candidates, cumulated_mass, draw_sorted, log_min_p, pick
 from manylora.engine.penalties import penalise
+from manylora.engine.sampling import Draws, Sampling
 
 _LEAST_TEMPERATURE = 1e-30
 """Below this float32 cannot divide; long before, only the best token is left."""
@@ -50,91 +49,80 @@ class SampledTokens:
     """[B], bool: False where a row has no best finite logit to choose by; its id means nothing."""
 
 
-def choose(logits_BV: torch.Tensor, items: Seq[Item], eos_token_ids: Seq[int]) -> SampledTokens:
-    """Choose the next token of each item.
+def choose(logits_BV: torch.Tensor, sampling: Sampling) -> SampledTokens:
+    """Choose the next token of each row.
 
     Args:
-        logits_BV: [B, V], any float type; may be changed in place where `min_tokens` forbids an end and where
+        logits_BV: [B, V], any float type; may be changed in place where a token is forbidden and where
             penalties apply.
-        items: B, in row order. With penalties, all their sequences' tokens are known.
-        eos_token_ids: ids that end a sequence.
+        sampling: the settings of the B rows.
     """
-    _forbid_ends(logits_BV, items, eos_token_ids)
-    logits_BV = penalise(logits_BV, [item.sequence for item in items])
+    _forbid(logits_BV, sampling)
+    if sampling.penalties is not None:
+        logits_BV = penalise(logits_BV, sampling.penalties)
     ids_B = logits_BV.argmax(-1)
     # NaN counts as the greatest, so one look at the best tells of the whole row.
     is_finite_B = logits_BV.gather(1, ids_B[:, None]).squeeze(1).isfinite()
-    plain: list[int] = []
-    filtered: list[int] = []
-    for row, item in enumerate(items):
-        params = item.sequence.params
-        if params.temperature > 0:
-            (filtered if params.top_k or params.top_p < 1 else plain).append(row)
-    for every, draw in ((plain, _draw_all), (filtered, _draw_filtered)):
-        for first in range(0, len(every), _ROWS_AT_ONCE):
-            rows = every[first : first + _ROWS_AT_ONCE]
-            chosen = [items[row] for row in rows]
-            rows_F, temperatures_F, draws_F = _uploads(rows, chosen, logits_BV.device)
-            scaled = logits_BV.index_select(0, rows_F).float()
-            # Measured from the best one, so that the smallest temperature makes no infinity of it. What is
-            # not sound draws, too, but from nothing that could stop the others.
-            scaled -= scaled.amax(-1, keepdim=True)
-            scaled.masked_fill_(~is_finite_B.index_select(0, rows_F)[:, None], 0.0)
-            scaled /= temperatures_F[:, None].float()
-            ids_B.index_copy_(0, rows_F, draw(scaled, draws_F[:, None], chosen))
+    if sampling.draws is not None:
+        draws = sampling.draws
+        filters = (draws.top_k > 0) | (draws.top_p < 1)
+        for indices, draw in ((~filters).nonzero()[0], _draw_all), (filters.nonzero()[0], _draw_filtered):
+            for first in range(0, len(indices), _ROWS_AT_ONCE):
+                some = draws.at(indices[first : first + _ROWS_AT_ONCE])
+                _draw_into(ids_B, logits_BV, is_finite_B, some, draw)
     return SampledTokens(ids_B, is_finite_B)
 
 
-def _uploads(
-    rows: Seq[int], items: Seq[Item], device: torch.device
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """[F] each: row numbers, temperatures, uniform numbers in float64."""
-    temperatures = [
-        min(max(i.sequence.params.temperature, _LEAST_TEMPERATURE), _MOST_TEMPERATURE) for i in items
-    ]
-    draws = [uniform(i.sequence.seed, i.end) for i in items]
-    packed = upload(np.array([rows, temperatures, draws]), device)
-    return packed[0].long(), packed[1], packed[2]
+def _draw_into(
+    ids_B: torch.Tensor,
+    logits_BV: torch.Tensor,
+    is_finite_B: torch.Tensor,
+    draws: Draws,
+    draw: Callable[[torch.Tensor, torch.Tensor, Draws], torch.Tensor],
+) -> None:
+    """Replace the ids of rows that draw in one way."""
+    temperatures = np.clip(draws.temperature, _LEAST_TEMPERATURE, _MOST_TEMPERATURE)
+    pairs = zip(draws.seeds.tolist(), draws.positions.tolist(), strict=True)
+    numbers = [uniform(seed, position) for seed, position in pairs]
+    packed = upload(np.array([draws.rows, temperatures, numbers]), logits_BV.device)
+    rows_F, temperatures_F, draws_F = packed[0].long(), packed[1], packed[2]
+    scaled = logits_BV.index_select(0, rows_F).float()
+    # Measured from the best one, so that the smallest temperature makes no infinity of it. What is not finite
+    # draws, too, but from nothing that could stop the others.
+    scaled -= scaled.amax(-1, keepdim=True)
+    scaled.masked_fill_(~is_finite_B.index_select(0, rows_F)[:, None], 0.0)
+    scaled /= temperatures_F[:, None].float()
+    ids_B.index_copy_(0, rows_F, draw(scaled, draws_F[:, None], draws))
 
 
-def _forbid_ends(logits_BV: torch.Tensor, items: Seq[Item], eos_token_ids: Seq[int]) -> None:
-    rows: list[int] = []
-    ids: list[int] = []
-    for row, item in enumerate(items):
-        params = item.sequence.params
-        if item.end - item.sequence.num_prompt >= params.min_tokens:
-            continue
-        ends = {*params.stop_token_ids, *(() if params.ignore_eos else eos_token_ids)}
-        rows += [row] * len(ends)
-        ids += ends
-    if rows:
-        packed = upload(np.array([rows, ids], dtype=np.int64), logits_BV.device)
-        index = (packed[0], packed[1])
-        values = logits_BV[index]
-        # What is not finite stays, for it tells that the row is not sound.
-        logits_BV[index] = values.masked_fill(values < float("inf"), float("-inf"))
+def _forbid(logits_BV: torch.Tensor, sampling: Sampling) -> None:
+    if not sampling.forbidden.shape[1]:
+        return
+    packed = upload(np.ascontiguousarray(sampling.forbidden), logits_BV.device)
+    index = (packed[0], packed[1])
+    values = logits_BV[index]
+    # What is not finite stays, for it tells that the row has no token.
+    logits_BV[index] = values.masked_fill(values < float("inf"), float("-inf"))
 
 
-def _draw_all(scaled_FV: torch.Tensor, draws_F1: torch.Tensor, items: Seq[Item]) -> torch.Tensor:
+def _draw_all(scaled_FV: torch.Tensor, draws_F1: torch.Tensor, draws: Draws) -> torch.Tensor:
     """Temperature, and min_p: no sorting, the distribution is walked in vocabulary order."""
-    least = [i.sequence.params.min_p for i in items]
-    if any(least):
-        logs = np.array([[math.log(p) if p > 0 else -math.inf] for p in least], dtype=np.float32)
-        limits = upload(logs, scaled_FV.device)
-        scaled_FV.masked_fill_(scaled_FV < limits, -math.inf)
+    if draws.min_p.any():
+        limits = upload(log_min_p(draws)[:, None].astype(np.float32), scaled_FV.device)
+        scaled_FV.masked_fill_(scaled_FV < limits, float("-inf"))
     mass = cumulated_mass(scaled_FV)
     return pick(mass, mass[:, -1:], draws_F1).squeeze(1)
 
 
-def _draw_filtered(scaled_FV: torch.Tensor, draws_F1: torch.Tensor, items: Seq[Item]) -> torch.Tensor:
+def _draw_filtered(scaled_FV: torch.Tensor, draws_F1: torch.Tensor, draws: Draws) -> torch.Tensor:
     """Among each row's candidates, best first."""
-    params = [item.sequence.params for item in items]
     if scaled_FV.device.type != "cpu":
-        return draw_sorted(scaled_FV, draws_F1, params)
+        return draw_sorted(scaled_FV, draws_F1, draws)
     results = []
-    for scaled_V, draw, one in zip(scaled_FV, draws_F1, params, strict=True):
+    filters = zip(draws.top_k.tolist(), draws.top_p.tolist(), draws.min_p.tolist(), strict=True)
+    for scaled_V, draw, (top_k, top_p, min_p) in zip(scaled_FV, draws_F1, filters, strict=True):
         # Few numbers are looked at, where all rows at once would sort the whole vocabulary.
-        ids, mass = candidates(scaled_V, one)
+        ids, mass = candidates(scaled_V, top_k, top_p, min_p)
         chosen = int(torch.searchsorted(mass, draw * mass[-1], right=True))
         results.append(ids[min(chosen, len(ids) - 1)])
     return torch.stack(results)

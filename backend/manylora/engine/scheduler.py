@@ -26,12 +26,14 @@ from collections import Counter
 from collections.abc import Collection
 from typing import TYPE_CHECKING, Protocol
 
-from manylora.engine.batch import Batch, Item
-from manylora.engine.deadlines import Deadlines, error_of
+from manylora.engine import deadlines, overflow
+from manylora.engine.deadlines import Deadlines
 from manylora.engine.kv_cache import BlockPool
 from manylora.engine.limits import Limits
-from manylora.engine.penalties import asks
+from manylora.engine.sampling import has_penalties
+from manylora.engine.schedule import Schedule, ScheduledSequence
 from manylora.engine.sequence import Sequence, State
+from manylora.engine.step import NewTokens, StepResult
 from manylora.errors import ManyloraError, UnavailableError
 from manylora.messages import Tokens
 
@@ -70,9 +72,10 @@ class Scheduler:
         self._active: Counter[Adapter] = Counter()
         """Running sequences by adapter and version: two versions of one are two in a step."""
         self._num_added = 0
-        # Of the step that is being chosen: its items, running sequences whose adapter is still copied, and
+        self._num_steps = 0
+        # Of the step that is being chosen: its sequences, running ones whose adapter is still copied, and
         # tokens that are left.
-        self._items: list[Item] = []
+        self._scheduled: list[ScheduledSequence] = []
         self._late: list[Sequence] = []
         self._budget = 0
 
@@ -110,7 +113,7 @@ class Scheduler:
     def expire(self, now_s: float) -> None:
         """End the sequences whose deadline has passed."""
         for sequence in self.deadlines.take_missed(itertools.chain(self.running, self.waiting), now_s):
-            self.fail(sequence, error_of(sequence))
+            self.fail(sequence, deadlines.error_of(sequence))
 
     def can_run_ahead(self) -> bool:
         """Whether the next step can be chosen before the tokens of the one that runs are known.
@@ -120,12 +123,12 @@ class Scheduler:
         lacking = sum(self.blocks.num_needed(s.num_tokens) - len(s.table) for s in self.running)
         return lacking <= self.blocks.num_free
 
-    def schedule(self) -> Batch | None:
+    def schedule(self) -> Schedule | None:
         """Choose the next step; None when nothing can run now.
 
         From here on its tokens count as computed, and what it samples as pending, until `finish`.
         """
-        self._items, self._late, self._budget = [], [], self.limits.max_batched_tokens
+        self._scheduled, self._late, self._budget = [], [], self.limits.max_batched_tokens
         decodes = [s for s in self.running if s.num_to_compute == 1 and not self._awaits_token(s)]
         chunks = [s for s in self.running if s.num_to_compute > 1]
         for sequence in decodes + chunks:
@@ -133,53 +136,75 @@ class Scheduler:
                 continue
             num_tokens = min(sequence.num_to_compute, self._budget)
             if self._make_room(sequence, sequence.num_computed + num_tokens):
-                self._take_part(sequence)
+                self._include(sequence)
         self._admit()
-        if not self._items:
+        if not self._scheduled:
             for sequence in self._late:
                 if self._budget and sequence.lease is not None:
                     self.registry.await_copy(sequence.lease)
-                    self._add_item(sequence)
-        for item in self._items:
-            item.sequence.num_computed = item.end
-            item.sequence.num_pending += item.samples
-        return Batch(self._items) if self._items else None
+                    self._append(sequence)
+        if not self._scheduled:
+            return None
+        num_sampled = 0
+        for scheduled in self._scheduled:
+            sequence = scheduled.sequence
+            sequence.num_computed = scheduled.end
+            if scheduled.samples:
+                sequence.num_pending += 1
+                sequence.sampled_row = num_sampled
+                num_sampled += 1
+        self._num_steps += 1
+        return Schedule(self._num_steps, self._scheduled)
 
-    def finish(self, batch: Batch) -> list[tuple[Sequence, Tokens]]:
+    def finish(self, schedule: Schedule, result: StepResult) -> list[tuple[Sequence, Tokens]]:
         """Append a step's tokens to the sequences and end those that are done.
+
+        What has ended meanwhile stays as it is; a step that was scheduled before that was known is in vain.
+
+        Args:
+            schedule: the step.
+            result: what it gave.
 
         Returns:
             What each sequence's session is to get.
-
-        What has ended meanwhile stays as it is; a step that was scheduled before that was known is in vain.
         """
-        results = []
-        for item in batch.items:
-            sequence = item.sequence
+        assert schedule.number == result.number, "the result of another step"
+        sampled = iter(result.sampled)
+        answers = []
+        for scheduled in schedule.sequences:
+            sequence = scheduled.sequence
+            new = next(sampled) if scheduled.samples else None
             if sequence.state is not State.RUNNING:
                 continue
-            if item.error is not None:
-                self.fail(sequence, item.error)
+            if new is not None and new.error is not None:
+                num_tokens = scheduled.end - sequence.num_prompt
+                self.fail(sequence, overflow.error_of(sequence, num_tokens))
                 continue
             keys = self.blocks.prefix_keys(sequence.namespace, sequence.token_ids, sequence.keys)
-            self.blocks.mark_computed(sequence.table, keys, item.num_tokens, item.end)
-            if not item.samples:
-                continue
-            assert item.next_id is not None, "a step left a finished prompt without a token"
-            sequence.token_ids.append(item.next_id)
-            sequence.num_pending -= 1
-            tokens = Tokens(
-                id=sequence.request_id,
-                token_ids=[item.next_id],
-                finish_reason=self._finish_reason(sequence, item.next_id),
-                adapter_version=sequence.version,
-                logprobs=[item.logprobs] if item.logprobs is not None else [],
-            )
-            if tokens.finish_reason:
-                self._stop(sequence)
-                sequence.state = State.ENDED
-            results.append((sequence, tokens))
-        return results
+            self.blocks.mark_computed(sequence.table, keys, scheduled.num_tokens, scheduled.end)
+            if new is not None:
+                answers.append((sequence, self._append_tokens(sequence, new)))
+        return answers
+
+    def _append_tokens(self, sequence: Sequence, new: NewTokens) -> Tokens:
+        """Grow a sequence up to its end, and stop it there."""
+        sequence.num_pending -= 1
+        reason, num_new = "", 0
+        while not reason and num_new < len(new.token_ids):
+            sequence.token_ids.append(new.token_ids[num_new])
+            reason = self._finish_reason(sequence, new.token_ids[num_new])
+            num_new += 1
+        tokens = Tokens(
+            id=sequence.request_id,
+            token_ids=new.token_ids[:num_new],
+            finish_reason=reason,
+            adapter_version=sequence.version,
+            logprobs=new.logprobs[:num_new],
+        )
+        if reason:
+            self._stop(sequence)
+            sequence.state = State.ENDED
+        return tokens
 
     def check(self) -> list[str]:
         """Broken invariants."""
@@ -203,17 +228,17 @@ class Scheduler:
             wrong.append(f"{len(counted)} adapters run, max_loras={self.limits.max_loras}")
         return wrong
 
-    def _take_part(self, sequence: Sequence) -> None:
+    def _include(self, sequence: Sequence) -> None:
         """Put a running sequence into the step, or aside while its adapter is still copied."""
         if sequence.lease is not None and not self.registry.is_copied(sequence.lease):
             self._late.append(sequence)
         else:
-            self._add_item(sequence)
+            self._append(sequence)
 
-    def _add_item(self, sequence: Sequence) -> None:
-        item = Item(sequence, min(sequence.num_to_compute, self._budget))
-        self._items.append(item)
-        self._budget -= item.num_tokens
+    def _append(self, sequence: Sequence) -> None:
+        num_tokens = min(sequence.num_to_compute, self._budget)
+        self._scheduled.append(ScheduledSequence.of(sequence, num_tokens))
+        self._budget -= num_tokens
 
     def _admit(self) -> None:
         blocked: list[Sequence] = []
@@ -233,7 +258,7 @@ class Scheduler:
                     continue
             if not self._try_start(sequence):
                 break
-            self._take_part(sequence)
+            self._include(sequence)
             if lease is not None:
                 for earlier in blocked:
                     earlier.num_passed += 1
@@ -304,7 +329,7 @@ class Scheduler:
         """Whether it sits this step out: its pending token is its last one, whatever it is, or counts for
         penalties on the next one."""
         return bool(sequence.num_pending) and (
-            asks(sequence.params)
+            has_penalties(sequence.params)
             or sequence.num_tokens - sequence.num_prompt >= sequence.params.max_tokens
             or sequence.num_tokens >= self.limits.max_model_len
         )

@@ -60,6 +60,9 @@ class Sequence:
     """Tokens whose keys and values are in the cache once the steps that were scheduled are done."""
     num_pending: int = 0
     """Tokens behind `token_ids` that scheduled steps will give: their ids are not known here yet."""
+    sampled_row: int = -1
+    """Where the last scheduled step that samples its next token does so, counted among those that sample
+    there. Filled by the scheduler."""
     table: list[int] = field(default_factory=list)
     """KV blocks, in order."""
     table_array: np.ndarray[tuple[int], np.dtype[np.int32]] | None = None
@@ -69,7 +72,7 @@ class Sequence:
     num_passed: int = 0
     """Sequences behind it, with an adapter, that were admitted while this one found no room for its own."""
     counts: TokenCounts | None = None
-    """Filled by the sampler, for a sequence with penalties."""
+    """Filled when a step is built, for a sequence with penalties."""
 
     @property
     def order(self) -> tuple[int, int]:

@@ -34,8 +34,8 @@ import torch
 from manylora_kernels import Mix
 from manylora_kernels.attention.paged_batch import PagedBatch
 
-from manylora.engine.batch import BatchBuilder, StepTensors
 from manylora.engine.graph_recorder import Recorder, Replay
+from manylora.engine.step_tensors import StepTensors, Uploader
 from manylora.model.paged_attention import PagedPlan
 
 log = logging.getLogger(__name__)
@@ -75,33 +75,33 @@ class StepGraphs:
 
     Args:
         forward: the model; called with tensors whose `sample_rows` is None.
-        builder: makes the steps that will be run.
+        uploader: makes the tensors of the steps that will be run.
         max_rows: of the largest bucket.
         max_context: no sequence is longer.
         page_limits: the pages of the device pool, by kind.
-        recorder: of the builder's device.
+        recorder: of the same device.
     """
 
     def __init__(
         self,
         forward: Forward,
-        builder: BatchBuilder,
+        uploader: Uploader,
         max_rows: int,
         max_context: int,
         page_limits: Sequence[int],
         recorder: Recorder,
     ) -> None:
         self._forward = forward
-        self._builder = builder
+        self._uploader = uploader
         self._page_limits = tuple(page_limits)
         self._recorder = recorder
         self.buckets = buckets(max_rows)
         self.replays: Counter[tuple[int, bool]] = Counter()
         """Steps that were replayed since the start, by bucket and whether they had adapters."""
-        device = builder.device
+        device = uploader.device
         self._input_ids = torch.zeros(max_rows, dtype=torch.int64, device=device)
         self._positions = torch.zeros(max_rows, dtype=torch.int64, device=device)
-        self._paged = PagedBatch.blank(max_rows, max_context, builder.block_size, device)
+        self._paged = PagedBatch.blank(max_rows, max_context, uploader.block_size, device)
         self._logits: torch.Tensor | None = None
         self._graphs: dict[tuple[int, bool], _Graph] = {}
 
@@ -183,12 +183,12 @@ class StepGraphs:
         )
 
     def _blank_mix(self, rows: int) -> Mix:
-        builder = self._builder
+        uploader = self._uploader
         return Mix.blank(
             rows,
             self._page_limits,
-            builder.max_loras,
-            builder.max_pages,
-            builder.device,
-            form=builder.form,
+            uploader.max_loras,
+            uploader.max_pages,
+            uploader.device,
+            form=uploader.form,
         )

@@ -7,9 +7,9 @@ from collections.abc import Callable
 
 import torch
 
-from manylora.engine.batch import Batch
 from manylora.engine.flight import Flight
 from manylora.engine.runner import Runner
+from manylora.engine.schedule import Schedule, build_step
 from manylora.engine.scheduler import Scheduler
 from manylora.engine.sequence import Sequence, State
 from manylora.errors import InternalError
@@ -40,7 +40,7 @@ class Steps:
         self.scheduler = scheduler
         self.counters = dict.fromkeys(("steps", "steps_ahead", "prompt_tokens", "generated_tokens"), 0)
         self._deliver = deliver
-        self._flight: Flight | None = None
+        self._flying: tuple[Schedule, Flight] | None = None
 
     def turn(self) -> bool:
         """Launch the next step and land the one before. False: there was nothing to do.
@@ -48,49 +48,55 @@ class Steps:
         Raises:
             Exception: the device is broken; the engine cannot go on.
         """
-        is_flying = self._flight is not None
-        if self._flight is not None and not self.scheduler.can_run_ahead():
-            self._land(self._flight)
-            self._flight = None
-        before = self._flight
-        batch = self.scheduler.schedule()
-        self._flight = None if batch is None else self._launch(batch, before)
+        before = self._flying
+        was_flying = before is not None
+        if before is not None and not self.scheduler.can_run_ahead():
+            self._land(*before)
+            before = None
+        schedule = self.scheduler.schedule()
+        launched = None if schedule is None else self._launch(schedule, is_ahead=before is not None)
         if before is not None:
-            self._land(before)
-        if self._flight is not None and not self.runner.runs_ahead:
-            self._land(self._flight)
-            self._flight = None
-        return is_flying or batch is not None
+            self._land(*before)
+        if launched is not None and not self.runner.runs_ahead:
+            self._land(*launched)
+            launched = None
+        self._flying = launched
+        return was_flying or schedule is not None
 
-    def _launch(self, batch: Batch, before: Flight | None) -> Flight | None:
+    def _launch(self, schedule: Schedule, *, is_ahead: bool) -> tuple[Schedule, Flight] | None:
         try:
-            flight = self.runner.launch(batch, before)
+            step = build_step(schedule, self.scheduler.blocks.block_size, self.scheduler.eos_token_ids)
+            flight = self.runner.launch(step)
         except Exception as error:
-            self._fail(batch, error)
+            self._fail(schedule, error)
             return None
-        self.counters["steps_ahead"] += before is not None
-        return flight
+        self.counters["steps_ahead"] += is_ahead
+        return schedule, flight
 
-    def _land(self, flight: Flight) -> None:
+    def _land(self, schedule: Schedule, flight: Flight) -> None:
+        """Wait for a step and deliver its tokens."""
         try:
-            flight.land()
+            result = flight.land()
         except Exception as error:
-            self._fail(flight.batch, error)
+            self._fail(schedule, error)
             return
         self.counters["steps"] += 1
-        for item in flight.batch.items:
-            self.counters["prompt_tokens"] += max(0, min(item.end, item.sequence.num_prompt) - item.start)
-        for sequence, tokens in self.scheduler.finish(flight.batch):
+        for scheduled in schedule.sequences:
+            num_left = scheduled.sequence.num_prompt - scheduled.start
+            self.counters["prompt_tokens"] += max(0, min(scheduled.num_tokens, num_left))
+        for sequence, tokens in self.scheduler.finish(schedule, result):
             self.counters["generated_tokens"] += len(tokens.token_ids)
             self._deliver(sequence, tokens)
 
-    def _fail(self, batch: Batch, error: Exception) -> None:
-        log.error("a step failed; its %d sequences end with INTERNAL", len(batch.items), exc_info=error)
+    def _fail(self, schedule: Schedule, error: Exception) -> None:
+        log.error(
+            "a step failed; its %d sequences end with INTERNAL", len(schedule.sequences), exc_info=error
+        )
         if isinstance(error, _BROKEN_DEVICE) or not self.runner.device_answers():
             raise error
-        for item in batch.items:
-            if item.sequence.state is State.RUNNING:
+        for scheduled in schedule.sequences:
+            if scheduled.sequence.state is State.RUNNING:
                 self.scheduler.fail(
-                    item.sequence,
+                    scheduled.sequence,
                     InternalError("the engine failed while computing this request; see its log"),
                 )

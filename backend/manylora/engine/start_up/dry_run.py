@@ -8,17 +8,15 @@ from __future__ import annotations
 
 import logging
 import time
-from typing import TYPE_CHECKING
 
 import torch
 
-from manylora.engine.batch import Batch, Item
-from manylora.engine.sequence import Sequence
+from manylora.config import EngineConfig
+from manylora.engine.runner import Runner
+from manylora.engine.sampling import Sampling, SamplingRow, has_penalties, make_sampling
+from manylora.engine.step import StepSequence, make_step
+from manylora.engine.token_counts import TokenCounts
 from manylora.messages import SamplingParams
-
-if TYPE_CHECKING:
-    from manylora.config import EngineConfig
-    from manylora.engine.runner import Runner
 
 log = logging.getLogger(__name__)
 
@@ -54,30 +52,26 @@ def run_steps(runner: Runner, config: EngineConfig) -> list[int]:
     Returns:
         The tokens of each step.
     """
-    size = runner.builder.block_size
+    size = runner.uploader.block_size
     room = runner.num_blocks * size
     num_tokens = min(config.max_batched_tokens, runner.model.max_model_len, room)
     num_decodes = min(config.max_num_seqs, config.max_batched_tokens, runner.num_blocks)
     table = list(range(-(-num_tokens // size)))
-    steps = [Batch([Item(_sequence(num_tokens, table), num_tokens)])]
+    prompt = StepSequence(token_ids=[0] * num_tokens, context=num_tokens, table=table)
+    steps = [make_step(1, [prompt])]
     if num_tokens > 2:
-        chunk = _sequence(num_tokens, table)
-        chunk.num_computed = num_tokens // 2
-        steps.append(Batch([Item(chunk, num_tokens - chunk.num_computed)]))
+        chunk = StepSequence(token_ids=[0] * (num_tokens - num_tokens // 2), context=num_tokens, table=table)
+        steps.append(make_step(len(steps) + 1, [chunk]))
+    decodes = [StepSequence(token_ids=[0], context=1, table=[block]) for block in range(num_decodes)]
     for params in _PARAMS:
-        steps.append(Batch([Item(_sequence(1, [block], params), 1) for block in range(num_decodes)]))
+        sampling = _sampling(params, num_decodes, runner.model.eos_token_ids)
+        steps.append(make_step(len(steps) + 1, decodes, sampling))
     for step in steps:
         runner.launch(step).land()
     return [step.num_tokens for step in steps]
 
 
-def _sequence(num_tokens: int, table: list[int], params: SamplingParams = _PARAMS[0]) -> Sequence:
-    return Sequence(
-        id=0,
-        token_ids=[0] * num_tokens,
-        num_prompt=num_tokens,
-        params=params,
-        seed=0,
-        lease=None,
-        table=table,
-    )
+def _sampling(params: SamplingParams, num_rows: int, eos_token_ids: list[int]) -> Sampling:
+    counts = TokenCounts([0], 1) if has_penalties(params) else None
+    row = SamplingRow(params=params, seed=0, position=1, num_generated=0, counts=counts)
+    return make_sampling([row] * num_rows, eos_token_ids)

@@ -13,10 +13,13 @@ import numpy.typing as npt
 import torch
 from manylora_kernels import Mix
 
-from manylora.engine.batch import Batch, BatchBuilder
-from manylora.engine.graph_recorder import Recorder
+from manylora.config import EngineConfig
+from manylora.engine.graph_recorder import recorder_for
+from manylora.engine.runner import Runner
+from manylora.engine.start_up.packing_check import allowed_difference, decodes_of_probes
 from manylora.engine.start_up.trial_adapter import trial_adapter
-from manylora.engine.step_graphs import Forward, StepGraphs
+from manylora.engine.step_graphs import StepGraphs
+from manylora.engine.step_tensors import Uploader
 from manylora.model.loading import LoadedModel, logits_tolerance
 from manylora.model.lora_layers import Site
 
@@ -27,40 +30,31 @@ _MOST_ADAPTERS = 8
 """In a step that is compared: their pages are filled in all layers."""
 
 
-def allowed_difference(dtype: torch.dtype, scale: float) -> float:
-    """How far logits up to `scale` may lie apart that were computed in another order."""
-    return logits_tolerance(dtype) * max(scale, 1.0)
-
-
 @torch.inference_mode()
-def try_start(
-    model: LoadedModel,
-    builder: BatchBuilder,
-    forward: Forward,
-    probe: Batch,
-    max_rows: int,
-    recorder: Recorder,
-) -> StepGraphs | None:
-    """Record the steps of up to `max_rows` decodes and compare one of each family with the eager answer.
+def record_graphs(runner: Runner, config: EngineConfig) -> None:
+    """Record decode steps as graphs where the paged kernels serve; call it after `prove_packing`.
+
+    One step of each family is compared with the eager answer. A model that cannot be recorded, or replays
+    other numbers, is served without, and the log says so.
 
     Args:
-        model: with its sites' pools, in which no adapter lies yet.
-        builder: of the engine's steps; it is `paged`.
-        forward: the model.
-        probe: decodes whose context is in the cache, at most `max_rows`.
-        max_rows: of the largest graph.
-        recorder: of the model's device.
-
-    Returns:
-        None, and the reason in the log, for a model that cannot be recorded or replays other numbers.
+        runner: gets the graphs. No adapter lies in its pool yet.
     """
+    if not runner.uploader.paged or config.enforce_eager:
+        return
+    model, recorder = runner.model, recorder_for(runner.model.device)
     name = type(model.module).__name__
     try:
         graphs = StepGraphs(
-            forward, builder, max_rows, model.max_model_len, _page_limits(model.sites), recorder
+            runner.forward,
+            runner.uploader,
+            config.max_num_seqs,
+            model.max_model_len,
+            _page_limits(model.sites),
+            recorder,
         )
         graphs.capture()
-        wrong = _differences(model, builder, forward, probe, graphs)
+        wrong = _differences(runner, graphs)
     # Whatever a model's code does that cannot be recorded, it can still be run.
     except Exception as error:
         log.warning(
@@ -71,11 +65,11 @@ def try_start(
         )
     else:
         if not wrong:
-            return graphs
+            runner.graphs = graphs
+            return
         log.warning("decode steps of %s run operator by operator: %s", name, "; ".join(wrong))
         del graphs
     recorder.abandon()
-    return None
 
 
 def _page_limits(sites: Sequence[Site]) -> list[int]:
@@ -84,26 +78,25 @@ def _page_limits(sites: Sequence[Site]) -> list[int]:
     return [limits[kind] for kind in sorted(limits)]
 
 
-def _differences(
-    model: LoadedModel, builder: BatchBuilder, forward: Forward, probe: Batch, graphs: StepGraphs
-) -> list[str]:
+def _differences(runner: Runner, graphs: StepGraphs) -> list[str]:
     """What of replayed steps is not the eager ones': the least that holds the probes, and the largest, each
     of the base model and with adapters in the pool, whose rows take turns with rows without one."""
-    least = graphs.bucket_of(len(probe.items))
+    model, uploader = runner.model, runner.uploader
+    num_probes = min(len(model.probe_ids), graphs.buckets[-1])
+    least = graphs.bucket_of(num_probes)
     assert least is not None, "the probes are decodes of one step"
     found: list[str] = []
-    for num_rows, num_items in dict.fromkeys(((least, len(probe.items)), (graphs.buckets[-1],) * 2)):
+    for num_rows, num_seqs in dict.fromkeys(((least, num_probes), (graphs.buckets[-1],) * 2)):
         # Decodes that come again write the same into the cache.
-        items = [probe.items[index % len(probe.items)] for index in range(num_items)]
-        step = builder.build(Batch(items), num_rows=num_rows)
-        base = forward(step)[:num_items].float()
-        found += _compare(model, base, graphs.run(step)[:num_items], f"the base model, {num_rows} rows")
-        count = min(_MOST_ADAPTERS, max(1, num_items - 1), builder.max_loras, *_page_limits(model.sites))
-        slots = _turns(count, num_items)
+        tensors = uploader.upload(decodes_of_probes(runner, num_seqs), num_rows=num_rows)
+        base = runner.forward(tensors)[:num_seqs].float()
+        found += _compare(model, base, graphs.run(tensors)[:num_seqs], f"the base model, {num_rows} rows")
+        count = min(_MOST_ADAPTERS, max(1, num_seqs - 1), uploader.max_loras, *_page_limits(model.sites))
+        slots = _turns(count, num_seqs)
         with trial_adapter([site.pool for site in model.sites if site.pool is not None], count):
-            step.mix = _mix_of(builder, slots, count, num_rows)
-            wanted = forward(step)[:num_items].float()
-            replayed = graphs.run(step)[:num_items]
+            tensors.mix = _mix_of(uploader, slots, count, num_rows)
+            wanted = runner.forward(tensors)[:num_seqs].float()
+            replayed = graphs.run(tensors)[:num_seqs]
         what = f"{count} adapter{'s' if count > 1 else ''}, {num_rows} rows"
         found += _compare(model, wanted, replayed, what)
         found += _compare_changes(model, base, wanted, replayed, slots, what)
@@ -139,20 +132,20 @@ def _compare_changes(
     return [f"what {what} change of logits, replayed, differs by {share:.3g} of it, allowed is {allowed:g}"]
 
 
-def _turns(count: int, num_items: int) -> IntArray:
+def _turns(count: int, num_seqs: int) -> IntArray:
     """Slots of rows that take turns: adapter 0, adapter 1 and so on, then none."""
-    turns = np.arange(num_items, dtype=np.int32) % (count + 1)
+    turns = np.arange(num_seqs, dtype=np.int32) % (count + 1)
     return np.where(turns < count, turns, np.int32(-1))
 
 
-def _mix_of(builder: BatchBuilder, slots: IntArray, count: int, num_rows: int) -> Mix:
+def _mix_of(uploader: Uploader, slots: IntArray, count: int, num_rows: int) -> Mix:
     """Each adapter in the page of its number; rows that pad have none."""
     return Mix.build(
         np.pad(slots, (0, num_rows - len(slots)), constant_values=-1),
         np.ones(num_rows, dtype=np.float32),
-        [[(page,) for page in range(count)]] * builder.num_kinds,
-        builder.max_loras,
-        builder.max_pages,
-        builder.device,
-        form=builder.form,
+        [[(page,) for page in range(count)]] * uploader.num_kinds,
+        uploader.max_loras,
+        uploader.max_pages,
+        uploader.device,
+        form=uploader.form,
     )

@@ -16,8 +16,8 @@ import torch
 from manylora_kernels import Mix, SitePool, add_lora, gate_up_lora, linear_lora, reference
 from manylora_kernels.streams import as_recorded
 
-from manylora.engine.batch import BatchBuilder
 from manylora.engine.start_up.trial_adapter import trial_adapter
+from manylora.engine.step_tensors import Uploader
 from manylora.errors import UnsupportedError
 from manylora.model.loading import LoadedModel
 
@@ -34,7 +34,7 @@ behind the activation [T, N / 2]."""
 
 
 @torch.inference_mode()
-def prove_kernels(model: LoadedModel, builder: BatchBuilder) -> None:
+def prove_kernels(model: LoadedModel, uploader: Uploader) -> None:
     """Compute the term of one site of each kind, in every form that steps take, with random numbers in pages
     that hold no adapter yet.
 
@@ -51,7 +51,7 @@ def prove_kernels(model: LoadedModel, builder: BatchBuilder) -> None:
             # Inside of graphs shrink runs beside the base product, by other kernels.
             for where, context in (("", nullcontext()), (" as in graphs", as_recorded())):
                 with context:
-                    error = _error(form, pool, kind, builder, model.dtype)
+                    error = _error(form, pool, kind, uploader, model.dtype)
                 if error <= _ALLOWED[model.dtype]:
                     continue
                 raise UnsupportedError(
@@ -75,9 +75,9 @@ def _gate_up(y: torch.Tensor, x: torch.Tensor, pool: SitePool, mix: Mix, kind: i
     return gate_up_lora(x, lambda _: y.clone(), pool, mix, kind)
 
 
-def _error(form: Form, pool: SitePool, kind: int, builder: BatchBuilder, dtype: torch.dtype) -> float:
+def _error(form: Form, pool: SitePool, kind: int, uploader: Uploader, dtype: torch.dtype) -> float:
     """Of what the adapters change, as a share of it."""
-    pages = tuple(range(min(_MOST_PAGES, builder.max_pages, pool.a.shape[0])))
+    pages = tuple(range(min(_MOST_PAGES, uploader.max_pages, pool.a.shape[0])))
     generator = torch.Generator(pool.a.device).manual_seed(kind)
 
     def randn(num_columns: int) -> torch.Tensor:
@@ -91,11 +91,11 @@ def _error(form: Form, pool: SitePool, kind: int, builder: BatchBuilder, dtype: 
     mix = Mix.build(
         np.array(_SLOTS, dtype=np.int32),
         np.array(_SCALES, dtype=np.float32),
-        [[pages]] * builder.num_kinds,
-        builder.max_loras,
-        builder.max_pages,
-        builder.device,
-        form=builder.form,
+        [[pages]] * uploader.num_kinds,
+        uploader.max_loras,
+        uploader.max_pages,
+        uploader.device,
+        form=uploader.form,
     )
     with trial_adapter([pool], len(pages)):
         found = form(y, x, pool, mix, kind)

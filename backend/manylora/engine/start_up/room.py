@@ -8,20 +8,17 @@ where it lies: an estimate is kept free for them.
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING
 
 import torch
 
 from manylora.adapters.device_pool import pool_dtype
 from manylora.config import EngineConfig
+from manylora.engine.runner import Runner
 from manylora.engine.start_up import capacity
 from manylora.engine.start_up.capacity import DeviceMemory
 from manylora.engine.start_up.dry_run import dry_run
 from manylora.memory import host_memory
 from manylora.model.loading import LoadedModel, resolve_device
-
-if TYPE_CHECKING:
-    from manylora.engine.runner import Runner
 
 log = logging.getLogger(__name__)
 
@@ -98,7 +95,7 @@ class Room:
                 model.max_model_len,
                 model.cache_bytes_per_token(),
                 memory,
-                graphs=runner.builder.paged and not config.enforce_eager,
+                graphs=runner.uploader.paged and not config.enforce_eager,
             )
         )
         log.info(
