@@ -16,7 +16,14 @@ import triton.language as tl
 
 from manylora_kernels.attention.head_rows import head_strides, stride_unit
 from manylora_kernels.attention.plan import SPLIT_TOKENS, Scoring, TilePlan
-from manylora_kernels.attention.tile import fold_tile, load_tile, sink_start
+from manylora_kernels.attention.tile import (
+    averaged,
+    fold_tile,
+    head_columns,
+    load_queries,
+    load_tile,
+    sink_start,
+)
 
 
 def decode_attention(
@@ -168,19 +175,14 @@ def _decode_kernel(
 
     offs_g = tl.arange(0, BLOCK_G)
     offs_c = tl.arange(0, BLOCK_C)
-    offs_d = tl.arange(0, BLOCK_D)
     offs_e = tl.arange(0, BLOCK_E)
     mask_g = offs_g < GROUP
-    mask_d = offs_d < KEY_SIZE
-    mask_e = offs_e < VALUE_SIZE
     head = kv * GROUP + offs_g
-    q_ptrs = (
-        q_ptr + seq * (stride_qt * STRIDE_UNIT) + head[:, None] * (stride_qh * STRIDE_UNIT) + offs_d[None, :]
-    )
-    q = tl.load(q_ptrs, mask=mask_g[:, None] & mask_d[None, :], other=0.0).to(keys_ptr.dtype.element_ty)
+    q_ptr += seq * (stride_qt * STRIDE_UNIT)
+    q = load_queries(q_ptr, head, stride_qh * STRIDE_UNIT, mask_g, keys_ptr, KEY_SIZE, BLOCK_D)
     table_ptr = tables_ptr + seq * stride_tb
-    k_ptrs = keys_ptr + kv * KEY_SIZE + offs_d[None, :]
-    v_ptrs = values_ptr + kv * VALUE_SIZE + offs_e[None, :]
+    k_ptrs, mask_d = head_columns(keys_ptr, kv, KEY_SIZE, BLOCK_D)
+    v_ptrs, mask_e = head_columns(values_ptr, kv, VALUE_SIZE, BLOCK_E)
 
     # A sink is one more score, of no value: the first part has it.
     sink = tl.load(sinks_ptr + head, mask=mask_g & (split == 0), other=float("-inf"))
@@ -193,7 +195,7 @@ def _decode_kernel(
         visible = (c + offs_c < end)[None, :]
         acc, top, total = fold_tile(acc, top, total, q, k, v, visible, factor, cap, HAS_CAP)
 
-    acc = acc / tl.where(total == 0.0, 1.0, total)[:, None]
+    acc = averaged(acc, total)
     num_heads = tl.num_programs(1) * GROUP
     position = seq * num_heads + head
     if IS_SPLIT:

@@ -17,7 +17,14 @@ import triton.language as tl
 
 from manylora_kernels.attention.head_rows import head_strides, stride_unit
 from manylora_kernels.attention.plan import Scoring, TilePlan
-from manylora_kernels.attention.tile import fold_tile, load_tile, sink_start
+from manylora_kernels.attention.tile import (
+    averaged,
+    fold_tile,
+    head_columns,
+    load_queries,
+    load_tile,
+    sink_start,
+)
 
 
 def prefill_attention(
@@ -156,21 +163,17 @@ def _prefill_kernel(
 
     offs_r = tl.arange(0, BLOCK_R)
     offs_c = tl.arange(0, BLOCK_C)
-    offs_d = tl.arange(0, BLOCK_D)
     offs_e = tl.arange(0, BLOCK_E)
     token = offs_r // GROUP
     head = kv * GROUP + offs_r % GROUP
     mask_r = (token < TILE_TOKENS) & (first + token < num_queries)
-    mask_d = offs_d < KEY_SIZE
-    mask_e = offs_e < VALUE_SIZE
     position = first_position + token
     query_row = (start + first + token).to(tl.int64)
     q_ptrs = q_ptr + query_row[:, None] * (stride_qt * STRIDE_UNIT)
-    q_ptrs += head[:, None] * (stride_qh * STRIDE_UNIT) + offs_d[None, :]
-    q = tl.load(q_ptrs, mask=mask_r[:, None] & mask_d[None, :], other=0.0).to(keys_ptr.dtype.element_ty)
+    q = load_queries(q_ptrs, head, stride_qh * STRIDE_UNIT, mask_r, keys_ptr, KEY_SIZE, BLOCK_D)
     table_ptr = tables_ptr + seq.to(tl.int64) * stride_tb
-    k_ptrs = keys_ptr + kv * KEY_SIZE + offs_d[None, :]
-    v_ptrs = values_ptr + kv * VALUE_SIZE + offs_e[None, :]
+    k_ptrs, mask_d = head_columns(keys_ptr, kv, KEY_SIZE, BLOCK_D)
+    v_ptrs, mask_e = head_columns(values_ptr, kv, VALUE_SIZE, BLOCK_E)
 
     top, total = sink_start(tl.load(sinks_ptr + head, mask=mask_r, other=float("-inf")))
     acc = tl.zeros([BLOCK_R, BLOCK_E], dtype=tl.float32)
@@ -195,7 +198,7 @@ def _prefill_kernel(
             visible &= (c + offs_c)[None, :] > position[:, None] - window
         acc, top, total = fold_tile(acc, top, total, q, k, v, visible, factor, cap, HAS_CAP)
 
-    acc = acc / tl.where(total == 0.0, 1.0, total)[:, None]
+    acc = averaged(acc, total)
     num_heads = tl.num_programs(1) * GROUP
     out_ptrs = out_ptr + (query_row * num_heads + head)[:, None] * VALUE_SIZE + offs_e[None, :]
     tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), mask=mask_r[:, None] & mask_e[None, :])

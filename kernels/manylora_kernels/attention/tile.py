@@ -1,4 +1,4 @@
-"""What the attention kernels for decode and prefill share: one tile of tokens, read and folded in.
+"""What the attention kernels for decode and prefill share: queries and heads, and one tile of tokens.
 
 Shape key: R rows of a tile, C tokens of a tile, D key size, E value size.
 """
@@ -9,6 +9,30 @@ import triton
 import triton.language as tl
 
 _LOG2E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def load_queries(q_ptrs, head, stride_qh, mask_r, like_ptr, KEY_SIZE: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Queries [R, D] of one query head for each row, in the cache's dtype.
+
+    Args:
+        q_ptrs: where the row's first head begins: one pointer for all rows, or [R, 1].
+        head: [R].
+        stride_qh: in elements.
+        like_ptr: into the cache.
+    """
+    offs_d = tl.arange(0, BLOCK_D)
+    mask_d = offs_d < KEY_SIZE
+    q_ptrs = q_ptrs + head[:, None] * stride_qh + offs_d[None, :]
+    q = tl.load(q_ptrs, mask=mask_r[:, None] & mask_d[None, :], other=0.0)
+    return q.to(like_ptr.dtype.element_ty)
+
+
+@triton.jit
+def head_columns(cache_ptr, kv, SIZE: tl.constexpr, BLOCK: tl.constexpr):
+    """Pointers [1, D] to one key/value head in the cache's first row, and which of them are in the head."""
+    offs = tl.arange(0, BLOCK)
+    return cache_ptr + kv * SIZE + offs[None, :], offs < SIZE
 
 
 @triton.jit
@@ -61,3 +85,9 @@ def fold_tile(acc, top, total, q, k, v, visible, factor, cap, HAS_CAP: tl.conste
     total = total * decay + tl.sum(weights, axis=1)
     acc = tl.dot(weights.to(v.dtype), v, acc=acc * decay[:, None], input_precision="ieee")
     return acc, new_top, total
+
+
+@triton.jit
+def averaged(acc, total):
+    """What a running softmax has come to: acc [R, E] over the sum of weights; 0 where nothing was seen."""
+    return acc / tl.where(total == 0.0, 1.0, total)[:, None]
