@@ -57,20 +57,10 @@ def site_linear(x: torch.Tensor, site: int, num_outputs: int) -> torch.Tensor:
     return _site(site).linear(x)
 
 
-@site_linear.register_fake
-def _(x: torch.Tensor, site: int, num_outputs: int) -> torch.Tensor:
-    return x.new_empty(*x.shape[:-1], num_outputs)
-
-
 @torch.library.custom_op("manylora::site_gate_up", mutates_args=())
 def site_gate_up(x: torch.Tensor, site: int, num_outputs: int) -> torch.Tensor:
     """[..., K] -> [..., N / 2]: what `Site.gate_up` computes."""
     return _site(site).gate_up(x)
-
-
-@site_gate_up.register_fake
-def _(x: torch.Tensor, site: int, num_outputs: int) -> torch.Tensor:
-    return x.new_empty(*x.shape[:-1], num_outputs)
 
 
 @torch.library.custom_op("manylora::product", mutates_args=())
@@ -78,11 +68,6 @@ def product(x: torch.Tensor, linear: int, num_outputs: int) -> torch.Tensor:
     """[..., K] -> [..., N]: what a `ProductLinear` computes."""
     owner: _ProductLinear = _objects[linear]
     return owner.product(x)
-
-
-@product.register_fake
-def _(x: torch.Tensor, linear: int, num_outputs: int) -> torch.Tensor:
-    return x.new_empty(*x.shape[:-1], num_outputs)
 
 
 @torch.library.custom_op("manylora::attention", mutates_args=())
@@ -97,22 +82,23 @@ def attention(
     window: int,
     softcap: float | None,
 ) -> torch.Tensor:
-    """[1, H, T, D], [1, V, T, D], [1, V, T, E] -> [1, T, H, E]: what the plan of the current step says."""
+    """[1, H, T, D], [1, V, T, D], [1, V, T, E] -> [1, T, H, E]: what `StepContext.attend` computes."""
     owner: _StepContext = _objects[context]
     scoring = Scoring(scaling=scaling, window=window, softcap=softcap, sinks=sinks)
     return owner.attend(query, key, value, layer, scoring).contiguous()
 
 
+def _fake_columns(x: torch.Tensor, _number: int, num_outputs: int) -> torch.Tensor:
+    """What an operator on rows of columns gives, without its content."""
+    return x.new_empty(*x.shape[:-1], num_outputs)
+
+
+for _operator in (site_linear, site_gate_up, product):
+    _operator.register_fake(_fake_columns)
+
+
 @attention.register_fake
-def _(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    sinks: torch.Tensor | None,
-    context: int,
-    layer: int,
-    scaling: float,
-    window: int,
-    softcap: float | None,
+def _fake_attention(
+    query: torch.Tensor, _key: torch.Tensor, value: torch.Tensor, *_others: object
 ) -> torch.Tensor:
     return query.new_empty(1, query.shape[2], query.shape[1], value.shape[3])
