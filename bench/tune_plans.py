@@ -67,7 +67,7 @@ class Tuner:
         self, rows: Sequence[int], num_pages: int, compilers: Compilers
     ) -> tuple[tuple[int, int], ...]:
         """Choose the rows of blocks, by the formula's plans of a whole layer."""
-        from manylora_kernels.lora import plan
+        from manylora_kernels.lora import planner
 
         from bench.gpu.tune_bench import CellBench
         from bench.gpu.tune_search import rows_of_blocks
@@ -77,7 +77,7 @@ class Tuner:
         for num_rows in rows:
             if self.deadline.is_over:
                 break
-            present = plan.block_rows(num_rows, self.facts)
+            present = planner.block_rows(num_rows, self.facts)
             costs[num_rows] = dict.fromkeys(block_choices(present), 0.0)
             for cell in self.cells([num_rows], [num_pages]):
                 bench = CellBench(cell, self.device, self.dtype, self.repeats)

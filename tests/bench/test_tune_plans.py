@@ -14,7 +14,7 @@ import pytest
 import torch
 from manylora_kernels import SiteShape
 from manylora_kernels.device import Device
-from manylora_kernels.lora import plan, plan_file
+from manylora_kernels.lora import plan, plan_file, planner
 from manylora_kernels.lora.plan import Plan, PlanTable, Tile
 
 from bench import tune_plans
@@ -39,7 +39,7 @@ def cells() -> list[Cell]:
 
 @pytest.mark.parametrize("cell", cells(), ids=lambda cell: f"{cell.name}-{cell.max_rows}-{cell.max_pages}")
 def test_all_that_is_tried_fits_the_device_and_the_plan_file(cell: Cell, tmp_path: Path) -> None:
-    block_rows = plan.block_rows(cell.max_rows, H200)
+    block_rows = planner.block_rows(cell.max_rows, H200)
     start = cell.start(block_rows, H200)
     assert tune_space.fits(start, cell, H200)
     tried = tune_space.neighbours(start, cell, H200)
@@ -173,14 +173,14 @@ def test_the_file_that_is_written_is_read_and_its_plans_are_chosen(
     tune_file.write(path, "Some Card", {"triton": "3.6.0"}, entries, ((128, 16), (512, 32)), 2048)
     device = Device("Some Card 80GB", num_units=100, shared_bytes=227 << 10, has_dependent_launch=True)
     table = plan_file.shipped(device.name, tmp_path)
-    monkeypatch.setattr(plan, "table_of", lambda _device: table)
+    monkeypatch.setattr(planner, "table_of", lambda _device: table)
     bf16 = torch.bfloat16
-    assert plan.choose(32, CELL.site, 1, bf16, device) == tuned
-    assert plan.choose(7, CELL.site, 1, bf16, device) == tuned
-    assert plan.choose(32, CELL.site, 4, bf16, device) == START
+    assert planner.choose(32, CELL.site, 1, bf16, device) == tuned
+    assert planner.choose(7, CELL.site, 1, bf16, device) == tuned
+    assert planner.choose(32, CELL.site, 4, bf16, device) == START
     # More rows, other pages and other sites have the formula's.
-    assert plan.choose(33, CELL.site, 1, bf16, device) == plan.formula(33, 16, CELL.key, device)
-    assert plan.one_adapter_rows(device) == 2048
+    assert planner.choose(33, CELL.site, 1, bf16, device) == plan.formula(33, 16, CELL.key, device)
+    assert planner.one_adapter_rows(device) == 2048
 
 
 def test_a_second_run_adds_to_what_the_first_has_found(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 import triton
 from manylora_kernels.device import Device
-from manylora_kernels.lora import activation, expand, expand_silu_mul, plan, route, shrink
+from manylora_kernels.lora import activation, expand, expand_silu_mul, planner, route, shrink
 from manylora_kernels.shapes import SiteShape
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -130,7 +130,7 @@ def sources(target: str) -> Sources:
     for variant in variants(target):
         site, device = SITES[variant.site], DEVICES[target]
         dtype = FLOATS[variant.floats]
-        chosen = plan.choose(
+        chosen = planner.choose(
             STEPS[variant.step], site, variant.max_pages, dtype, device, variant.batch_invariant
         )
         chained = device.has_dependent_launch and variant.chained

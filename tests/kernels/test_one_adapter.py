@@ -9,12 +9,12 @@ import pytest
 import torch
 from manylora_kernels import SitePool, reference
 from manylora_kernels.device import INTERPRETER
-from manylora_kernels.lora import plan
+from manylora_kernels.lora import planner
 from manylora_kernels.lora.one_adapter import OneAdapter
 from manylora_kernels.lora.routed import RoutedMix
 from manylora_kernels.lora.triton_form import TRITON
 
-LEAST = plan.one_adapter_rows(INTERPRETER)
+LEAST = planner.one_adapter_rows(INTERPRETER)
 
 
 def of(slots: list[int], scales: Any = 1.0, pages: Any = (((0,), (1, 2)),)) -> OneAdapter | None:

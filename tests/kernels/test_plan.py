@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from manylora_kernels import SiteShape
 from manylora_kernels.device import Device
-from manylora_kernels.lora import plan, plan_file
+from manylora_kernels.lora import plan, plan_file, planner
 
 H200 = Device("NVIDIA H200", num_units=132, shared_bytes=227 << 10, has_dependent_launch=True)
 SMALL = Device("some card", num_units=20, shared_bytes=64 << 10, has_dependent_launch=False)
@@ -50,8 +50,8 @@ def test_the_formula_fits_every_shape(
     num_rows: int, num_inputs: int, widths: list[int], max_pages: int, dtype: torch.dtype, device: Device
 ) -> None:
     site = SiteShape(num_inputs, tuple(widths))
-    chosen = plan.choose(num_rows, site, max_pages, dtype, device)
-    assert chosen.block_rows == plan.block_rows(num_rows, device)
+    chosen = planner.choose(num_rows, site, max_pages, dtype, device)
+    assert chosen.block_rows == planner.block_rows(num_rows, device)
     assert 1 <= chosen.num_splits <= plan.MAX_SPLITS
     assert chosen.num_splits & (chosen.num_splits - 1) == 0
     # No program of shrink is without inputs.
@@ -61,15 +61,15 @@ def test_the_formula_fits_every_shape(
 
 
 def test_few_plans_cover_all_numbers_of_rows() -> None:
-    plans = plan.distinct(tuple(range(1, 8193)), QKV, 4, torch.bfloat16, H200)
+    plans = planner.distinct(tuple(range(1, 8193)), QKV, 4, torch.bfloat16, H200)
     assert len(plans) <= 8
     assert min(plans.values()) == 1
     for chosen, num_rows in plans.items():
-        assert plan.choose(num_rows, QKV, 4, torch.bfloat16, H200) == chosen
+        assert planner.choose(num_rows, QKV, 4, torch.bfloat16, H200) == chosen
 
 
 def test_a_prefill_step_of_few_blocks_is_split_over_the_device() -> None:
-    splits = [plan.choose(rows, QKV, 1, torch.bfloat16, H200).num_splits for rows in (1024, 2048, 8192)]
+    splits = [planner.choose(rows, QKV, 1, torch.bfloat16, H200).num_splits for rows in (1024, 2048, 8192)]
     assert splits == [8, 4, 1]
 
 
@@ -90,16 +90,18 @@ def test_the_longest_beginning_of_the_name_wins(tmp_path: Path) -> None:
 def test_a_measured_plan_serves_its_shape_and_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write(tmp_path, "a.json", plans=[{**ENTRY, "max_rows": 128}, {**ENTRY, "max_rows": 8, "num_splits": 2}])
     table = plan_file.shipped("NVIDIA H200", tmp_path)
-    monkeypatch.setattr(plan, "table_of", lambda device: table)
-    plan.choose.cache_clear()
+    monkeypatch.setattr(planner, "table_of", lambda device: table)
+    planner.choose.cache_clear()
     try:
-        splits = {rows: plan.choose(rows, QKV, 1, torch.bfloat16, H200).num_splits for rows in (1, 8, 9, 128)}
+        splits = {
+            rows: planner.choose(rows, QKV, 1, torch.bfloat16, H200).num_splits for rows in (1, 8, 9, 128)
+        }
         assert splits == {1: 2, 8: 2, 9: 4, 128: 4}
-        assert plan.choose(129, QKV, 1, torch.bfloat16, H200).block_rows == 32
-        assert plan.choose(8, QKV, 2, torch.bfloat16, H200).num_splits == plan.MAX_SPLITS
-        assert plan.choose(8, QKV, 1, torch.bfloat16, H200, True).num_splits == 8
+        assert planner.choose(129, QKV, 1, torch.bfloat16, H200).block_rows == 32
+        assert planner.choose(8, QKV, 2, torch.bfloat16, H200).num_splits == plan.MAX_SPLITS
+        assert planner.choose(8, QKV, 1, torch.bfloat16, H200, True).num_splits == 8
     finally:
-        plan.choose.cache_clear()
+        planner.choose.cache_clear()
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from manylora_kernels.device import facts
-from manylora_kernels.lora import plan
+from manylora_kernels.lora import planner
 from manylora_kernels.lora.activation import silu_mul
 from manylora_kernels.lora.expand import expand
 from manylora_kernels.lora.expand_silu_mul import expand_silu_mul
@@ -44,7 +44,7 @@ def precompile(device: torch.device, shapes: ServedShapes) -> None:
 def _steps(device: torch.device, shapes: ServedShapes) -> Iterator[tuple[SiteShape, int]]:
     """For each site the least number of rows that uses each of its plans."""
     for site in dict.fromkeys(shapes.sites):
-        plans = plan.distinct(
+        plans = planner.distinct(
             shapes.row_counts,
             site,
             shapes.max_pages,

@@ -13,9 +13,10 @@ import numpy.typing as npt
 import torch
 
 from manylora_kernels.device import Device, facts
-from manylora_kernels.lora import plan
+from manylora_kernels.lora import planner
 from manylora_kernels.lora.form import PageTable
 from manylora_kernels.lora.one_adapter import OneAdapter
+from manylora_kernels.lora.plan import Plan
 from manylora_kernels.lora.route import Route, route
 from manylora_kernels.shapes import SiteShape
 from manylora_kernels.upload import upload
@@ -68,8 +69,8 @@ class RoutedMix:
         found = facts(device)
         one_adapter = None
         if not batch_invariant:
-            one_adapter = OneAdapter.of(row_slots, row_scales, pages, plan.one_adapter_rows(found), device)
-        block_rows = plan.block_rows(num_rows, found, batch_invariant)
+            one_adapter = OneAdapter.of(row_slots, row_scales, pages, planner.one_adapter_rows(found), device)
+        block_rows = planner.block_rows(num_rows, found, batch_invariant)
         return cls(
             packed=packed,
             tables=packed[2 * num_rows :].view(num_kinds, max_slots, 1 + max_pages),
@@ -80,9 +81,9 @@ class RoutedMix:
             one_adapter=one_adapter,
         )
 
-    def plan_for(self, site: SiteShape, dtype: torch.dtype) -> plan.Plan:
+    def plan_for(self, site: SiteShape, dtype: torch.dtype) -> Plan:
         """The plan of this step at a site whose pool has `dtype`."""
-        return plan.choose(
+        return planner.choose(
             self.route.num_rows, site, self.max_pages, dtype, self.device, self.batch_invariant
         )
 
