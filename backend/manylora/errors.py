@@ -1,4 +1,4 @@
-"""The errors a user can meet, each with the Triton code it travels under.
+"""The errors that users can meet, each with the Triton code that carries it.
 
 `[CODE] message` is the text on every path, since `/generate` and gRPC streams lose the code itself.
 """
@@ -8,18 +8,18 @@ from __future__ import annotations
 from typing import ClassVar
 
 MAX_SENT_BYTES = 2500
-"""Of a message on the wire. gRPC sends it as a header, up to three bytes for one, and its clients may drop an
-answer whose headers are over 8 KiB: then neither code nor message arrives."""
+"""Of a message on the wire. gRPC sends it as a header, with up to three bytes for one, and its clients may
+drop an answer whose headers exceed 8 KiB: then neither code nor message arrives."""
 
 
 class ManyloraError(Exception):
-    """Base of every error that Manylora raises on purpose. Its message is fit for the user's eyes."""
+    """Base of every error that Manylora raises on purpose. Users may see its message."""
 
     code: ClassVar[str] = "INTERNAL"
 
     @property
     def message(self) -> str:
-        """What was asked, what was found and what is allowed, without the code."""
+        """What was requested, what was found and what is allowed, without the code."""
         return str(self.args[0]) if self.args else ""
 
     def tagged(self) -> str:

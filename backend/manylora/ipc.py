@@ -1,6 +1,6 @@
-"""The local socket between front ends and the engine process: the front ends' side of it.
+"""The local socket between front ends and the engine process: the front ends' side.
 
-Frames are `manylora.messages` in msgpack; an empty frame only asks whether the other side is there.
+Frames are `manylora.messages` in msgpack; an empty frame only probes whether the other side is there.
 `engine/server.py` is the other side.
 """
 
@@ -41,19 +41,20 @@ Item = TypeVar("Item")
 log = logging.getLogger(__name__)
 
 HEARTBEAT_TIMEOUT_MS = 15_000
-"""Silence of the engine's end of a connection after which it is dead. zmq's own threads answer for it."""
+"""After such a silence the engine's end of a connection counts as dead. zmq's own threads send the
+heartbeats."""
 
 _encode = msgspec.msgpack.Encoder().encode
 _decode: Callable[[bytes], FromEngine] = msgspec.msgpack.Decoder(FromEngine).decode
 
 
 def address(socket_path: Path) -> str:
-    """What zmq calls the socket. It encodes text as UTF-8, whatever the encoding of file names is."""
+    """zmq's address of the socket. zmq encodes it as UTF-8, whatever the encoding of file names is."""
     return f"ipc://{paths.to_text(socket_path)}"
 
 
 class Outbox(Generic[Item]):
-    """A queue that wakes the poll of the thread that empties it. Putting never blocks."""
+    """A queue that wakes its consumer from a poll. Putting never blocks."""
 
     def __init__(self) -> None:
         self._items: queue.SimpleQueue[Item] = queue.SimpleQueue()
@@ -62,7 +63,7 @@ class Outbox(Generic[Item]):
         self._ear.setblocking(False)
 
     def fileno(self) -> int:
-        """What to poll for reading."""
+        """The file descriptor to poll for reading."""
         return self._ear.fileno()
 
     def put(self, item: Item) -> None:
@@ -70,11 +71,11 @@ class Outbox(Generic[Item]):
         self.wake()
 
     def wake(self) -> None:
-        # Full means that the reader has been woken already, closed that there is none.
+        # A full buffer means that the reader has been woken already, a closed one that there is none.
         with contextlib.suppress(OSError):
             self._bell.send(b"\0")
 
-    def take_all(self) -> list[Item]:
+    def drain(self) -> list[Item]:
         with contextlib.suppress(BlockingIOError):
             while self._ear.recv(4096):
                 pass
@@ -90,10 +91,10 @@ class Outbox(Generic[Item]):
 
 
 class EngineConnection:
-    """A front end's connection to the engine process. It comes back by itself when the engine does.
+    """A front end's connection to the engine process. It reconnects by itself when the engine is back.
 
-    One thread owns the zmq socket and makes both callbacks; they must not block. What was sent before
-    `on_lost` and has not ended by then never will; what comes later is refused until the engine is back.
+    One thread owns the zmq socket and makes both callbacks; they must not block. Sequences that were sent
+    before `on_lost` and have not ended by then never will; later ones are refused until the engine is back.
     """
 
     def __init__(
@@ -106,18 +107,19 @@ class EngineConnection:
         self._on_events = on_events
         self._on_lost = on_lost
         self._outbox: Outbox[bytes] = Outbox()
-        # Guards _info and, with it, the order of sends and of losing the engine.
+        # Guards _info and, with it, the order of sends and of the loss of the engine.
         self._changed = threading.Condition()
         self._info: EngineInfo | None = None
         self._is_closing = False
         self._context = zmq.Context()
         self._dealer = self._context.socket(zmq.DEALER)
-        # A frame that the engine's end overtakes reaches the next engine ahead of Hello and is dropped there.
+        # A frame that was on its way when the engine ended reaches the next engine before Hello, and is
+        # dropped.
         self._dealer.set(zmq.LINGER, 0)
         self._dealer.set(zmq.SNDHWM, 0)
         self._dealer.set(zmq.RCVHWM, 0)
         self._dealer.set(zmq.RECONNECT_IVL, 100)
-        # An engine that was killed while a thread hung in the kernel leaves its end of the connection open.
+        # An engine that was killed with a thread stuck in the kernel leaves its end of the connection open.
         self._dealer.set(zmq.HEARTBEAT_IVL, 2000)
         self._dealer.set(zmq.HEARTBEAT_TIMEOUT, HEARTBEAT_TIMEOUT_MS)
         self._monitor = self._dealer.get_monitor_socket(
@@ -130,17 +132,17 @@ class EngineConnection:
 
     @property
     def info(self) -> EngineInfo | None:
-        """What the engine says of itself; None while there is no engine."""
+        """What the engine has reported about itself; None while there is no engine."""
         return self._info
 
     def wait_ready(self, timeout_s: float) -> EngineInfo | None:
-        """Wait until the engine has answered. None: it has not yet."""
+        """Wait until the engine has answered. None: it has not answered in time."""
         with self._changed:
             self._changed.wait_for(lambda: self._info is not None, timeout_s)
             return self._info
 
     def send(self, message: Generate | Cancel) -> None:
-        """Hand over a message. Thread-safe, never blocks.
+        """Send a message. Thread-safe, never blocks.
 
         Raises:
             UnavailableError: there is no engine now.
@@ -166,20 +168,21 @@ class EngineConnection:
         try:
             while not self._is_closing:
                 poller.poll()
-                # Events are read before the messages that came ahead of them, and acted on after those.
+                # The monitor's events are read before the messages that arrived ahead of them, and handled
+                # after those.
                 changes = _receive_all(self._monitor, recv_monitor_message)
                 for frame in _receive_all(self._dealer, zmq.Socket.recv):
-                    self._take(frame)
+                    self._receive(frame)
                 for change in changes:
                     if change["event"] == zmq.EVENT_HANDSHAKE_SUCCEEDED:
                         self._dealer.send(_encode(Hello()), zmq.NOBLOCK)
                     else:
-                        self._lose()
-                for frame in self._outbox.take_all():
+                        self._on_disconnect()
+                for frame in self._outbox.drain():
                     self._dealer.send(frame, zmq.NOBLOCK)
         except Exception:
             log.exception("the connection to the engine has failed and ends")
-            self._lose()
+            self._on_disconnect()
         finally:
             self._dealer.disable_monitor()
             self._monitor.close(0)
@@ -189,7 +192,7 @@ class EngineConnection:
                 self._info = None
             self._outbox.close()
 
-    def _take(self, frame: bytes) -> None:
+    def _receive(self, frame: bytes) -> None:
         if not frame:
             return
         try:
@@ -201,12 +204,12 @@ class EngineConnection:
                     self._info = message
                     self._changed.notify_all()
         except Exception:
-            log.exception("a message of the engine could not be taken")
+            log.exception("a message from the engine could not be handled")
 
-    def _lose(self) -> None:
+    def _on_disconnect(self) -> None:
         with self._changed:
             had_engine, self._info = self._info is not None, None
-            self._outbox.take_all()
+            self._outbox.drain()
         if had_engine:
             try:
                 self._on_lost()
@@ -215,7 +218,7 @@ class EngineConnection:
 
 
 def query_status(socket_path: Path, timeout_s: float = 5.0) -> Status:
-    """Ask a running engine for its state, from any process of the same user.
+    """The state of a running engine, for any process of the same user.
 
     Raises:
         UnavailableError: no engine answers on the socket in time.

@@ -1,4 +1,4 @@
-"""What front ends and the engine say to each other: msgspec over ipc.py, or objects in one process."""
+"""The messages between front ends and the engine: msgpack over `ipc.py`, or objects within one process."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ import msgspec
 
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """How the next token is chosen and when a sequence ends. Validated by protocol.py, trusted after that."""
+    """How tokens are sampled and when a sequence ends. Validated by `parameters.py`, trusted after that."""
 
     max_tokens: int = 128
     min_tokens: int = 0
     ignore_eos: bool = False
-    """Go on after one of the model's end tokens. Those of `stop_token_ids` end the sequence still."""
+    """Go on after one of the model's end tokens. Those of `stop_token_ids` still end the sequence."""
     stop_token_ids: tuple[int, ...] = ()
-    """End the sequence, as end tokens do."""
+    """They end the sequence, as end tokens do."""
     temperature: float = 0.0
     top_p: float = 1.0
     top_k: int = 0
@@ -23,7 +23,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     logprobs: int = 0
-    """Alternatives reported for each generated token; 0: no log probabilities at all."""
+    """Alternatives reported for each generated token; 0: no log probabilities."""
 
 
 # Front end to engine.
@@ -41,18 +41,19 @@ class Generate(msgspec.Struct, tag="generate", frozen=True, kw_only=True):
     input_ids: list[int]
     adapter_id: str = ""
     adapter_scale: float = 1.0
-    """Multiplies the adapter's own scaling. Without meaning for the base model."""
+    """Multiplies the adapter's own scaling. Ignored for the base model."""
     priority: int = 0
     """Higher runs earlier."""
     deadline_ms: int = 0
     """What the user allowed, for the message; 0: no deadline."""
     deadline_s: float = 0.0
-    """When it passes, on the machine's monotonic clock (`time.monotonic`, one for all its processes)."""
+    """When it passes, on the machine's monotonic clock (`time.monotonic`, the same in all processes)."""
     params: SamplingParams = SamplingParams()
 
 
 class Cancel(msgspec.Struct, tag="cancel", frozen=True):
-    """Free the sequence. Answered with Failed(CANCELLED), unless the sequence has ended already."""
+    """End the sequence and free what it holds. Answered with Failed(CANCELLED), unless it has ended
+    already."""
 
     id: int
 
@@ -65,7 +66,7 @@ class GetStatus(msgspec.Struct, tag="status", frozen=True):
 
 
 class EngineInfo(msgspec.Struct, tag="info", frozen=True, kw_only=True):
-    """What a front end must know to check and tokenise requests."""
+    """What a front end needs to check and tokenise requests."""
 
     base_model: str
     """Directory with the tokenizer."""
@@ -81,7 +82,8 @@ class TokenLogprobs(msgspec.Struct, array_like=True, frozen=True):
     logprob: float
     """Of the token itself."""
     top: list[tuple[int, float]]
-    """The likeliest ids with theirs, best first, equal ones by id; as many as were asked for."""
+    """The likeliest ids with their log probabilities, best first, equal ones by id; as many as were
+    requested."""
 
 
 class Tokens(msgspec.Struct, tag="tokens", frozen=True, kw_only=True):
@@ -94,7 +96,7 @@ class Tokens(msgspec.Struct, tag="tokens", frozen=True, kw_only=True):
     adapter_version: str = ""
     """Content hash of the adapter that computes the sequence; empty for the base model."""
     logprobs: list[TokenLogprobs] = []
-    """One for each of `token_ids` where the request asks for them, else empty."""
+    """One for each of `token_ids` if they were requested, otherwise empty."""
 
 
 class Failed(msgspec.Struct, tag="failed", frozen=True):
@@ -115,28 +117,28 @@ class AdapterState(msgspec.Struct, frozen=True, kw_only=True):
     num_running: int = 0
     pinned: bool = False
     outdated: bool = False
-    """New requests get a newer version, or none: it goes with the last sequence that ends on it."""
+    """New requests get a newer version, or none: this one goes with its last sequence."""
     files_error: str = ""
-    """Why the files as they are now cannot be served, while this older version is. Empty: they can."""
+    """Why the current files cannot be served, while this older version is. Empty: they can."""
 
 
 class Status(msgspec.Struct, tag="engine_status", frozen=True, kw_only=True):
-    """A picture of the engine between two steps."""
+    """The state of the engine between two steps."""
 
     adapters: list[AdapterState]
     counters: dict[str, int]
-    """Monotonic: steps, prompt_tokens, generated_tokens, accepted (sequences taken in, each of which ends up
-    in finished, failed or cancelled, once), finished, host_loads, host_evictions, device_copies,
+    """Monotonic: steps, prompt_tokens, generated_tokens, accepted (sequences, each of which is later
+    counted once as finished, failed or cancelled), finished, host_loads, host_evictions, device_copies,
     device_evictions, cancelled, failed (deadline_missed among them), preemptions, prefix_hit_tokens."""
     gauges: dict[str, int]
     """Now: running, waiting, kv_blocks_free, kv_blocks_total, pool_pages_free, pool_pages_total, pool_bytes,
     host_adapters, device_adapters."""
     check_errors: list[str] = []
-    """What `check()` of the engine's parts found wrong. Empty is good."""
+    """Violated invariants that `check()` of the engine's parts found. Empty: none."""
 
 
 class Batch(msgspec.Struct, tag="batch", frozen=True):
-    """Everything one step has to say to one front end."""
+    """All events of one step for one front end."""
 
     events: list[Tokens | Failed]
 

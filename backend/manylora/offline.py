@@ -1,4 +1,4 @@
-"""An engine for scripts, in this process and without Triton: prompts in, finished texts out."""
+"""The engine for scripts, in this process and without Triton: prompts in, finished answers out."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Completion:
     adapter_version: str
     """Content hash of the adapter; empty for the base model."""
     logprobs: list[TokenLogprobs] | None = None
-    """One for each of `token_ids`; None unless asked for."""
+    """One for each of `token_ids`; None unless requested."""
 
 
 class Engine(_Engine):
@@ -51,7 +51,7 @@ class Engine(_Engine):
 
     @functools.cached_property
     def tokenizer(self) -> Tokenizer:
-        """The base model's, read on first use."""
+        """The base model's tokenizer, read on first use."""
         return Tokenizer.load(self.info.base_model)
 
     def generate(
@@ -73,10 +73,10 @@ class Engine(_Engine):
             adapter_ids: one adapter per prompt, "" for the base model. None: the base model for all.
             adapter_scales: what multiplies each adapter's own scaling. None: 1 for all.
             priorities: one per prompt, higher runs earlier. None: 0 for all.
-            deadline_ms: time for all of it, counted from the call; 0: as long as it takes.
+            deadline_ms: time for the whole call; 0: unlimited.
             stop: strings that end a sequence.
-            add_special_tokens: those with which the tokenizer begins a text (BOS), where it does not begin
-                so.
+            add_special_tokens: those with which the tokenizer begins a text (BOS), unless the text begins
+                with them.
             sampling: fields of `SamplingParams`, the same for all prompts.
 
         Returns:

@@ -1,4 +1,4 @@
-"""Which token ids an engine can take."""
+"""Checks that both front ends and the engine make of token ids."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def check_stop_token_ids(params: SamplingParams, info: EngineInfo) -> None:
 
 
 def check_input_ids(input_ids: Sequence[int], info: EngineInfo) -> None:
-    """Refuse a prompt that the engine cannot take.
+    """Refuse a prompt that the engine cannot run.
 
     Raises:
         InvalidArgumentError: no ids, an id outside the vocabulary, `max_model_len` ids or more.

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 from manylora import Engine, EngineConfig, cli
-from manylora.commands import asking
+from manylora.commands import request_options
 from manylora.commands.generate import describe_logprobs
 from manylora.front_end.parameters import PARAMETERS
 from manylora.model.outline import outline_model
@@ -294,8 +294,8 @@ def test_a_server_that_is_not_there_is_told(run: Run) -> None:
 
 def test_what_can_be_set_is_what_the_wire_contract_names() -> None:
     others = {"adapter_id", "lora_name", "chat"}
-    assert {*asking.SETTABLE, *others} == set(PARAMETERS)
-    assert not others & set(asking.SETTABLE)
+    assert {*request_options.SETTABLE, *others} == set(PARAMETERS)
+    assert not others & set(request_options.SETTABLE)
 
 
 @pytest.mark.parametrize(
@@ -312,7 +312,7 @@ def test_what_can_be_set_is_what_the_wire_contract_names() -> None:
     ids=lambda value: value[:20] if isinstance(value, str) else "",
 )
 def test_a_setting_is_json_or_text(text: str, read: tuple[str, object]) -> None:
-    assert asking.read_setting(text) == read
+    assert request_options.read_setting(text) == read
 
 
 class Typed(io.StringIO):
@@ -396,7 +396,7 @@ def test_help_says_how_a_piped_chat_ends(run: Run) -> None:
 @pytest.mark.parametrize("command", ["generate", "chat"])
 def test_help_names_what_can_be_set(run: Run, command: str) -> None:
     words = run(command, "--help")[1].replace(",", "").split()
-    assert set(asking.SETTABLE) <= set(words)
+    assert set(request_options.SETTABLE) <= set(words)
 
 
 @pytest.mark.parametrize(

@@ -248,8 +248,8 @@ def test_an_outbox_wakes_its_reader_and_keeps_the_order() -> None:
     outbox: Outbox[int] = Outbox()
     for i in range(10_000):  # more than the bell's buffer holds
         outbox.put(i)
-    assert outbox.take_all() == list(range(10_000))
-    assert outbox.take_all() == []
+    assert outbox.drain() == list(range(10_000))
+    assert outbox.drain() == []
     outbox.close()
     outbox.wake()
 

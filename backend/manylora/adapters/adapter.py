@@ -1,4 +1,4 @@
-"""One version of an adapter: all that is known of it, from its files to its pages, and the holds on it."""
+"""One version of an adapter: everything known about it, from its files to its pages, and the leases on it."""
 
 from __future__ import annotations
 
@@ -17,46 +17,47 @@ Order = tuple[float, int]
 """(-priority, number): what comes first sorts first. The scheduler's queue has the same order."""
 
 LAST: Order = (math.inf, 0)
-"""Of what nobody waits for."""
+"""The order of an adapter that nobody waits for."""
 
 
 class Stage(enum.Enum):
     """How far a version is on its way from disk to host memory."""
 
     QUEUED = "queued"
-    """Waits for a slot in the host cache, or for a thread of the loader."""
+    """Waiting for a slot in the host cache, or for a thread of the loader."""
     LOADING = "loading"
-    """Is being read, into its slot or beside the cache."""
+    """Being read, into its slot or beside the cache."""
     READY = "ready"
-    """Is in host memory."""
+    """In host memory."""
 
 
 @dataclass(slots=True, eq=False)
 class Adapter:
-    """One version of an adapter that is wanted or held, or the one that its first load will give.
+    """One version of an adapter that is wanted or held; before its first load, the version which that will
+    give.
 
-    The registry changes it; absent and failed adapters have none. `HostCache` and `Residents` know which have
-    a slot in host memory and pages on the device, in the order of their use.
+    Only the registry changes it. Absent and failed adapters have no record. `HostCache` and `Residents` know
+    which ones have a slot in host memory and pages on the device, in order of use.
     """
 
     name: str
     sight: Sight
-    """How its files stood when it was read; before that, when it was asked for."""
+    """How its files stood when it was read; before that, when its load was queued."""
     stage: Stage = Stage.QUEUED
     leases: dict[int, Lease] = field(default_factory=dict)
     """By number."""
     orders: list[Order] = field(default_factory=list)
     """Of the leases, sorted."""
     lacks_slot: bool = True
-    """While queued: a thread of the loader would not do, the host cache has no slot for it now."""
+    """While queued: it waits for a slot in the host cache, not just for a thread of the loader."""
     num_active: int = 0
     """Leases in active use."""
     weights: AdapterWeights | None = None
-    """What was read. While queued: what its slot will hold, since it cannot or need not be read again."""
+    """What was read. Set while queued if it cannot, or need not, be read again: its slot will hold it."""
     is_update: bool = False
-    """Is read beside the cache, in which its predecessor may still be, and has had no slot yet."""
+    """A new version read beside the cache, where its predecessor may still be; it has had no slot yet."""
     is_stale: bool = False
-    """Its files have changed since it was read: it could not be read again."""
+    """Its files have changed since it was read, so it could not be read again."""
     is_pinned: bool = False
     """On both levels."""
     placement: Placement | None = None
@@ -84,7 +85,7 @@ class Adapter:
 
     @property
     def is_idle(self) -> bool:
-        """Whether it is in host memory and nobody would miss it there."""
+        """Whether it is in host memory and may be evicted."""
         return self.stage is Stage.READY and not self.leases and not self.is_pinned
 
     @property
@@ -93,13 +94,13 @@ class Adapter:
         return self.orders[0] if self.orders else LAST
 
     def add(self, lease: Lease) -> None:
-        """Take in a lease."""
+        """Add a lease."""
         lease.adapter = self
         self.leases[lease.number] = lease
         bisect.insort(self.orders, lease.order)
 
     def drop(self, lease: Lease) -> None:
-        """Let a lease go."""
+        """Remove a lease."""
         lease.adapter = None
         del self.leases[lease.number]
         del self.orders[bisect.bisect_left(self.orders, lease.order)]
@@ -114,10 +115,10 @@ class Lease:
     __slots__ = (
         "adapter",
         "adapter_id",
+        "awaits_look",
         "error",
         "give_up_s",
         "is_active",
-        "is_asking",
         "is_released",
         "number",
         "order",
@@ -131,29 +132,29 @@ class Lease:
         """Its place among all leases: higher priority first, then who has waited longer."""
         self.adapter_id = adapter_id
         self.adapter: Adapter | None = None
-        """None while the adapter's files are looked for, and once the lease has failed or ended."""
+        """None until the adapter's files have been found, and once the lease has failed or ended."""
         self.error: ManyloraError | None = None
         """Why it failed."""
         self.give_up_s = math.inf
-        """Until when it waits for the files to be left alone, once they have been found in change."""
-        self.is_asking = False
-        """It waits for a look at the adapter's files."""
+        """How long it waits for files that are being written, on the clock."""
+        self.awaits_look = False
+        """It is to see the outcome of a look at the adapter's files first."""
         self.is_active = False
         self.is_released = False
         self.used_version = ""
-        """The version at its first activation, under which it stays."""
+        """The version at its first activation, which it keeps."""
 
     @property
     def state(self) -> str:
-        """`queued` (without a host slot), `loading` (looked for, being read or next to be), `ready` or
+        """`queued` (without a host slot), `loading` (looked for, being read or next to be read), `ready` or
         `failed`."""
         if self.error is not None:
             return "failed"
         assert not self.is_released, "the lease has ended"
-        if self.is_asking or self.adapter is None:
+        if self.awaits_look or self.adapter is None:
             return Stage.LOADING.value
         if self.adapter.stage is Stage.QUEUED and not self.adapter.lacks_slot:
-            # The scheduler lets others pass it as it does during the load: it wants no place of theirs.
+            # The scheduler lets others pass it, as during a load: it competes with nobody for a slot.
             return Stage.LOADING.value
         return self.adapter.stage.value
 

@@ -1,7 +1,7 @@
-"""The two files of an adapter: opened through their directory's handle, and what stat says of them.
+"""The two files of an adapter: opened through their directory's handle, and what stat reports about them.
 
-Whatever is opened is checked as it was opened, so a link that is changed in between leads nowhere else.
-Everything here may wait for a disk or a file server for ever: for threads of the loader only.
+Whatever is opened is checked after opening, so a link that is changed in between cannot lead elsewhere.
+Everything here may wait for a disk or a file server for ever: call it on threads of the loader only.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ PICKLE_NAMES = ("adapter_model.bin", "adapter_model.pt", "adapter_model.pth", "p
 FileStamp = tuple[int, ...]
 """Device, inode, size, mtime and ctime in nanoseconds; empty where there is no file."""
 Stamp = tuple[FileStamp, FileStamp]
-"""Of config and weights. Whoever changes either file changes it, unless he does so twice in one tick of the
-file system's clock."""
+"""Of config and weights. It changes whenever either file does, except with a second change within one tick of
+the file system's clock."""
 
 
 @dataclass(frozen=True, slots=True)
 class Sight:
-    """What one look at an adapter's directory found."""
+    """What one look at an adapter's directory saw."""
 
     directory: Path
     """Links followed."""
@@ -49,7 +49,7 @@ def look_at(directory: Path) -> Sight:
 
     Raises:
         NotFoundError: there is no such directory.
-        UnavailableError: it does not let itself be looked at.
+        UnavailableError: it cannot be inspected.
     """
     stamps: list[FileStamp] = []
     changed_ns = 0
@@ -99,7 +99,7 @@ class OpenFiles:
         self._opened = [_stamp(os.fstat(file.fileno())) for file in (config, weights)]
 
     def refuse_changed(self) -> None:
-        """Two files that did not stand there together, unchanged, are no adapter.
+        """Refuse files that changed while they were read: they may be parts of two adapters.
 
         Raises:
             UnavailableError: one is not what it was when it was opened.
@@ -114,7 +114,7 @@ class OpenFiles:
 
 
 def missing_error(handle: int, name: str) -> NotFoundError | InvalidArgumentError:
-    """Say that a file is missing, and what lies there in its place."""
+    """The error for a missing file. It names what was found in its place."""
     if name == WEIGHTS_NAME:
         pickles = [pickle for pickle in PICKLE_NAMES if _exists(handle, pickle)]
         if pickles:
@@ -159,7 +159,7 @@ def _open(handle: int, name: str, root: Path | None) -> io.FileIO:
 
 
 def _refuse_outside(handle: int, what: str, root: Path | None) -> None:
-    """Judge where that lies which was opened, whatever its name leads to by now."""
+    """Refuse what was opened outside the root, whatever its name leads to by now."""
     if root is not None and not Path(os.readlink(f"/proc/self/fd/{handle}")).is_relative_to(root):
         raise InvalidArgumentError(f"{what} is a link that leaves adapter_root")
 

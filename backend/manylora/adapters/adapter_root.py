@@ -18,24 +18,24 @@ RESOLVE_S = 5.0
 """Longest that the engine's start waits for the file system of adapter_root."""
 
 _ABSENT = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG)
-"""What the system says of a path that leads nowhere. All else says that it cannot tell."""
+"""How the system reports a path that leads nowhere. Any other error leaves that open."""
 
 
 class AdapterRoot:
     """The directory that holds one directory per adapter.
 
     Args:
-        strict: whether a path that is no directory is an error. Otherwise it is logged, and those who ask for
-            an adapter hear so until there is one.
+        strict: whether a path that is not a directory is an error. Otherwise it is logged, and requests for
+            an adapter fail until there is one.
 
     Raises:
-        InvalidArgumentError: `path` is no directory. With `strict` only.
+        InvalidArgumentError: `path` is not a directory. With `strict` only.
     """
 
     def __init__(self, path: str, *, strict: bool = True) -> None:
         self._given = path
         self.path: Path | None = None
-        """Links followed. None: there is none, or none has been seen so far."""
+        """Links followed. None: there is none, or it could not be resolved so far."""
         if path:
             try:
                 self._resolve_aside()
@@ -45,7 +45,8 @@ class AdapterRoot:
                 log.error("%s; there are no adapters until it is there", error.message)
 
     def _resolve_aside(self) -> None:
-        """Resolve the path on a thread that may hang; if it does, `find` tries again where it may."""
+        """Resolve the path on a thread that may hang. If it does, `find` tries again, on a loader's
+        thread."""
         try:
             self.path = answered(
                 f"adapter_root={self._given!r}",
@@ -56,10 +57,10 @@ class AdapterRoot:
             log.error("%s", error.message)
 
     def check_name(self, name: str) -> None:
-        """Refuse a name that none of its directories can have, without looking at the disk.
+        """Refuse a name that no adapter can have, without touching the disk.
 
         Raises:
-            InvalidArgumentError: `name` is none that an adapter can have.
+            InvalidArgumentError: no adapter can have this name.
             NotFoundError: this server has no adapters.
         """
         if not ADAPTER_NAME.fullmatch(name):
@@ -71,9 +72,9 @@ class AdapterRoot:
         """The adapter's directory, links followed.
 
         Raises:
-            InvalidArgumentError: `name` is none that an adapter can have, or its directory lies elsewhere.
+            InvalidArgumentError: no adapter can have this name, or its directory lies elsewhere.
             NotFoundError: there is no such directory.
-            UnavailableError: whether there is one cannot be seen now.
+            UnavailableError: whether there is one cannot be determined now.
         """
         self.check_name(name)
         if self.path is None:
@@ -84,7 +85,7 @@ class AdapterRoot:
                 raise InvalidArgumentError(f"adapter {name!r} is a link that leaves adapter_root")
             is_directory = directory.is_dir()
         except (OSError, RuntimeError) as error:
-            # RuntimeError: how older Pythons report a loop of links.
+            # RuntimeError is how older Pythons report a loop of links.
             if isinstance(error, OSError) and error.errno not in _ABSENT:
                 raise UnavailableError(f"adapter {name!r} cannot be looked for: {error.strerror}") from error
             if not self.path.is_dir():
@@ -98,7 +99,7 @@ class AdapterRoot:
         try:
             return resolve_directory(self._given, "adapter_root")
         except InvalidArgumentError as error:
-            # Where adapters lie is no business of those who ask for one.
+            # Clients need not know where adapters lie.
             cause = error.__cause__
             reason = cause.strerror if isinstance(cause, OSError) else "no adapter_root"
             raise UnavailableError(f"adapter {name!r} cannot be looked for: {reason}") from error

@@ -1,4 +1,4 @@
-"""Remembers which adapters could not be loaded, so that a broken one is not read again at every request."""
+"""Remembers which adapters could not be loaded, so that a broken one is not read again for every request."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ class _Failure:
 
 
 class Failures:
-    """The last failure of each adapter, which belongs to the files as they were then.
+    """The last failure of each adapter, which holds for its files as they were then.
 
-    As long as they stay so, the pause before the next try doubles: 1, 2, 4 .. 60 s. Once they are others it
-    says nothing of them.
+    While they stay the same, the pause before the next attempt doubles: 1, 2, 4 .. 60 s. Once they change,
+    the failure no longer applies.
     """
 
     def __init__(self, clock: Callable[[], float]) -> None:
@@ -53,13 +53,13 @@ class Failures:
             self._failures.popitem(last=False)
 
     def recall(self, name: str, stamp: Stamp | None = None) -> ManyloraError | None:
-        """The failure as a new error, while its pause lasts and the files have this stamp."""
+        """The failure as a new error, while its pause lasts and the files have this stamp; otherwise None."""
         failure = self._failures.get(name)
         if failure is None or failure.stamp != stamp or self._clock() >= failure.retry_at_s:
             return None
-        # A new object: one that is raised again and again would gather a traceback from each time.
+        # A new object: one that is raised repeatedly would accumulate tracebacks.
         return from_code(failure.error.code, failure.error.message)
 
     def forget(self, name: str) -> None:
-        """The adapter could be loaded, or is there no more."""
+        """Forget the failure: the adapter could be loaded, or no longer exists."""
         self._failures.pop(name, None)

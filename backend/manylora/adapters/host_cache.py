@@ -1,4 +1,4 @@
-"""Adapters in host memory: at most so many, least recently used first out."""
+"""Adapters in host memory: a limited number, least recently used first out."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from manylora.adapters.adapter import Adapter
 class HostCache:
     """`max_entries` adapters, from the least to the most recently used.
 
-    One takes its slot before it is read, so that memory is never over the limit. `try_evict` drops none that
+    An adapter gets its slot before it is read, so memory never exceeds the limit. `try_evict` drops none that
     is being read, is pinned or has leases.
     """
 
@@ -45,18 +45,18 @@ class HostCache:
         return sum(adapter.is_idle for adapter in self._order)
 
     def reserve(self, adapter: Adapter) -> None:
-        """Take a free slot for an adapter that is about to be read."""
+        """Give a free slot to an adapter that is about to be read."""
         assert not self.is_full, "no free slot in the host cache"
         assert adapter not in self._order, f"{adapter} has a slot already"
         self._order[adapter] = None
 
     def touch(self, adapter: Adapter) -> None:
-        """Mark an adapter, if it has a slot, as just used."""
+        """Mark an adapter as just used, if it has a slot."""
         if adapter in self._order:
             self._order.move_to_end(adapter)
 
     def try_evict(self) -> Adapter | None:
-        """Drop the least recently used adapter that nobody refers to, and say which; None if there is none.
+        """Drop and return the least recently used adapter that nobody holds; None if there is none.
 
         One that could not be read again, since its files have changed, goes only when no other can.
         """
@@ -67,12 +67,12 @@ class HostCache:
         return found
 
     def evict(self, adapter: Adapter) -> None:
-        """Drop an adapter for another one."""
+        """Drop an adapter to make room for another one."""
         self.remove(adapter)
         self.num_evictions += 1
 
     def remove(self, adapter: Adapter) -> None:
-        """Give back the slot of an adapter that nobody will ask for again, or that could not be read."""
+        """Free the slot of an adapter that nobody will request again, or that could not be read."""
         assert not adapter.is_pinned, f"{adapter} is pinned"
         del self._order[adapter]
 

@@ -1,4 +1,4 @@
-"""One load: the files are looked at, read, and looked at again."""
+"""One load: look at the files, read them, and look again."""
 
 from __future__ import annotations
 
@@ -19,27 +19,27 @@ Look = Callable[[str], Sight]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Loaded:
-    """What a load found: weights or an error."""
+    """The outcome of a load: weights or an error."""
 
     sight: Sight
     """How the files stood before they were read."""
     weights: AdapterWeights | None = None
     error: ManyloraError | None = None
     is_torn: bool = False
-    """Somebody may have been writing the files, so that the one may be new and the other old."""
+    """The files may have been in the middle of being replaced: one new, the other old."""
 
 
-def load(name: str, asked: Sight, look: Look, read: Read, settle_s: float) -> Loaded:
-    """Read one adapter; an error names it, and one that nobody expected is logged and becomes INTERNAL.
+def load(name: str, seen: Sight, look: Look, read: Read, settle_s: float) -> Loaded:
+    """Read one adapter. Errors name it; an unexpected one is logged and becomes INTERNAL.
 
-    Stat cannot tell a pair of files from a new config beside old weights, whose writer is about to write
-    them. So what is read counts only if the files had been left alone for `settle_s`.
+    Stat cannot distinguish a finished pair of files from a new config beside old weights that are about to be
+    replaced. So what is read counts only if the files had not been touched for `settle_s`.
 
     Args:
-        asked: the look upon which it is read: its files have been left alone for so long.
+        seen: the look that led to this load: the files had not been touched for `settle_s` then.
         look: looks at the files.
         read: reads the directory.
-        settle_s: 0: any files that do not change under the reader's hands will do.
+        settle_s: 0: files that do not change while they are read are enough.
 
     Raises:
         ManyloraError: the files cannot be looked at, or are gone.
@@ -54,14 +54,14 @@ def load(name: str, asked: Sight, look: Look, read: Read, settle_s: float) -> Lo
         except Exception:
             log.exception("loading adapter %r failed", name)
             error = InternalError("could not be loaded; the log has the reason")
-    is_settled = settle_s == 0 or before.stamp == asked.stamp or before.age_s >= settle_s
+    is_settled = settle_s == 0 or before.stamp == seen.stamp or before.age_s >= settle_s
     has_changed = before.stamp != look(name).stamp
     is_torn = not is_settled or (has_changed and (settle_s > 0 or error is not None))
     return Loaded(sight=before, weights=weights, error=named(name, error), is_torn=is_torn)
 
 
 def named(name: str, error: ManyloraError | None) -> ManyloraError | None:
-    """The error with the adapter's name before it."""
+    """The error with the adapter's name in front."""
     if error is None:
         return None
     separator = " " if isinstance(error, InternalError) else ": "

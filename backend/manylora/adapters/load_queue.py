@@ -1,4 +1,4 @@
-"""The way of adapters from disk into host memory: a queue for slots, the loads, and who must give way."""
+"""How adapters get from disk into host memory: the queue for slots, the loads, and who has to give way."""
 
 from __future__ import annotations
 
@@ -17,29 +17,29 @@ from manylora.errors import ManyloraError
 
 
 class Reported(Protocol):
-    """Who wants to know how loads end."""
+    """Learns how loads end."""
 
     def on_loaded(self, adapter: Adapter) -> None:
-        """What new requests get is what the files hold."""
+        """What new requests get matches the files."""
 
     def on_invalid(self, loaded: Loaded, name: str) -> None:
-        """Changed files cannot be served; what was there before goes on being."""
+        """Changed files cannot be served; the older version stays in service."""
 
     def on_torn(self, loaded: Loaded, name: str, leases: list[Lease]) -> None:
-        """The files must be left alone for a while before they are read. These leases wait for that."""
+        """The files are being written and are to be read later. These leases wait for that."""
 
 
 class LoadQueue:
-    """The loads, and the queue of versions that lack a slot.
+    """The loads, and the queue of versions that have no slot in the host cache.
 
-    A load begins when a thread of the loader is free for it, and takes its slot only then: until it begins it
-    can be withdrawn, and whatever comes before it in the order overtakes it. One that stalls gives its slot
-    back. A new version of an adapter that is there is read beside the cache, one at a time.
+    A load begins when the loader has a free thread for it, and gets its slot only then: until it begins it
+    can be withdrawn, and whatever comes earlier in the order overtakes it. A load that stalls gives its slot
+    back. A new version of a loaded adapter is read beside the cache, one at a time.
 
     A slot goes to the adapter whose first lease comes first (`Lease.order`: by priority, then by age).
     Adapters without leases make room first, least recently used first; then those that have only waiting
-    leases, all behind that one, which queue again. The scheduler admits in the same order: whoever is first
-    in its queue is first here, so the two never wait for each other.
+    leases, all later in the order, which queue again. The scheduler admits in the same order: whoever is
+    first in its queue is first here, so the two never wait for each other.
     """
 
     def __init__(
@@ -59,49 +59,48 @@ class LoadQueue:
         self._failures = failures
         self._loader = loader
         self._load = load
-        self._updates: dict[str, Adapter] = {}
-        """New versions that are being read, by name."""
-        self._followed: dict[Adapter, Adapter] = {}
-        """The version that each of those is to follow."""
+        self._update: tuple[Adapter, Adapter] | None = None
+        """The new version that is being read, and the one that it is to follow."""
         self._reading: dict[Job[Loaded], Adapter] = {}
         self._hung: dict[Job[Loaded], str] = {}
-        """Reads that have been given up and keep their thread, with the adapters' names."""
+        """Reads that have failed as hung and still occupy their thread, with the adapters' names."""
 
     def enter(self, name: str, sight: Sight, leases: Iterable[Lease]) -> None:
-        """Queue an absent adapter for those who want it."""
+        """Queue an absent adapter for the leases that wait for it."""
         adapter = self._versions.current[name] = Adapter(name, sight)
         self._versions.queued[adapter] = None
         for lease in leases:
             adapter.add(lease)
 
     def try_update(self, name: str, sight: Sight) -> bool:
-        """Read a new version of an adapter that is there; False if too much is in the works.
+        """Read a new version of a loaded adapter; False if that has to wait.
 
-        What is read beside the cache takes memory beyond it. So it is one at a time, and none while as many
-        as there are threads wait for a slot; and one thread is left to those who wait for a first load.
+        A version that is read beside the cache needs memory beyond it. So there is one such read at a time,
+        and none while as many updates wait for a slot as there are threads; nor does it begin when no thread
+        is idle.
         """
         num_waiting = sum(adapter.is_update for adapter in self._versions.queued)
-        if self._updates or num_waiting >= self._loader.num_threads or not self._num_idle:
+        if self._update is not None or num_waiting >= self._loader.num_threads or not self._num_idle:
             return False
-        adapter = self._updates[name] = Adapter(name, sight, is_update=True)
-        self._followed[adapter] = self._versions.current[name]
+        adapter = Adapter(name, sight, is_update=True)
+        self._update = adapter, self._versions.current[name]
         self._begin(adapter)
         return True
 
     def is_updating(self, name: str) -> bool:
-        return name in self._updates
+        return self._update is not None and self._update[0].name == name
 
     def is_hung(self, name: str) -> bool:
-        """Whether a read of the adapter has been given up and keeps its thread."""
+        """Whether a read of the adapter has failed as hung and still occupies its thread."""
         return name in self._hung.values()
 
     def poll(self) -> None:
-        """Take finished loads and start the next ones: as many as the loader has idle threads."""
-        for job in self._loader.take():
-            self._take(job)
+        """Process loads that have ended and start the next ones: as many as the loader has idle threads."""
+        for job in self._loader.drain():
+            self._end(job)
         for job, adapter in self._reading.items():
             if job.is_stalled and adapter in self._host:
-                # Its thread may never come back. Others can use the slot.
+                # Its thread may never return. Others can use the slot.
                 self._host.remove(adapter)
         if not self._versions.queued:
             return
@@ -125,11 +124,11 @@ class LoadQueue:
         loading = {adapter for adapter in self._versions if adapter.stage is Stage.LOADING}
         reading = set(self._reading.values())
         wrong = [f"{e} is not being read" for e in loading - reading]
-        wrong += [f"{e} is read for nobody" for e in reading - loading - set(self._updates.values())]
+        wrong += [f"{e} is read for nobody" for e in reading - loading - set((self._update or ())[:1])]
         if self._num_reading > self._loader.num_threads:
             wrong.append(f"{self._num_reading} loads have begun, for {self._loader.num_threads} threads")
-        if len(self._updates) > 1:
-            wrong.append(f"{len(self._updates)} new versions are read at once")
+        if sum(adapter.is_update for adapter in reading) != (self._update is not None):
+            wrong.append(f"{sum(adapter.is_update for adapter in reading)} new versions are being read")
         return wrong
 
     def _begin(self, adapter: Adapter) -> None:
@@ -139,9 +138,9 @@ class LoadQueue:
         self._reading[job] = adapter
         self._loader.submit(job)
 
-    def _take(self, job: Job[Loaded]) -> None:
+    def _end(self, job: Job[Loaded]) -> None:
         if self._hung.pop(job, None) is not None:
-            # Given up long ago; its thread is back.
+            # It failed long ago; now its thread has returned.
             return
         adapter = self._reading.pop(job)
         if job.is_hung:
@@ -166,7 +165,7 @@ class LoadQueue:
         # Files may be put back as they were while sequences still run under that version.
         old = self._versions.find_outdated(adapter.name, weights.version)
         if old is not None:
-            self._versions.take_back(old, adapter)
+            self._versions.reinstate(old, adapter)
             old.sight = loaded.sight
             self.report.on_loaded(old)
             return
@@ -199,11 +198,12 @@ class LoadQueue:
             lease.error = error
 
     def _finish_update(self, adapter: Adapter, loaded: Loaded) -> None:
-        del self._updates[adapter.name]
-        current = self._followed.pop(adapter)
+        assert self._update is not None, f"{adapter} is not the update that is being read"
+        _, current = self._update
+        self._update = None
         if self._versions.current.get(adapter.name) is not current or not current.is_whole:
             # It has left the cache meanwhile, or its directory the disk. If it is wanted again, it is read
-            # later than this was.
+            # anew.
             return
         if loaded.is_torn:
             self.report.on_torn(loaded, adapter.name, [])
@@ -231,7 +231,7 @@ class LoadQueue:
 
     @property
     def _num_reading(self) -> int:
-        """Loads that have begun, without those whose thread has a substitute."""
+        """Loads that have begun, except those whose thread has been replaced."""
         return sum(not job.is_stalled for job in self._reading)
 
     @property
@@ -242,7 +242,8 @@ class LoadQueue:
         return sorted(self._versions.queued, key=lambda adapter: adapter.first)
 
     def _mark_queued(self) -> None:
-        """Find out which of the queue only wait for a thread: as many as `_make_slot` could serve now."""
+        """Mark those that lack a slot; the others, as many as `_make_slot` could serve now, only wait for a
+        thread."""
         behind = sorted(adapter.first for adapter in self._replaceable())
         num_free = self._host.max_entries - len(self._host) + self._host.num_idle
         for num_before, adapter in enumerate(self._in_order()):
@@ -250,7 +251,7 @@ class LoadQueue:
             adapter.lacks_slot = num_before >= num_slots
 
     def _replaceable(self) -> list[Adapter]:
-        """Loaded versions with waiting leases only, which may have to give way to those before them."""
+        """Loaded versions with waiting leases only: they may have to give way to earlier ones."""
         return [
             adapter
             for adapter in self._versions

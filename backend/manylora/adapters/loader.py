@@ -1,8 +1,8 @@
-"""Does all that waits for the disk under `adapter_root` on threads of its own, so that no step ever does.
+"""Runs everything that waits for the disk under `adapter_root` on threads of its own, so that no step waits.
 
-A file system can keep a thread for ever (a server that is gone, a FUSE mount that nobody answers), and
-nothing can end such a thread. It is written off: another one takes its place, and those who wait for what it
-does get an error after a time.
+A file system can block a thread for ever (a file server that is gone, a FUSE mount without its process), and
+nothing can end such a thread. It is written off: another one replaces it, and those who wait for its job get
+an error after a while.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 STALL_S = 2.0
-"""A thread that has computed nothing for so long gets a substitute."""
+"""A thread that has used no processor time for so long is replaced."""
 HUNG_S = 30.0
-"""Those who wait for one that has computed nothing for so long get an error."""
+"""A job whose thread has used no processor time for so long fails."""
 MAX_LOST = 8
-"""Threads of one kind that can hang and still be replaced."""
+"""Hung threads of one loader that are replaced; further ones are not."""
 CLOSE_S = 5.0
-"""Time for what is being read to end at the close."""
+"""How long `close` waits for jobs that have begun."""
 
 
 @dataclass(slots=True, eq=False)
 class Job(Generic[T]):
-    """Something to do on a loader's thread, and in the end what came of it: a value or an error."""
+    """Work for a loader's thread and, in the end, its outcome: a value or an error."""
 
     what: str
     """The adapter, for the log and for errors."""
@@ -43,12 +43,13 @@ class Job(Generic[T]):
     value: T | None = None
     error: ManyloraError | None = None
     is_stalled: bool = False
-    """It has computed nothing for a while. It may still end."""
+    """It has used no processor time for `stall_s`. It may still end."""
     is_hung: bool = False
-    """Its error is that it has computed nothing for HUNG_S. It may still end, and comes again then."""
+    """It has failed for using no processor time for HUNG_S. It may still end, and `drain` returns it again
+    then."""
 
     def run(self) -> None:
-        """Do it. An error that nobody expected is logged and becomes INTERNAL."""
+        """Do the work. An unexpected error is logged and becomes INTERNAL."""
         try:
             self.value = self.work()
         except ManyloraError as error:
@@ -60,25 +61,25 @@ class Job(Generic[T]):
 
 @dataclass(slots=True, eq=False)
 class _Worker(Generic[T]):
-    """One thread, and the signs of life that it gives while it does a job."""
+    """One thread, and the processor time that shows whether it is alive during a job."""
 
     job: Job[T] | None = None
     cpu_clock: int = 0
     cpu_s: float = -1.0
-    """Processor time at the last look that found a new one."""
+    """Processor time when it was last seen to grow."""
     alive_s: float = math.inf
     """When that was."""
     is_lost: bool = False
-    """Written off: another one has its place, and it ends with its job."""
+    """Written off: another thread has replaced it, and it ends with its job."""
     thread: threading.Thread | None = None
 
 
 class Loader(Generic[T]):
-    """A few daemon threads that do jobs one after the other.
+    """A few daemon threads that run jobs from one queue.
 
     Args:
-        wake: called, on a loader's thread, behind each job that `take` can return.
-        clock: seconds, for what hangs.
+        wake: called on a loader's thread after each job, which `drain` then returns.
+        clock: seconds; decides what hangs.
         stall_s: see STALL_S.
         name: of the threads.
     """
@@ -113,29 +114,29 @@ class Loader(Generic[T]):
 
     @property
     def num_lost(self) -> int:
-        """Threads that hang, or seem to."""
+        """Threads that have been written off and have not come back."""
         with self._lock:
             return sum(worker.is_lost for worker in self._workers)
 
     @property
     def is_blocked(self) -> bool:
-        """Whether no thread is left that would begin a job now."""
+        """Whether every thread has been written off, so that no job can begin."""
         with self._lock:
             return all(worker.is_lost for worker in self._workers)
 
     @property
     def next_s(self) -> float:
-        """When `take` should be called, though nothing may have ended; infinity: no need to."""
+        """When `drain` should be called even if nothing has ended; infinity: no need to."""
         return self._next_look_s if self._num_open else math.inf
 
     def submit(self, job: Job[T]) -> None:
-        """Queue a job. It comes back through `take`."""
+        """Queue a job. `drain` returns it when it has ended."""
         with self._lock:
             self._num_open += 1
         self._jobs.put(job)
 
-    def take(self) -> list[Job[T]]:
-        """The jobs that have ended since the last call, and those that hang."""
+    def drain(self) -> list[Job[T]]:
+        """The jobs that have ended since the last call, and those that have been found to hang."""
         jobs = self._watch()
         while True:
             try:
@@ -144,7 +145,7 @@ class Loader(Generic[T]):
                 return jobs
 
     def close(self) -> None:
-        """End the threads: jobs that have not begun are dropped, others waited for, unless they hang."""
+        """End the threads: jobs that have not begun are dropped, others waited for unless they hang."""
         self._closing.set()
         deadline_s = time.monotonic() + CLOSE_S
         with self._lock:
@@ -175,7 +176,7 @@ class Loader(Generic[T]):
                 worker.alive_s, worker.job = self._clock(), job
             job.run()
             with self._lock:
-                # Before the result, so that whoever takes it finds this thread idle.
+                # Before the result, so that whoever receives it finds this thread idle.
                 worker.job = None
                 self._num_open -= 1
                 if worker.is_lost:
@@ -187,13 +188,13 @@ class Loader(Generic[T]):
         try:
             self._wake()
         except Exception:
-            # The result is on the queue all the same, and later jobs need this thread.
+            # The result is on the queue anyway, and later jobs need this thread.
             log.exception("the engine could not be woken for adapter %r", job.what)
 
     def _watch(self) -> list[Job[T]]:
-        """Write off threads that give no sign of life.
+        """Write off threads that use no processor time.
 
-        Returns: the jobs that have just been found to hang, and those that have no thread to wait for.
+        Returns: the jobs that have just been found to hang, and those for which no thread is left.
         """
         now_s = self._clock()
         if now_s < self._next_look_s or self._closing.is_set():
@@ -206,7 +207,7 @@ class Loader(Generic[T]):
                 if job is None or job.is_hung:
                     continue
                 cpu_s = time.clock_gettime(worker.cpu_clock)
-                # One that reads, however slowly, or waits for the interpreter's lock computes a little.
+                # A thread that reads, however slowly, or waits for the interpreter's lock uses a little.
                 if cpu_s != worker.cpu_s:
                     worker.cpu_s, worker.alive_s = cpu_s, max(worker.alive_s, now_s)
                     continue
@@ -229,7 +230,7 @@ class Loader(Generic[T]):
         return hung + (self._refuse_waiting() if are_hung and not num_new else [])
 
     def _refuse_waiting(self) -> list[Job[T]]:
-        """All threads hang, and there have been enough of them."""
+        """Fail the queued jobs: all threads hang, and no more are started."""
         refused: list[Job[T]] = []
         while True:
             try:

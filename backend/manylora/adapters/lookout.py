@@ -1,9 +1,8 @@
-"""Knows how the files behind each name stand, and has them looked at: what is there, what has changed, what
-is gone.
+"""Keeps track of the files behind each name, and has them looked at: what is there, has changed, or is gone.
 
-An adapter that is absent is looked for when it is asked for. One that is there is looked at again when the
-first request comes `check_s` after the last look, which goes on under the version that is there.
-Changed files are read once two looks, `settle_s` apart on our own clock, have found them the same.
+An absent adapter is looked for when a request names it. A loaded one is looked at again on the first request
+that arrives `check_s` after the last look, and that request goes on with the loaded version. Changed files
+are read once two looks, `settle_s` apart on our own clock, have seen them the same.
 """
 
 from __future__ import annotations
@@ -26,11 +25,11 @@ from manylora.errors import NotFoundError
 log = logging.getLogger(__name__)
 
 STALL_S = 0.5
-"""Looks are begun in their order, by one thread. One that takes so long holds up no other."""
+"""One thread begins the looks in their order; another replaces it if a look takes so long."""
 
 
 class Lookout:
-    """Sees that new requests get the newest whole version of an adapter, or hear that there is none.
+    """Ensures that new requests get the newest whole version of an adapter, or an error if there is none.
 
     Args:
         look: looks at an adapter's files; runs on threads of `looker`.
@@ -61,23 +60,23 @@ class Lookout:
         self._check_s = check_s
         self._watches: dict[str, Watch] = {}
         self._num_to_sweep = 0
-        """Watches at which to look for those that nobody needs."""
+        """Number of watches at which those that nobody needs are dropped."""
         self._todo: dict[Watch, None] = {}
-        """Those of which a look is to begin, now or later."""
+        """Those whose files are to be looked at, now or later."""
         self._looking: dict[Job[Sight], Watch] = {}
 
     @property
     def next_s(self) -> float:
-        """When `poll` has something to do though nothing has ended; infinity: never."""
+        """When `poll` has something to do even if no look has ended; infinity: never."""
         return min((watch.relook_s for watch in self._todo), default=math.inf)
 
     @property
     def is_looking(self) -> bool:
-        """Whether looks go on or are about to begin."""
-        return bool(self._looking) or any(watch.is_asked_for for watch in self._todo)
+        """Whether looks are in progress or about to begin."""
+        return bool(self._looking) or any(watch.is_due for watch in self._todo)
 
     def fault_of(self, name: str) -> str:
-        """Why the files as they are cannot be served, while an older version is. Empty: they can."""
+        """Why the current files cannot be served, while an older version is. Empty: they can."""
         watch = self._watches.get(name)
         return watch.fault if watch is not None else ""
 
@@ -86,20 +85,20 @@ class Lookout:
         names = [watch.name for watch in self._watches.values() if watch.leases]
         return [name for name in names if name not in self._versions.current]
 
-    def ask(self, lease: Lease) -> None:
+    def look_for(self, lease: Lease) -> None:
         """Have an absent adapter looked for."""
         watch = self._watch(lease.adapter_id)
-        watch.asking[lease.number] = lease
+        watch.for_next_look[lease.number] = lease
         self._note(watch)
 
     def refresh(self, lease: Lease) -> None:
-        """Have the files of an adapter that is there looked at, if that is due."""
+        """Have the files of a loaded adapter looked at, if that is due."""
         watch = self._watch(lease.adapter_id)
         if self._check_s < 0 or (watch.job is not None and watch.job.is_stalled):
             return
         if self._check_s == 0:
-            lease.is_asking = True
-            watch.asking[lease.number] = lease
+            lease.awaits_look = True
+            watch.for_next_look[lease.number] = lease
         elif self._clock() - watch.looked_s > self._check_s and watch.job is None:
             watch.is_wanted = True
         self._note(watch)
@@ -113,16 +112,17 @@ class Lookout:
             self._drop_if_idle(watch)
 
     def poll(self) -> None:
-        """Take the looks that have ended and begin those that are due. At each turn of the engine's loop."""
-        for job in self._looker.take():
-            self._take(job)
+        """Process the looks that have ended and begin those that are due. Called in each turn of the engine's
+        loop."""
+        for job in self._looker.drain():
+            self._finish_look(job)
         is_blocked = self._looker.is_blocked
         for job, watch in self._looking.items():
             if job.is_stalled or is_blocked:
                 self._let_go(watch)
         now_s = self._clock()
         for watch in list(self._todo):
-            if watch.job is None and (watch.is_asked_for or watch.relook_s <= now_s):
+            if watch.job is None and (watch.is_due or watch.relook_s <= now_s):
                 self._begin(watch)
 
     def check(self) -> list[str]:
@@ -137,23 +137,23 @@ class Lookout:
             ]
             if any(lease.adapter is not current for lease in watch.leases):
                 wrong.append(f"a lease that waits for {name} holds another version of it")
-            wrong += [f"lease {n} waits for no look at {name}" for n in self._left_asking(watch)]
+            wrong += [f"lease {n} waits for no look at {name}" for n in self._left_waiting(watch)]
             if watch.settling and watch.job is None and watch.relook_s == math.inf:
                 wrong.append(f"{name} is waited for and is not looked at again")
-            if (watch.is_asked_for or watch.relook_s < math.inf) != (watch in self._todo):
+            if (watch.is_due or watch.relook_s < math.inf) != (watch in self._todo):
                 wrong.append(f"{name} is to be looked at or not")
             if (watch.job is not None) != (watch in self._looking.values()):
                 wrong.append(f"{name} has lost its look")
         return wrong
 
-    def _left_asking(self, watch: Watch) -> list[int]:
-        """Leases that wait for a look that never comes."""
+    def _left_waiting(self, watch: Watch) -> list[int]:
+        """Leases that wait for a look that no watch knows of."""
         current = self._versions.current.get(watch.name)
         leases = current.leases.values() if current is not None else ()
         waiting = {lease.number for lease in watch.leases}
-        return [lease.number for lease in leases if lease.is_asking and lease.number not in waiting]
+        return [lease.number for lease in leases if lease.awaits_look and lease.number not in waiting]
 
-    # What the queue of loads reports.
+    # Reports of the load queue.
 
     def on_loaded(self, adapter: Adapter) -> None:
         """See `Reported`."""
@@ -176,7 +176,7 @@ class Lookout:
         self._verdicts.look_again(watch, self._clock())
         self._drop_if_idle(watch)
 
-    # From here on: a look, from its beginning to its consequences.
+    # From here on: a look, from its start to its consequences.
 
     def _watch(self, name: str) -> Watch:
         watch = self._watches.get(name)
@@ -194,15 +194,15 @@ class Lookout:
             self._todo.pop(watch, None)
 
     def _note(self, watch: Watch) -> None:
-        """Keep in mind whether a look at it is to begin."""
-        if watch.is_asked_for or watch.relook_s < math.inf:
+        """Add the watch to those to be looked at, or remove it."""
+        if watch.is_due or watch.relook_s < math.inf:
             self._todo[watch] = None
         else:
             self._todo.pop(watch, None)
 
     def _begin(self, watch: Watch) -> None:
         name = watch.name
-        watch.asked, watch.asking = watch.asking, {}
+        watch.for_this_look, watch.for_next_look = watch.for_next_look, {}
         watch.is_wanted = False
         watch.relook_s = math.inf
         self._note(watch)
@@ -211,22 +211,23 @@ class Lookout:
         self._looker.submit(watch.job)
 
     def _let_go(self, watch: Watch) -> None:
-        """Nobody waits for a look that stalls who could be served, and for one that hangs nobody at all."""
-        assert watch.job is not None, "a look that stalls is none"
-        watch.asked |= watch.asking
-        watch.asking = {}
+        """Stop waiting for a look that stalls where an older version can be served, and for one that hangs in
+        any case."""
+        assert watch.job is not None, "no look is in progress"
+        watch.for_this_look |= watch.for_next_look
+        watch.for_next_look = {}
         watch.is_wanted = False
         self._note(watch)
         if watch.name in self._versions.current:
-            self._verdicts.end_asking(watch)
+            self._verdicts.release_waiting(watch)
         elif watch.job.is_hung:
             assert watch.job.error is not None, "a look that hangs has no error"
             self._verdicts.fail_all(watch, watch.job.error)
 
-    def _take(self, job: Job[Sight]) -> None:
+    def _finish_look(self, job: Job[Sight]) -> None:
         watch = self._looking[job]
         if job.is_hung and not watch.is_hung:
-            # It keeps its thread, and `poll` lets those go who wait for it.
+            # It still occupies its thread, and `poll` stops others waiting for it.
             watch.is_hung = True
             if job.error is not None:
                 self._verdicts.mark(watch, job.error)

@@ -1,9 +1,9 @@
 """Matches module paths against the regular expressions that an adapter's config may hold.
 
-PEFT takes several of its settings as regular expressions. An adapter's author may write one that takes
-for ever, and `re` holds the interpreter's lock as long as it matches: that would stop the engine. So plain
-names, which are nearly all there is, are compared without `re`, and the rest is matched in a process of
-its own, with a time limit.
+PEFT accepts regular expressions in several of its settings. An adapter's author may write one that never
+ends, and `re` holds the interpreter's lock while it matches: that would stop the engine. So plain names, by
+far the most common, are compared without `re`, and the rest is matched in a separate process with a time
+limit.
 """
 
 from __future__ import annotations
@@ -39,13 +39,14 @@ class Pattern:
     is_whole: bool = False
     """Matches the path to its end (`re.fullmatch`), not only from its start (`re.match`)."""
     is_suffix: bool = False
-    """May match behind any dot of the path, not only at its start."""
+    """May match after any dot of the path, not only at its start."""
     is_layer: bool = False
     """Yields the layer's index instead of matching to the path's end."""
 
     @property
     def is_plain(self) -> bool:
-        """Only names and dots, so that it can neither backtrack nor match more characters than it has."""
+        """Whether it has only names and dots, so that it can neither backtrack nor match more characters than
+        it has."""
         return _PLAIN.fullmatch(self.text) is not None
 
 
@@ -71,11 +72,11 @@ def layer_index(setting: str, text: str) -> Pattern:
 
 
 def match_paths(patterns: Sequence[Pattern], paths: Sequence[str]) -> list[Matches]:
-    """For each pattern, the paths that it matches, with the layer's index where it asks for one.
+    """For each pattern, the paths that it matches, with the layer's index where it captures one.
 
     Raises:
-        InvalidArgumentError: a pattern is no regular expression, there are too many, or matching takes longer
-            than MATCH_LIMIT_S.
+        InvalidArgumentError: a pattern is not a regular expression, there are too many, or matching takes
+            longer than MATCH_LIMIT_S.
     """
     if len(patterns) > MAX_PATTERNS:
         raise InvalidArgumentError(

@@ -1,4 +1,4 @@
-"""Which adapters are pinned on both levels, and which are to be as soon as they can."""
+"""Which adapters are pinned on both levels, and which are to be pinned as soon as possible."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from manylora.errors import InvalidArgumentError, UnavailableError
 
 
 class Pins:
-    """A pin belongs to a name: it goes from one version to the next. Pins leave room for others."""
+    """A pin belongs to a name: it passes from one version to the next. Pins leave room for others."""
 
     def __init__(self, versions: Versions) -> None:
         self._versions = versions
@@ -20,12 +20,12 @@ class Pins:
 
     @property
     def count(self) -> int:
-        """In force or due."""
+        """Pins in force and due."""
         return self._host.num_pinned + len(self.due)
 
     def leave_slot_for(self, name: str) -> bool:
-        """Whether an absent adapter can ever have a host slot."""
-        # Those that are due count too: whoever else waited for a slot would then wait for ever.
+        """Whether an absent adapter can ever get a host slot."""
+        # Pins that are due count as well: whoever waits for their slot could wait for ever.
         return name in self.due or self.count < self._host.max_entries
 
     def pin(self, name: str) -> None:
@@ -63,7 +63,7 @@ class Pins:
         if adapter is None or adapter.stage is not Stage.READY or not self._try_pin(adapter):
             return
         self.due.remove(name)
-        # None of those is active, since the pinned one has found its room. They would wait for ever.
+        # Those that no longer fit would wait for ever. None is active, or the pinned one had not found room.
         for other in list(self._versions):
             if (
                 other.weights is not None

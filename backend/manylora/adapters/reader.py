@@ -1,4 +1,4 @@
-"""How a server reads an adapter's directory."""
+"""How the server reads an adapter's directory."""
 
 from __future__ import annotations
 
@@ -23,7 +23,8 @@ Read = Callable[[Path], AdapterWeights]
 def reader(
     config: EngineConfig, root: AdapterRoot, spec: ModelSpec, dtype: torch.dtype, *, pin: bool
 ) -> Read:
-    """Read for one base model, and log what whoever trained an adapter may not have meant."""
+    """A function that reads adapters for one base model, and logs what their authors may not have
+    intended."""
 
     def read(directory: Path) -> AdapterWeights:
         weights, report = read_adapter(

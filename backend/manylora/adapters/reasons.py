@@ -1,6 +1,6 @@
 """Why an adapter is refused: every reason, in one message.
 
-What adapters' files say goes into messages through `quote` only: clipped and escaped.
+Text from adapters' files enters messages only through `quote`: clipped and escaped.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ MAX_QUOTE = 120
 
 
 def quote(value: object) -> str:
-    """`value` as it may stand in a message: escaped, on one line, at most MAX_QUOTE characters of it."""
+    """`value` for a message: escaped, on one line, at most MAX_QUOTE characters of it."""
     if isinstance(value, str) and len(value) > MAX_QUOTE:
         return f"{value[:MAX_QUOTE]!r}..."
     text = repr(value)
@@ -26,7 +26,7 @@ def quote(value: object) -> str:
 
 
 class Reasons:
-    """Collects what speaks against an adapter. Reasons of the same wording share one list of examples."""
+    """Collects the reasons against an adapter. Those of the same wording share one list of examples."""
 
     def __init__(self) -> None:
         self._unsupported: dict[str, list[str]] = {}

@@ -26,7 +26,7 @@ def match(regex: str, is_whole: bool, texts: list[str]) -> Matches:
     """The texts that `regex` matches, from start to end where `is_whole`, else from their start.
 
     Raises:
-        re.error, OverflowError, RecursionError: `regex` is none, or is beyond what `re` compiles.
+        re.error, OverflowError, RecursionError: `regex` is not valid, or more than `re` can compile.
     """
     compiled = re.compile(regex)
     has_index = "idx" in compiled.groupindex

@@ -1,8 +1,8 @@
 """The state of every adapter: absent, loading, on host, on device, failed. Owned by the engine thread.
 
-What is on the device is on host too. What an active lease uses is evicted from neither. A name leads to its
-newest whole version; sequences end on the version that they began with. Nothing here touches a disk: looks
-and reads are the loader's.
+What is on the device is on host as well. What an active lease uses is evicted from neither. A name stands for
+its newest whole version; sequences end on the version that they began with. Nothing here touches a disk: the
+loaders' threads do all looks and reads.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from manylora.adapters.lookout import STALL_S, Lookout
 from manylora.adapters.pins import Pins
 from manylora.adapters.placement import AdapterUse
 from manylora.adapters.reader import Read, reader
-from manylora.adapters.registry_view import check_adapter, state_of
+from manylora.adapters.registry_view import check_adapter, list_states
 from manylora.adapters.residents import Residents
 from manylora.adapters.versions import Versions
 from manylora.config import EngineConfig
@@ -50,15 +50,15 @@ class Registry:
             adapter_settle_s, adapter_check_s.
         pool: the device level.
         dtype: the pool's.
-        wake: called on a loader's thread when `poll` has something to take.
-        clock: seconds, for pauses behind failed loads, for looks at files and for what hangs.
+        wake: called on a loader's thread when a look or a read has ended, for `poll`.
+        clock: seconds; for pauses after failed loads, for looks at files and for what hangs.
         wait: waits until `wake` is called, for so many seconds of the clock at most; in place of the real
             clock's. Only preloading waits.
-        read: what reads an adapter, instead of `read_adapter`.
-        strict: whether an adapter_root that is no directory is an error.
+        read: reads an adapter, in place of `read_adapter`.
+        strict: whether an adapter_root that is not a directory is an error.
 
     Raises:
-        InvalidArgumentError: adapter_root is no directory. With `strict` only.
+        InvalidArgumentError: adapter_root is not a directory. With `strict` only.
     """
 
     def __init__(
@@ -104,15 +104,14 @@ class Registry:
         self._numbers = itertools.count()
 
     def acquire(self, adapter_id: str, priority: int = 0) -> Lease:
-        """Begin a hold on an adapter, on its newest whole version. An absent one is looked for and loaded.
+        """Lease an adapter, in its newest whole version. An absent one is looked for and loaded.
 
-        Whatever the files have to say comes through the lease: that the adapter is not found, cannot be
-        served, or failed a short time ago and its files are still the same.
+        What the files turn out to be is reported through the lease: the adapter is not found, cannot be
+        served, or failed recently and its files are still the same.
 
         Args:
-            adapter_id: the adapter.
-            priority: higher gets a host slot earlier. Leases of sequences that the scheduler orders by
-                priority and arrival must be acquired in the order of arrival.
+            priority: higher gets a host slot earlier. The scheduler orders sequences by priority and arrival,
+                so leases must be acquired in the order of arrival.
 
         Raises:
             InvalidArgumentError: no adapter can have this name.
@@ -122,7 +121,7 @@ class Registry:
         lease = Lease(next(self._numbers), adapter_id, priority)
         adapter = self._versions.current.get(adapter_id)
         if adapter is None:
-            self._lookout.ask(lease)
+            self._lookout.look_for(lease)
             return lease
         adapter.add(lease)
         self._host.touch(adapter)
@@ -131,7 +130,7 @@ class Registry:
         return lease
 
     def release(self, lease: Lease) -> None:
-        """End a hold, and its active use if there is one."""
+        """End a lease, and its active use if there is one."""
         assert not lease.is_released, f"lease {lease.number} was released twice"
         if lease.is_active:
             self.deactivate(lease)
@@ -141,7 +140,7 @@ class Registry:
         self._lookout.forget(lease)
 
     def poll(self) -> None:
-        """Take finished looks and loads and start the next ones. At each turn of the engine's loop."""
+        """Process looks and loads that have ended and start the next ones, in each turn of the engine."""
         self._lookout.poll()
         self._loads.poll()
         for name in sorted(self._pins.due):
@@ -149,13 +148,13 @@ class Registry:
 
     @property
     def next_s(self) -> float:
-        """When `poll` has something to do though nothing wakes it, on the clock; infinity: never."""
+        """When `poll` has something to do even if `wake` is not called, on the clock; infinity: never."""
         return min(self._lookout.next_s, self._loader.next_s, self._looker.next_s)
 
     def try_activate(self, lease: Lease) -> AdapterUse | None:
         """Make the adapter resident in the device pool and count a use; None if pages lack now.
 
-        On CUDA its copy may go on: a step that uses it before `is_copied` comes behind `await_copy`.
+        On CUDA its copy may still be in progress: a step that uses it before `is_copied` needs `await_copy`.
         """
         adapter = lease.adapter
         assert adapter is not None, f"lease {lease.number} has failed or ended"
@@ -170,17 +169,17 @@ class Registry:
         return adapter.use
 
     def is_copied(self, lease: Lease) -> bool:
-        """Whether a step that uses the adapter of an active lease would wait for no copy."""
+        """Whether a step that uses the adapter of an active lease need not wait for its copy."""
         assert lease.placement is not None, f"lease {lease.number} is not active"
         return self._residents.pool.is_copied(lease.placement)
 
     def await_copy(self, lease: Lease) -> None:
-        """Order further steps behind the copy of an active lease's adapter. Does not block the host."""
+        """Let further steps wait, on the device, for the copy of an active lease's adapter."""
         assert lease.placement is not None, f"lease {lease.number} is not active"
         self._residents.pool.await_copy(lease.placement)
 
     def deactivate(self, lease: Lease) -> None:
-        """End an active use. The adapter stays on the device until its pages are wanted."""
+        """End an active use. The adapter stays on the device until its pages are needed."""
         adapter = lease.adapter
         assert lease.is_active, f"lease {lease.number} is not active"
         assert adapter is not None, "an active lease without its adapter"
@@ -190,8 +189,8 @@ class Registry:
     def preload(self, *, strict: bool) -> None:
         """Load preload_adapters and pinned_adapters, and pin the latter on both levels. Before serving only.
 
-        One after the other, pinned ones first, each as for a request and waited for: for the disk until that
-        hangs, for a writer until MAX_SETTLE_S.
+        Each is loaded as for a request, pinned ones first, and waited for: for the disk until that hangs, for
+        files that are being written up to MAX_SETTLE_S.
 
         Args:
             strict: whether one that cannot be loaded is an error. Otherwise it is logged and has failed, as
@@ -231,7 +230,7 @@ class Registry:
             raise lease.error
 
     def pin(self, adapter_id: str) -> None:
-        """Keep a loaded adapter on host and device until `unpin`, and each version that follows it.
+        """Keep a loaded adapter, and each version that follows it, on host and device until `unpin`.
 
         Raises:
             UnavailableError: it is not loaded, has no room on the device now, or would leave too little for
@@ -248,7 +247,7 @@ class Registry:
         self._pins.unpin(adapter_id)
 
     def close(self) -> None:
-        """End the loader's threads, but for those that hang. Leases are not served any more."""
+        """End the loaders' threads, except those that hang. Leases are no longer served."""
         self._looker.close()
         self._loader.close()
 
@@ -276,19 +275,7 @@ class Registry:
 
     def states(self) -> list[AdapterState]:
         """Every adapter that is not absent, by name: its newest version, then older ones that are held."""
-        current = self._versions.current
-        states = [
-            state_of(adapter, self._versions, self._lookout.fault_of(n)) for n, adapter in current.items()
-        ]
-        looked_for = self._lookout.names_looked_for()
-        states += [AdapterState(name=name, state="loading") for name in looked_for]
-        states += [
-            AdapterState(name=name, state="failed")
-            for name in self._failures
-            if name not in current and name not in looked_for
-        ]
-        states += [state_of(adapter, self._versions, "") for adapter in self._versions.outdated]
-        return sorted(states, key=lambda state: (state.name, state.outdated))
+        return list_states(self._versions, self._lookout, self._failures)
 
     def check(self) -> list[str]:
         """Broken invariants of the registry and both its levels."""
@@ -305,8 +292,8 @@ class Registry:
 
     def _wait_for_wake(self, timeout_s: float) -> None:
         self._woken.wait(min(timeout_s, threading.TIMEOUT_MAX))
-        # What has ended by now is found by the next `poll`, what ends later sets it again.
+        # The next `poll` finds what has ended by now; what ends later sets the event again.
         self._woken.clear()
 
-    def _load(self, name: str, asked: Sight) -> Loaded:
-        return load(name, asked, self.root.look, self._read, self.config.adapter_settle_s)
+    def _load(self, name: str, seen: Sight) -> Loaded:
+        return load(name, seen, self.root.look, self._read, self.config.adapter_settle_s)

@@ -1,32 +1,27 @@
-"""What can be seen of one version of an adapter in the registry, and what may be wrong with it."""
+"""The state of all adapters, for clients, and the invariants of each version."""
 
 from __future__ import annotations
 
 from manylora.adapters.adapter import Adapter, Stage
+from manylora.adapters.failures import Failures
+from manylora.adapters.lookout import Lookout
 from manylora.adapters.versions import Versions
 from manylora.messages import AdapterState
 
 
-def state_of(adapter: Adapter, versions: Versions, fault: str) -> AdapterState:
-    """The version as clients see it.
-
-    Args:
-        fault: why the files as they are cannot be served.
-    """
-    is_outdated = adapter in versions.outdated
-    if adapter.weights is None or adapter.stage is not Stage.READY:
-        return AdapterState(name=adapter.name, state="loading", version=adapter.version, outdated=is_outdated)
-    return AdapterState(
-        name=adapter.name,
-        state="device" if adapter in versions.residents else "host",
-        version=adapter.weights.version,
-        rank=adapter.weights.max_rank,
-        num_bytes=adapter.weights.num_bytes,
-        num_running=adapter.num_active,
-        pinned=adapter.is_pinned,
-        outdated=is_outdated,
-        files_error=fault,
-    )
+def list_states(versions: Versions, lookout: Lookout, failures: Failures) -> list[AdapterState]:
+    """See `Registry.states`."""
+    current = versions.current
+    states = [_state_of(adapter, versions, lookout.fault_of(name)) for name, adapter in current.items()]
+    looked_for = lookout.names_looked_for()
+    states += [AdapterState(name=name, state="loading") for name in looked_for]
+    states += [
+        AdapterState(name=name, state="failed")
+        for name in failures
+        if name not in current and name not in looked_for
+    ]
+    states += [_state_of(adapter, versions, "") for adapter in versions.outdated]
+    return sorted(states, key=lambda state: (state.name, state.outdated))
 
 
 def check_adapter(adapter: Adapter, versions: Versions) -> list[str]:
@@ -34,7 +29,7 @@ def check_adapter(adapter: Adapter, versions: Versions) -> list[str]:
     leases = adapter.leases.values()
     is_queued, is_ready = adapter.stage is Stage.QUEUED, adapter.stage is Stage.READY
     claims = {
-        # One that is being read has given its slot back if it stalls.
+        # A load that stalls has given its slot back.
         "a slot exactly when it is not queued": (adapter in versions.host) != is_queued
         or adapter.stage is Stage.LOADING,
         "pages exactly while it is on the device": (adapter.placement is not None)
@@ -57,3 +52,21 @@ def check_adapter(adapter: Adapter, versions: Versions) -> list[str]:
         ),
     }
     return [f"adapter {adapter.name} has not {claim}" for claim, holds in claims.items() if not holds]
+
+
+def _state_of(adapter: Adapter, versions: Versions, fault: str) -> AdapterState:
+    """One version as clients see it."""
+    is_outdated = adapter in versions.outdated
+    if adapter.weights is None or adapter.stage is not Stage.READY:
+        return AdapterState(name=adapter.name, state="loading", version=adapter.version, outdated=is_outdated)
+    return AdapterState(
+        name=adapter.name,
+        state="device" if adapter in versions.residents else "host",
+        version=adapter.weights.version,
+        rank=adapter.weights.max_rank,
+        num_bytes=adapter.weights.num_bytes,
+        num_running=adapter.num_active,
+        pinned=adapter.is_pinned,
+        outdated=is_outdated,
+        files_error=fault,
+    )

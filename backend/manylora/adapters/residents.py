@@ -1,4 +1,4 @@
-"""Which adapters are in the device pool, and which must go first."""
+"""Which adapters are in the device pool, and in which order they are evicted."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ class Residents:
         return iter(self._order)
 
     def try_place(self, adapter: Adapter) -> bool:
-        """Make an adapter resident. Others are evicted only if that makes enough room.
+        """Make an adapter resident. Others are evicted only if that frees enough pages.
 
-        The least recently used go first, and only those that hold pages of a group that lacks some.
+        The least recently used go first, and only those that hold pages of a group that is short of them.
         """
         assert adapter.weights is not None, f"{adapter} is not loaded"
         if adapter in self._order:
@@ -66,7 +66,7 @@ class Residents:
         self._order.move_to_end(adapter)
 
     def drop(self, adapter: Adapter) -> None:
-        """Evict an adapter, if it is resident, and give its pages back."""
+        """Evict an adapter, if it is resident, and free its pages."""
         if adapter not in self._order:
             return
         assert _is_idle(adapter), f"{adapter} is in use or pinned"
@@ -79,7 +79,7 @@ class Residents:
         """Pages by group that are left once only this adapter and the pinned ones are on the device.
 
         Args:
-            without: a pinned one that does not count: this one takes its place.
+            without: a pinned one that does not count, since this one replaces it.
         """
         left = [total - count for total, count in zip(self.pool.max_pages, weights.num_pages, strict=True)]
         for adapter in self._order:
@@ -88,7 +88,7 @@ class Residents:
         return left
 
     def fits_beside_pinned(self, weights: AdapterWeights, without: Adapter | None = None) -> bool:
-        """Whether the adapter ever finds room, however much is evicted."""
+        """Whether the adapter fits once everything else but the pinned ones is evicted."""
         return min(self.pages_beside_pinned(weights, without)) >= 0
 
     def leaves_room_beside_pinned(self, weights: AdapterWeights) -> bool:

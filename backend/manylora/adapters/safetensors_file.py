@@ -1,4 +1,4 @@
-"""The safetensors container, checked to the last byte before a tensor is made of it.
+"""The safetensors container, checked to the last byte before any tensor is made from it.
 
 Layout: 8 bytes with the header's length (little endian), the header (a JSON object of name -> dtype,
 shape, data_offsets, padded with spaces), then the data, which the tensors cover without gap or overlap.
@@ -80,7 +80,7 @@ def parse_header(header: bytes, data_bytes: int) -> dict[str, TensorInfo]:
 
     Args:
         header: the JSON text.
-        data_bytes: bytes of the file behind the header. The tensors must cover exactly these.
+        data_bytes: bytes of the file after the header. The tensors must cover exactly these.
 
     Raises:
         InvalidArgumentError: the header is not well-formed or does not fit the data.
@@ -125,7 +125,7 @@ def _parse_entry(name: str, entry: Any) -> TensorInfo:
 
 
 def _are_sizes(values: Any) -> bool:
-    # bool is an int to Python, but true is no size.
+    # bool is an int in Python, but true is not a size.
     return isinstance(values, list) and all(type(value) is int and 0 <= value < _MAX_SIZE for value in values)
 
 

@@ -1,4 +1,4 @@
-"""JSON as an adapter's files may hold it: one object, UTF-8, no key twice, no NaN."""
+"""JSON as an adapter's files may contain it: one object, UTF-8, no duplicate keys, no NaN."""
 
 from __future__ import annotations
 

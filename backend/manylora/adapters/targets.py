@@ -1,6 +1,6 @@
 """Which modules of a base model an adapter's config targets, and with which rank and scaling.
 
-Follows PEFT to the letter: peft/tuners/tuners_utils.py (check_target_module_exists,
+Follows PEFT exactly: peft/tuners/tuners_utils.py (check_target_module_exists,
 _maybe_include_all_linear_layers), peft/utils/other.py (get_pattern_key) and
 peft/tuners/lora/model.py (_create_and_replace) of PEFT 0.21.
 """
@@ -26,7 +26,7 @@ _T = TypeVar("_T")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Target:
-    """What the config says of one module."""
+    """What the config says about one module."""
 
     path: str
     rank: int
@@ -35,12 +35,12 @@ class Target:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Targets:
-    """What the config says of the base model."""
+    """What the config says about the base model's modules."""
 
     linears: dict[str, Target]
     """The served linears that are targeted, by path, in the spec's order."""
     unserved: tuple[str, ...]
-    """Targeted modules that serve no adapter."""
+    """Targeted modules at which no adapter is served."""
     unmatched: tuple[str, ...]
     """Entries of target_modules, rank_pattern and alpha_pattern that name nothing that is targeted. PEFT
     ignores them too: configs often list the names of several architectures."""
@@ -116,8 +116,8 @@ def _is_named(
 ) -> bool:
     if isinstance(config.target_modules, str):
         if config.target_modules.lower() == ALL_LINEAR:
-            # Other linears than the spec's cannot be told from norms here. Tensors for them bind to nothing
-            # that is served, so an adapter that has some is refused all the same.
+            # Linears that are not in the spec cannot be distinguished from norms here. Tensors for them bind
+            # to nothing that is served, so an adapter that has some is refused anyway.
             return path in spec.linears
         return path in patterns.of("target_modules", config.target_modules)
     if path in names:

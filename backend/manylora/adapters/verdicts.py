@@ -1,4 +1,4 @@
-"""What a look at an adapter's files brings about: a load, a new version, an error, or a wait."""
+"""What follows from a look at an adapter's files: a load, a new version, an error, or a wait."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from manylora.errors import ManyloraError, UnavailableError, from_code
 log = logging.getLogger(__name__)
 
 MAX_SETTLE_S = 10.0
-"""Longest that a request waits for an absent adapter's files to be left alone, beyond `settle_s`."""
+"""Longest that a request waits, beyond `settle_s`, for an absent adapter's files that are being written."""
 RETRY_S = 0.25
-"""Until changed files are looked at again that could not be read yet, since others are."""
+"""Until changed files are looked at again whose read had to wait for another one."""
 
 
 class Verdicts:
-    """Judges one look after the other.
+    """Acts on the outcome of each look.
 
     Args:
         has_slots: whether an adapter could be loaded; otherwise every host slot is pinned by others.
-        note: called when a watch's next look is to begin at another time.
+        note: called when the time of a watch's next look has changed.
     """
 
     def __init__(
@@ -51,42 +51,42 @@ class Verdicts:
         self._settle_s = settle_s
 
     def look_again(self, watch: Watch, at_s: float) -> None:
-        """Have the files looked at at a time, whoever asks."""
+        """Have the files looked at again at a certain time, whether or not a request arrives."""
         watch.relook_s = at_s
         self._note(watch)
 
     def set_gone(self, watch: Watch, error: ManyloraError) -> None:
-        """The directory is not there: whoever asked hears so; what is loaded ends with its leases."""
+        """The directory is gone: fail those who wait for it; the loaded version ends with its leases."""
         current = self._versions.current.get(watch.name)
         self._failures.forget(watch.name)
-        asked = [*watch.asked.values(), *watch.settling.values()]
-        for lease in asked:
+        for lease in watch.affected:
             watch.forget(lease)
             self._versions.fail(lease, from_code(error.code, error.message))
-        # What is being read now will find out by itself.
+        # A version that is being read now finds out by itself.
         if current is not None and self._versions.current.get(watch.name) is current and current.is_whole:
             log.info("adapter %r: its directory is gone", watch.name)
             self._versions.retire(current)
-            for lease in watch.asking.values():
-                # It looks for whatever comes in the directory's place.
+            for lease in watch.for_next_look.values():
+                # It waits for what may take the directory's place.
                 self._versions.leave(lease)
         self.set_clear(watch, None)
 
     def set_unreadable(self, watch: Watch, error: ManyloraError) -> None:
-        """Whether the files are there cannot be seen: neither there nor gone."""
+        """Whether the files exist cannot be determined."""
         if watch.name in self._versions.current:
             self.mark(watch, error)
-            self.end_asking(watch)
+            self.release_waiting(watch)
         else:
             self.fail_all(watch, error)
 
     def judge_absent(self, watch: Watch, sight: Sight) -> None:
-        """Load an adapter, wait for its files to be left alone, or say why it cannot be loaded."""
-        name, leases = watch.name, [*watch.asked.values(), *watch.settling.values()]
+        """Load an absent adapter, wait until its files are no longer being written, or fail those who
+        wait."""
+        name, leases = watch.name, watch.affected
         error = self._failures.recall(name, sight.stamp)
         if error is None and sight.error is not None:
             error = named(name, sight.error)
-            assert error is not None, "an error that names its adapter is none"
+            assert error is not None, "an error was lost"
             self._failures.remember(name, error, sight.stamp)
         if error is None and self._loads.is_hung(name):
             error = UnavailableError(f"adapter {name!r}: its files give no answer")
@@ -100,7 +100,7 @@ class Verdicts:
             for lease in leases:
                 watch.forget(lease)
             if leases:
-                waiting = list(watch.asking.values())
+                waiting = list(watch.for_next_look.values())
                 for lease in waiting:
                     watch.forget(lease)
                 self._loads.enter(name, sight, [*leases, *waiting])
@@ -109,9 +109,9 @@ class Verdicts:
             self._wait_on(watch)
 
     def _wait_on(self, watch: Watch) -> None:
-        """Files are in change: fail those who have waited long enough for that to end."""
+        """The files are being written: go on waiting, or fail those who have waited too long."""
         now_s = self._clock()
-        for lease in [*watch.asked.values(), *watch.settling.values()]:
+        for lease in watch.affected:
             watch.forget(lease)
             if now_s >= lease.give_up_s:
                 reason = "its files keep changing; they are read once they have been left alone for"
@@ -122,9 +122,9 @@ class Verdicts:
                 lease.give_up_s = min(lease.give_up_s, now_s + self._settle_s + MAX_SETTLE_S)
 
     def judge_present(self, watch: Watch, sight: Sight) -> None:
-        """Have changed files read as a new version once they have been left alone."""
+        """Have changed files read as a new version once they are no longer being written."""
         name, current = watch.name, self._versions.current[watch.name]
-        self.end_asking(watch)
+        self.release_waiting(watch)
         if not current.is_whole:
             return
         if sight.stamp == current.sight.stamp:
@@ -136,24 +136,24 @@ class Verdicts:
             return
         if sight.error is not None:
             error = named(name, sight.error)
-            assert error is not None, "an error that names its adapter is none"
+            assert error is not None, "an error was lost"
             self.mark(watch, error)
         elif self._failures.recall(name, sight.stamp) is not None or self._loads.is_hung(name):
-            # The log and the status have said so.
+            # The log and the status report it already.
             return
         elif not self._loads.try_update(name, sight):
             self.look_again(watch, self._clock() + RETRY_S)
 
     def _is_settled(self, watch: Watch, sight: Sight, *, age_s: float) -> bool:
-        """Whether files have been left alone for long enough; if not, they are looked at again.
+        """Whether the files have stayed the same for `settle_s`; if not, they are looked at again.
 
         Args:
-            age_s: time for which they count as left alone at the first look.
+            age_s: how long they count as unchanged at the first look.
         """
         now_s = self._clock()
         if watch.seen != sight.stamp:
-            # One number for both questions: two sums could round apart, and a look that comes too early by so
-            # much would bring about the next at once.
+            # One number for this comparison and the next look's time: two sums could round differently, and a
+            # look that came too early would cause the next one at once.
             watch.seen, watch.settled_s = sight.stamp, now_s + (self._settle_s - age_s)
         if now_s >= watch.settled_s:
             return True
@@ -161,7 +161,7 @@ class Verdicts:
         return False
 
     def set_clear(self, watch: Watch, current: Adapter | None) -> None:
-        """What new requests get is what the files hold."""
+        """What new requests get matches the files."""
         watch.seen = None
         watch.fault = ""
         watch.relook_s = math.inf
@@ -170,22 +170,22 @@ class Verdicts:
             current.is_stale = False
 
     def mark(self, watch: Watch, error: ManyloraError) -> None:
-        """Say, once for each reason, that an older version serves on."""
+        """Report, in the log once for each reason, that an older version stays in service."""
         current = self._versions.current.get(watch.name)
         watch.fault = error.message
-        if current is not None and watch.told != (watch.seen, error.message):
-            watch.told = (watch.seen, error.message)
+        if current is not None and watch.logged != (watch.seen, error.message):
+            watch.logged = (watch.seen, error.message)
             log.warning("%s; version %s is served on", error.message, current.version or "in memory")
 
-    def end_asking(self, watch: Watch) -> None:
-        """Let those go on who wait for the look, under the version that is there."""
-        for lease in watch.asked.values():
-            lease.is_asking = False
-        watch.asked = {}
+    def release_waiting(self, watch: Watch) -> None:
+        """Let those who wait for the look go on with the loaded version."""
+        for lease in watch.for_this_look.values():
+            lease.awaits_look = False
+        watch.for_this_look = {}
 
     def fail_all(self, watch: Watch, error: ManyloraError) -> None:
-        """Fail those who wait for the look, or for the files to be left alone."""
-        for lease in [*watch.asked.values(), *watch.settling.values()]:
+        """Fail those who wait for the look, or for files that are being written."""
+        for lease in watch.affected:
             watch.forget(lease)
-            # An object for each: it is raised in several places.
+            # A new object for each, since each is raised somewhere else.
             self._versions.fail(lease, from_code(error.code, error.message))

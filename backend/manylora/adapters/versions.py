@@ -1,4 +1,4 @@
-"""Which versions of which adapters there are: what new requests get, and older ones that sequences end on."""
+"""The versions of all adapters: what new requests get, and older ones on which sequences end."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ log = logging.getLogger(__name__)
 
 
 class Versions:
-    """Every version that is wanted or held. What nobody will ask for again goes with its last lease.
+    """Every version that is wanted or held. One that no new request will get goes with its last lease.
 
     Args:
-        host, residents: both levels, by version.
-        pins_due: names that are to be pinned as soon as they can be.
+        host, residents: both levels of the cache.
+        pins_due: names to be pinned as soon as possible.
     """
 
     def __init__(
@@ -32,22 +32,23 @@ class Versions:
         self.residents = residents
         self.pins_due = pins_due
         self.current: dict[str, Adapter] = {}
-        """What new requests for a name get: its newest whole version, or what a first load will give."""
+        """What new requests for a name get: its newest whole version, or the one that its first load will
+        give."""
         self.outdated: dict[Adapter, None] = {}
-        """Others, each with the leases that end on it."""
+        """Older versions, each with the leases that end on it."""
         self.queued: dict[Adapter, None] = {}
-        """Those of either that lack a slot."""
+        """Versions of both kinds that have no slot."""
 
     def __iter__(self) -> Iterator[Adapter]:
         yield from self.current.values()
         yield from self.outdated
 
     def find_outdated(self, name: str, version: str) -> Adapter | None:
-        """An older version of an adapter that is still held."""
+        """The outdated version of an adapter with this hash, if it is still held."""
         return next((e for e in self.outdated if e.name == name and e.version == version), None)
 
     def leave(self, lease: Lease) -> None:
-        """End a lease's hold."""
+        """Remove a lease from its version."""
         adapter = lease.adapter
         assert adapter is not None, f"lease {lease.number} holds nothing"
         adapter.drop(lease)
@@ -57,13 +58,13 @@ class Versions:
             self.forget(adapter)
 
     def fail(self, lease: Lease, error: ManyloraError) -> None:
-        """End a lease with an error."""
+        """Fail a lease."""
         if lease.adapter is not None:
             self.leave(lease)
         lease.error = error
 
     def retire(self, adapter: Adapter) -> None:
-        """Give a version that has been read to no new request."""
+        """Stop giving a version to new requests."""
         self.unpin(adapter)
         del self.current[adapter.name]
         self.outdated[adapter] = None
@@ -71,7 +72,7 @@ class Versions:
             self.forget(adapter)
 
     def supersede(self, old: Adapter, new: Adapter) -> None:
-        """Let those that have not begun, and all that come, have the new version instead of the old one."""
+        """Move leases that have not begun, and all new ones, from the old version to the new one."""
         assert old.is_whole, f"{old} has not been read"
         log.info("adapter %r: version %s takes the place of %s", new.name, new.version, old.version)
         self.outdated.pop(new, None)
@@ -89,8 +90,8 @@ class Versions:
         else:
             self.forget(old)
 
-    def take_back(self, old: Adapter, found: Adapter) -> None:
-        """Let those that wait for what was read, and all that come, have the same version as it is held."""
+    def reinstate(self, old: Adapter, found: Adapter) -> None:
+        """Make an outdated version current again: what was read is the same version."""
         leases = list(found.leases.values())
         for lease in leases:
             found.drop(lease)
@@ -103,22 +104,22 @@ class Versions:
         self.current[old.name] = old
 
     def hold(self, adapter: Adapter, weights: AdapterWeights) -> None:
-        """Keep in hand what has been read, until it has a slot."""
+        """Keep what has been read, outside the cache, until it gets a slot."""
         adapter.stage = Stage.QUEUED
         adapter.weights = weights
         adapter.lacks_slot = True
         self.queued[adapter] = None
 
     def fill(self, adapter: Adapter, weights: AdapterWeights) -> None:
-        """Put what has been read into its slot."""
+        """Fill a version's slot with what has been read."""
         self.host.touch(adapter)
         adapter.weights = weights
         adapter.is_update = False
         adapter.stage = Stage.READY
 
     def try_evict(self) -> bool:
-        """Free the slot of the least recently used version that nobody holds; of one that could not be read
-        again only if there is no other."""
+        """Free the slot of the least recently used version that nobody holds, preferably one that could be
+        read again."""
         evicted = self.host.try_evict()
         if evicted is not None:
             self.residents.drop(evicted)
@@ -126,10 +127,10 @@ class Versions:
         return evicted is not None
 
     def displace(self, adapter: Adapter) -> None:
-        """Take the slot of a version that has waiting leases only, which queues again.
+        """Take the slot away from a version with waiting leases only, which queues again.
 
-        It is kept in hand where another version must not take its place: sequences have begun under it, or
-        its files have changed since.
+        Its weights are kept where it could not be read again as it is: sequences have begun with it, or its
+        files have changed since.
         """
         weights = adapter.weights
         assert weights is not None, f"{adapter} is not loaded"
@@ -141,7 +142,7 @@ class Versions:
             adapter.weights = None
 
     def expel(self, adapter: Adapter) -> None:
-        """Drop a version, not active, that no longer finds room beside the pinned ones."""
+        """Drop a version, not active, that no longer fits beside the pinned ones."""
         for lease in list(adapter.leases.values()):
             self.fail(lease, no_room(adapter.name))
         if adapter in self.host or adapter in self.queued:
@@ -158,7 +159,7 @@ class Versions:
         self.residents.drop(adapter)
 
     def unpin(self, adapter: Adapter) -> None:
-        """Let a version go whose pin is for the one that comes after it."""
+        """Unpin a version, and leave the pin for its successor."""
         if adapter.is_pinned:
             self.pins_due.add(adapter.name)
             adapter.is_pinned = False
@@ -184,10 +185,10 @@ class Versions:
 
 
 def no_room(name: str) -> UnavailableError:
-    """The error of an adapter for which pinned ones leave too little."""
+    """The error for an adapter that does not fit beside the pinned ones."""
     return UnavailableError(f"adapter {name!r} has no room in the device pool beside pinned ones")
 
 
 def no_room_at_start(name: str) -> InvalidArgumentError:
-    """The same for one that is preloaded after them."""
+    """The same during preloading: the settings do not fit together."""
     return InvalidArgumentError(f"adapter {name!r} has no room beside the pinned ones before it")

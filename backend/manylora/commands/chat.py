@@ -1,4 +1,4 @@
-"""`manylora chat`: a conversation with a running server, in which the adapter may change."""
+"""`manylora chat`: a conversation with a running server, in which the adapter can be changed."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 from manylora_client import Client, InvalidArgument, ManyloraClientError, Message
 
-from manylora.commands import asking
+from manylora.commands import request_options
 from manylora.errors import InvalidArgumentError
 
 EXAMPLES = """\
@@ -38,12 +38,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of `manylora chat`."""
     parser.add_argument("--adapter", default="", metavar="NAME", help="the adapter (default: the base model)")
     parser.add_argument("--system", default="", metavar="TEXT", help="a system message to begin with")
-    asking.add_arguments(parser)
+    request_options.add_arguments(parser)
 
 
 def epilog() -> str:
     """Examples, commands, parameters, and what a pipe changes."""
-    return f"{EXAMPLES}\n{HELP}\n\n{asking.settings_help()}\n\n{PIPED}\n"
+    return f"{EXAMPLES}\n{HELP}\n\n{request_options.settings_help()}\n\n{PIPED}\n"
 
 
 def main(arguments: argparse.Namespace) -> int:
@@ -51,13 +51,13 @@ def main(arguments: argparse.Namespace) -> int:
 
     Returns: the exit status: 1 when lines were piped in and one of them failed.
     """
-    parameters = asking.read_parameters(arguments)
+    parameters = request_options.read_parameters(arguments)
     is_terminal = sys.stdin.isatty()
     if is_terminal:
         with contextlib.suppress(ImportError):
             import readline  # noqa: F401  # input() then edits lines and keeps them
         print("/help for what can be said besides; Ctrl-D ends")
-    with asking.open_client(arguments) as client:
+    with request_options.open_client(arguments) as client:
         chat = Chat(client, arguments.adapter, arguments.system, parameters, is_piped=not is_terminal)
         while True:
             try:
@@ -71,28 +71,28 @@ def main(arguments: argparse.Namespace) -> int:
                     raise
                 print("\n(/quit or Ctrl-D ends)")
                 continue
-            if not chat.take(line):
+            if not chat.handle(line):
                 break
     return 1 if chat.has_failed and not is_terminal else 0
 
 
 class Chat:
-    """What has been said, and how the next answer is asked for."""
+    """The conversation so far, and how the next answer is requested."""
 
     def __init__(
         self, client: Client, adapter: str, system: str, parameters: dict[str, Any], *, is_piped: bool
     ) -> None:
         self.adapter = adapter
         self.has_failed = False
-        """A line could not be done."""
+        """A line has failed."""
         self._is_piped = is_piped
         self._client = client
         self._parameters = parameters
         self._messages: list[Message] = []
         self._system(system, say=False)
 
-    def take(self, line: str) -> bool:
-        """One line of the user: a command or a message. False ends the chat."""
+    def handle(self, line: str) -> bool:
+        """Handle one line: a command or a message. False ends the chat."""
         word, _, rest = line.strip().partition(" ")
         if not word:
             return True
@@ -110,10 +110,10 @@ class Chat:
         elif word.startswith("/"):
             self._fail(f"no command {word}; /help names them", mark="")
         else:
-            self._ask(line.strip())
+            self._answer(line.strip())
         return True
 
-    def _ask(self, text: str) -> None:
+    def _answer(self, text: str) -> None:
         self._messages.append({"role": "user", "content": text})
         said: list[str] = []
         try:
@@ -125,7 +125,7 @@ class Chat:
                     print(chunk.text, end="", flush=True)
             print()
         except KeyboardInterrupt:
-            # Leaving the block has cancelled the request. What was said so far stands.
+            # Leaving the block has cancelled the request. The text so far is kept.
             if self._is_piped:
                 raise
             print(" [stopped]")
@@ -133,7 +133,7 @@ class Chat:
             if said:
                 print()
             self._fail(_advice(error))
-            # As if it had not been asked, so that it can be asked again.
+            # As if it had not been sent, so that it can be sent again.
             self._messages.pop()
             return
         if said:
@@ -144,7 +144,7 @@ class Chat:
     def _fail(self, message: str, *, mark: str = "error: ") -> None:
         self.has_failed = True
         if self._is_piped:
-            # After what it belongs to, also where both go to one file.
+            # After the output that it belongs to, even if both go to one file.
             sys.stdout.flush()
             print(f"manylora chat: {message}", file=sys.stderr)
         else:
@@ -165,7 +165,7 @@ class Chat:
 
     def _set(self, text: str) -> None:
         try:
-            name, value = asking.read_setting(text)
+            name, value = request_options.read_setting(text)
         except InvalidArgumentError as error:
             self._fail(error.message)
             return
@@ -182,7 +182,7 @@ def _read_line(prompt: str, *, echo: bool) -> str:
     line = sys.stdin.readline()
     if not line:
         raise EOFError
-    # So that what is piped in reads like what is typed in.
+    # So that piped input looks like typed input.
     print(prompt + line.rstrip("\n"), flush=True)
     return line
 

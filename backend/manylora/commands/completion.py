@@ -10,7 +10,7 @@ from manylora.front_end.parameters import PARAMETERS
 
 
 def complete(parser: argparse.ArgumentParser) -> None:
-    """Answer the shell and end the process; without argcomplete there is no answer.
+    """Answer the shell and end the process; without argcomplete, do nothing.
 
     Args:
         parser: with all its commands.
@@ -27,17 +27,17 @@ def complete(parser: argparse.ArgumentParser) -> None:
         "NAME=VALUE": _words([f"{name}=" for name in PARAMETERS]),
     }
     for action in _actions(parser):
-        # Where nothing is known, nothing is offered: not the files that a shell would think of.
+        # Without candidates nothing is offered, not even the files that a shell would suggest.
         action.completer = completers.get(action.metavar, _words([]))  # type: ignore[attr-defined]
     argcomplete.autocomplete(parser)
 
 
 def _words(words: Sequence[str]) -> Callable[..., object]:
-    return lambda **asked: words
+    return lambda **_context: words
 
 
 def _actions(parser: argparse.ArgumentParser) -> Iterator[argparse.Action]:
-    """Of the parser and of all its commands."""
+    """The actions of the parser and of all its commands."""
     # argparse has no public way to list them.
     for action in parser._actions:
         if isinstance(action, argparse._SubParsersAction):

@@ -12,7 +12,7 @@ from typing import Any
 
 from manylora_client import Client, Completion, TokenLogprob
 
-from manylora.commands import asking
+from manylora.commands import request_options
 from manylora.errors import InvalidArgumentError
 from manylora.table import columns, cut, fill, render
 
@@ -27,7 +27,8 @@ examples:
 HEADER = ("token", "logprob", "likeliest")
 WIDTH = 80
 MAX_TOKEN_COLUMNS = 20
-"""Of one token in the table, so that with the longest number, minus a thousand million, it always fits."""
+"""Of one token in the table, so that it always fits, even beside the longest number, minus a thousand
+million."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -49,22 +50,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=True,
         help="show an answer as it comes (default)",
     )
-    asking.add_arguments(parser)
+    request_options.add_arguments(parser)
 
 
 def epilog() -> str:
-    """Examples, and the parameters that `--set` takes."""
-    return f"{EXAMPLES}\n{asking.settings_help()}\n"
+    """Examples, and the parameters for `--set`."""
+    return f"{EXAMPLES}\n{request_options.settings_help()}\n"
 
 
 def main(arguments: argparse.Namespace) -> int:
-    """Ask, and print what is answered.
+    """Send the prompts and print the answers.
 
     Raises:
         ManyloraClientError: what the server refuses, or that it cannot be reached.
         InvalidArgumentError: options that do not go together.
     """
-    parameters = asking.read_parameters(arguments)
+    parameters = request_options.read_parameters(arguments)
     prompts = [_read_stdin() if prompt == "-" else prompt for prompt in arguments.prompt or ["-"]]
     adapters: list[str] = arguments.adapter or [""]
     if arguments.logprobs:
@@ -72,17 +73,17 @@ def main(arguments: argparse.Namespace) -> int:
     if arguments.chat:
         parameters["chat"] = True
     whole = arguments.json or arguments.logprobs or not arguments.stream
-    with asking.open_client(arguments) as client:
+    with request_options.open_client(arguments) as client:
         for prompt in prompts:
             for adapter in adapters:
                 if len(prompts) * len(adapters) > 1 and not arguments.json:
                     print(_title(prompt if len(prompts) > 1 else "", adapter))
-                asked = {**parameters, "adapter_id": adapter}
+                options = {**parameters, "adapter_id": adapter}
                 sent = _as_messages(prompt) if arguments.chat else prompt
                 if whole:
-                    _print(client.generate(sent, **asked), prompt, adapter, as_json=arguments.json)
+                    _print(client.generate(sent, **options), prompt, adapter, as_json=arguments.json)
                 else:
-                    _stream(client, sent, asked)
+                    _stream(client, sent, options)
     return 0
 
 
@@ -96,8 +97,8 @@ def _read_stdin() -> str:
 
 
 def _as_messages(prompt: str) -> str:
-    """A JSON list of objects is a conversation; any other prompt is one message of the user, also one that
-    begins with a bracket, which the server would take for a broken conversation."""
+    """A JSON list of objects is a conversation. Any other prompt is one message of the user, even one that
+    begins with a bracket, which the server would read as a broken conversation."""
     with contextlib.suppress(ValueError, RecursionError):
         given = json.loads(prompt)
         if isinstance(given, list) and given and all(isinstance(message, dict) for message in given):
@@ -110,8 +111,8 @@ def _title(prompt: str, adapter: str) -> str:
     return f"--- {adapter or '(base model)'}{shown}"
 
 
-def _stream(client: Client, prompt: str, asked: dict[str, Any]) -> None:
-    with client.stream(prompt, **asked) as stream:
+def _stream(client: Client, prompt: str, options: dict[str, Any]) -> None:
+    with client.stream(prompt, **options) as stream:
         for chunk in stream:
             print(chunk.text, end="", flush=True)
     print()
@@ -120,7 +121,7 @@ def _stream(client: Client, prompt: str, asked: dict[str, Any]) -> None:
 def describe_logprobs(tokens: Sequence[TokenLogprob]) -> str:
     """A table of tokens and of what was likeliest in their place, within 80 columns."""
     shown = [(_quoted(token), f"{token.logprob:.3f}") for token in tokens]
-    # What is left beside the first two columns, which are as wide as their widest cell.
+    # What is left beside the first two columns, each as wide as its widest cell.
     table = [HEADER[:2], *shown]
     room = WIDTH - sum(max(columns(row[i]) for row in table) + 2 for i in range(2))
     rows = []

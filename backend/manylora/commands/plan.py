@@ -1,4 +1,4 @@
-"""`manylora plan`: what a configuration takes in memory, and what fits; no server, no weights."""
+"""`manylora plan`: how much memory a configuration needs, and what fits; no server, no weights."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Kind:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """What one configuration comes to, in bytes and counts."""
+    """What one configuration needs, in bytes and counts."""
 
     base_model: str
     architecture: str
@@ -55,16 +55,16 @@ class Plan:
     max_loras: int
     max_cpu_loras: int
     host_cache_bytes: int
-    """With every slot taken by an adapter of max_lora_rank on all linears. For CUDA in blocks of a power of
-    two, which is how torch takes page-locked memory."""
+    """With an adapter of max_lora_rank on all linears in every slot. For CUDA in blocks of a power of two,
+    which is how torch allocates page-locked memory."""
     kv_bytes: int
     kv_tokens: int
     kv_bytes_per_token: int
     max_model_len: int
     device_bytes: int
-    """Weights, pool and KV cache together; a step's own temporaries come on top."""
+    """Weights, pool and KV cache together, without a step's temporaries."""
     step_bytes: int
-    """About what these take."""
+    """Estimate of a step's temporaries."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -103,7 +103,7 @@ def main(arguments: argparse.Namespace) -> int:
 
 
 def make_plan(config: EngineConfig, model: ModelOutline, device_bytes: int = 0) -> Plan:
-    """What the engine will take with this configuration.
+    """How much memory the engine will need with this configuration.
 
     Args:
         device_bytes: memory of a CUDA device, all of it free; 0: not known, and the KV cache is a CPU's.
@@ -211,7 +211,8 @@ def describe(plan: Plan) -> str:
 
 
 def _is_cuda(device: str) -> bool:
-    """Of the setting `device`. One that names CUDA is believed where there is none: a plan needs no GPU."""
+    """Whether the setting `device` means CUDA. One that names it counts even without a GPU: a plan needs
+    none."""
     import torch
 
     return torch.cuda.is_available() if device == "auto" else device.startswith("cuda")

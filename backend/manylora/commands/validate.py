@@ -37,7 +37,7 @@ _CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Result:
-    """What a server would do with one name under its adapter_root."""
+    """What a server would do with one name in its adapter_root."""
 
     name: str
     outcome: BindingReport | ManyloraError
@@ -79,7 +79,7 @@ def main(arguments: argparse.Namespace) -> int:
     """
     root, names = _find(arguments.directory)
     config = _configure(arguments, root, names[0])
-    # After what can be wrong with the options: torch takes seconds to load.
+    # After the options have been checked: torch needs seconds to load.
     from manylora.adapters.device_pool import pool_dtype
     from manylora.model.outline import outline_model
 
@@ -101,7 +101,7 @@ def main(arguments: argparse.Namespace) -> int:
 def _judge(
     name: str, root: AdapterRoot, config: EngineConfig, model: ModelOutline, dtype: torch.dtype
 ) -> BindingReport | ManyloraError:
-    """What a server with this configuration says when the adapter is asked for by name."""
+    """What a server with this configuration does when a request names the adapter."""
     from manylora.adapters.peft_format import read_adapter
 
     try:
@@ -141,8 +141,8 @@ def _configure(arguments: argparse.Namespace, root: Path, name: str) -> EngineCo
     """The configuration of a server for these adapters.
 
     Raises:
-        InvalidArgumentError: a setting that is none, is given twice or has a value that is not allowed; no
-            base model is named.
+        InvalidArgumentError: a setting is unknown, given twice or has a value that is not allowed; no base
+            model is named.
     """
     rank = arguments.max_lora_rank
     options = [] if rank is None else [f"max_lora_rank={rank}"]
@@ -221,7 +221,7 @@ def _reasons(error: ManyloraError) -> list[str]:
 
 
 def _shown(name: str) -> str:
-    """The name, or where a terminal cannot show it as it stands, its form in quotes."""
+    """The name, or its quoted form if a terminal cannot show it as it is."""
     return name if name.isprintable() else repr(name)
 
 

@@ -143,7 +143,7 @@ class EngineServer:
             log.warning("no status: %s", error)
 
     def _send_all(self) -> None:
-        for peer, message in self._outbox.take_all():
+        for peer, message in self._outbox.drain():
             try:
                 frame = _encode(message)
             except UnicodeEncodeError:

@@ -1,8 +1,8 @@
 """A conversation as JSON text, read message by message.
 
-A parser of the whole text would hold the interpreter's lock all the while: a million messages would stop
-every other thread for a third of a second. Here the reading ends at the first thing that is not served, and
-other threads get their turns in between.
+Parsing the whole text at once would hold the interpreter's lock: a million messages would stop every other
+thread for a third of a second. This reader stops at the first thing that is not served, and other threads get
+their turns in between.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from manylora.errors import InvalidArgumentError, UnsupportedError
 from manylora.front_end.parameters import is_unicode
 
 Message = Mapping[str, str]
-"""`role` and `content`, both text."""
+"""A mapping with `role` and `content`, both text."""
 
 AS_MESSAGES = 'send other text as [{"role": "user", "content": "..."}]'
-"""What to do with a user's text that is taken for a conversation."""
+"""Advice for a user whose text was read as a conversation by mistake."""
 
 _SPACE = re.compile(r"[ \t\n\r]*")
 _KINDS = {'"': "text", "[": "a list", "{": "an object", "t": "true", "f": "false", "n": "null"}
@@ -31,8 +31,8 @@ def read_messages(text: str, max_messages: int) -> Sequence[Message]:
 
     Raises:
         InvalidArgumentError: not JSON (the message says where), no messages, more messages or parts than
-            `max_messages`, or one that is no object of `role` and `content`.
-        UnsupportedError: a part of a content that is no text.
+            `max_messages`, or one that is not an object of `role` and `content`.
+        UnsupportedError: a content has a part that is not text.
     """
     reader = _Reader(text, max_messages)
     if reader.next_char not in ("[", "{"):
@@ -54,7 +54,7 @@ def require_few(num: int, what: str, max_model_len: int) -> None:
 
 
 class _Reader:
-    """A place in the text, which only moves on."""
+    """A position in the text that only moves forward."""
 
     def __init__(self, text: str, max_messages: int) -> None:
         self._text = text
@@ -65,7 +65,7 @@ class _Reader:
 
     @property
     def next_char(self) -> str:
-        """The next character that is no space; empty at the end."""
+        """The next character that is not white space; empty at the end."""
         self._at = _SPACE.match(self._text, self._at).end()  # type: ignore[union-attr]  # matches anywhere
         return self._text[self._at : self._at + 1]
 
@@ -113,7 +113,7 @@ class _Reader:
         return self._object(place, readers)["text"]
 
     def _object(self, place: str, readers: Mapping[str, Callable[[], str]]) -> dict[str, str]:
-        """An object that has exactly these keys, each read by its reader."""
+        """An object with exactly these keys, each read by its reader."""
         allowed = " and ".join(readers)
         self._require("{", f"{place} is {{found}}; allowed is an object of {allowed}")
         found: dict[str, str] = {}
@@ -140,7 +140,7 @@ class _Reader:
         return text
 
     def _require(self, char: str, wrong: str) -> None:
-        """The next value begins with `char`; else an error that says what it is."""
+        """Check that the next value begins with `char`; otherwise raise an error that says what it is."""
         found = self.next_char
         kind = _KINDS.get(found) or ("a number" if found.isdigit() or found == "-" else "")
         if not kind:
@@ -149,7 +149,7 @@ class _Reader:
             raise InvalidArgumentError("chat: " + wrong.format(found=kind))
 
     def _items(self, opening: str, closing: str) -> Iterator[int]:
-        """Stop at each element, for the caller to read it, and count them."""
+        """Yield the number of each element, for the caller to read it."""
         self._expect(opening)
         number = 0
         if self.next_char != closing:

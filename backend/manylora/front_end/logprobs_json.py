@@ -1,4 +1,4 @@
-"""Log probabilities as the output `logprobs` gives them: JSON, one object for each generated id."""
+"""The output `logprobs`: log probabilities as JSON, one object for each generated id."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from manylora.front_end.text import Tokenizer
 from manylora.messages import TokenLogprobs
 
 LEAST_LOGPROB = -1e9
-"""Stands for minus infinity, which JSON cannot write: what the model rules out."""
+"""Stands for minus infinity, which JSON has no form for: a token that the model rules out."""
 
 
 def logprobs_json(token_ids: Sequence[int], logprobs: Sequence[TokenLogprobs], tokenizer: Tokenizer) -> str:
-    """Write what the engine tells of the ids.
+    """Format the log probabilities of some ids.
 
     Returns:
         `[{"id": 12, "text": " the", "logprob": -0.5, "top": [{"id": 12, "text": " the", "logprob": -0.5}]}]`
-        with `text` as `Tokenizer.name` has it.
+        with `text` from `Tokenizer.name`.
 
     Raises:
         ValueError: there are not as many log probabilities as ids.
@@ -29,8 +29,8 @@ def logprobs_json(token_ids: Sequence[int], logprobs: Sequence[TokenLogprobs], t
 def entries_json(
     token_ids: Sequence[int], logprobs: Sequence[TokenLogprobs], tokenizer: Tokenizer
 ) -> list[str]:
-    """The objects alone, each as JSON: they can be written while an answer grows. Those of a long answer, all
-    at once, would stop every other thread for seconds."""
+    """The objects one by one, each as JSON, so that they can be written while an answer grows: all of a long
+    answer at once would stop every other thread for seconds."""
     return [
         json.dumps(
             {
@@ -46,7 +46,7 @@ def entries_json(
 
 
 def join_entries(entries: Sequence[str]) -> str:
-    """The JSON list of what `entries_json` has written."""
+    """The JSON list of the objects that `entries_json` has written."""
     return f"[{','.join(entries)}]"
 
 

@@ -1,4 +1,4 @@
-"""Request parameters: their names, how each is read, and within which limits."""
+"""Request parameters: their names, how each is read, and the limits of its values."""
 
 from __future__ import annotations
 
@@ -16,11 +16,12 @@ MAX_STOP_STRINGS = 16
 MAX_STOP_CHARS = 256
 MAX_STOP_TOKEN_IDS = 64
 MAX_CHARS = 1 << 16
-"""Of all parameters of a sequence together, as JSON. The most and longest stop strings take less, though each
-of their characters be written as two escapes in a JSON list that is itself text in JSON."""
+"""Of all parameters of a sequence together, as JSON. The largest number of the longest stop strings needs
+less, even with each character written as two escapes in a JSON list that is itself text in JSON."""
 MAX_LOGPROBS = 20
 MAX_TEMPERATURE = 100
-"""Long before, all tokens are as likely. The engine computes in float32, so the largest numbers are none."""
+"""Far below it, all tokens are about equally likely. Much larger ones overflow in float32, the engine's
+type."""
 MAX_REPETITION_PENALTY = 100
 MAX_ADAPTER_SCALE = 100
 MAX_PRIORITY = 1000
@@ -44,10 +45,10 @@ class Parameter:
 def parse(given: Mapping[str, Any], source: str) -> dict[str, Any]:
     """Read the parameters of one source (request parameters, or one `sampling_parameters` object).
 
-    `lora_name` comes back as `adapter_id`; names that `/generate` adds by itself are dropped.
+    `lora_name` is returned as `adapter_id`; names that `/generate` adds by itself are dropped.
 
     Args:
-        source: what to call it in messages.
+        source: what messages call it.
 
     Raises:
         InvalidArgumentError: an unknown name, a value of the wrong type or range, an alias that disagrees.
@@ -78,7 +79,7 @@ def parse(given: Mapping[str, Any], source: str) -> dict[str, Any]:
 
 
 def is_unicode(text: str) -> bool:
-    """Whether the text has a UTF-8 form. JSON can write half of a surrogate pair, which has none."""
+    """Whether the text can be encoded as UTF-8. JSON can contain half of a surrogate pair, which cannot."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -132,7 +133,8 @@ def _string(raw: Any) -> str:
 
 
 def _stop(raw: Any) -> tuple[str, ...]:
-    """A string, or a JSON list of strings. Text that is no JSON list stands for itself, empty for none."""
+    """A string, or a JSON list of strings. Text that is not a JSON list is one stop string; empty text is
+    none."""
     if isinstance(raw, str) and raw.lstrip().startswith("["):
         with contextlib.suppress(ValueError, RecursionError):
             raw = json.loads(raw)
@@ -148,7 +150,7 @@ def _stop(raw: Any) -> tuple[str, ...]:
 
 
 def _stop_token_ids(raw: Any) -> tuple[int, ...]:
-    """A JSON list of ids, or its text, empty for none."""
+    """A JSON list of ids, or its text; empty text is none."""
     if isinstance(raw, str):
         try:
             raw = json.loads(raw or "[]")

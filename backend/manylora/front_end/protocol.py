@@ -59,7 +59,7 @@ def count_sequences(tensors: Mapping[str, npt.NDArray[Any]]) -> int:
         found = "both" if has_text else "neither"
         raise InvalidArgumentError(f"got {found} of text_input and input_ids; send exactly one of them")
     for name, tensor in tensors.items():
-        # Triton drops a dimension whose size is below zero.
+        # Triton drops a dimension whose size is negative.
         if tensor.ndim != 2:
             raise InvalidArgumentError(
                 f"{name}: got {tensor.ndim} dimensions, allowed are 2: sequences and what each has"
@@ -80,7 +80,7 @@ def count_parameter_bytes(tensors: Mapping[str, npt.NDArray[Any]], parameters_js
     _require_short(len(parameters_json), "parameters", "characters")
     num_bytes = len(parameters_json)
     tensor = tensors.get("sampling_parameters")
-    # One of another shape is refused before it is parsed.
+    # A tensor of another shape is refused before it is parsed.
     if tensor is not None and tensor.shape[1] == 1:
         for cell in tensor[:, 0]:
             _require_short(len(cell), "sampling_parameters", "bytes")
@@ -131,7 +131,7 @@ def _row_parameters(tensor: npt.NDArray[Any], row: int, num_sequences: int) -> d
         raise InvalidArgumentError(
             f"sampling_parameters: got JSON {type(given).__name__}; send a JSON object"
         )
-    # A null asks for the default. A name that nobody knows stays wrong.
+    # A null means the default. An unknown name remains an error.
     given = {k: v for k, v in given.items() if v is not None or k not in parameters.PARAMETERS}
     return parameters.parse(given, "sampling_parameters key")
 
@@ -150,7 +150,7 @@ def _require_short(length: int, name: str, unit: str) -> None:
 
 def _strings(values: Sequence[str]) -> npt.NDArray[Any]:
     column = np.empty((len(values), 1), dtype=np.object_)
-    # Lone surrogates, which a tokenizer's JSON may carry, have no UTF-8 form.
+    # Lone surrogates, which a tokenizer's JSON may contain, have no UTF-8 form.
     column[:, 0] = [value.encode(errors="replace") for value in values]
     return column
 

@@ -1,4 +1,4 @@
-"""From text to token ids and back: the base model's tokenizer as the front ends use it."""
+"""From text to token ids and back: the base model's tokenizer, as front ends use it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _SAMPLES = (
 
 
 class Tokenizer:
-    """The base model's tokenizer, and the bytes that each token adds to a text.
+    """The base model's tokenizer, and the bytes that each token contributes to a text.
 
     The text of ids is the join of their pieces, read as UTF-8: `first_piece(ids[0]) + piece(ids[1]) + ...`
     over the ids that are not special. The constructor refuses a tokenizer for which this does not hold.
@@ -40,7 +40,7 @@ class Tokenizer:
         decoders = _decoder_types(tokenizer)
         self._is_byte_level = "ByteLevel" in decoders
         self._has_byte_fallback = "ByteFallback" in decoders
-        # A token in front takes what the decoder does at the start of a text, such as dropping a space.
+        # A token in front absorbs what the decoder does at the start of a text, such as dropping a space.
         self._anchor = self._ids("a")[-1:]
         self._anchor_text = self._decode(self._anchor)
         self._pieces: dict[int, bytes | None] = {}
@@ -51,7 +51,8 @@ class Tokenizer:
         """Characters of the longest token."""
         self._special_names = [name for token_id in sorted(self._special) if (name := self.name(token_id))]
         self.names_special: Callable[[str], bool] = functools.lru_cache(maxsize=1024)(self._names_special)
-        """Whether a text holds the name of a special token. Some tokenizers have hundreds of them."""
+        """Whether a text contains the name of a special token. Cached: some tokenizers have hundreds of
+        them."""
 
     @classmethod
     def load(cls, directory: str) -> Tokenizer:
@@ -76,7 +77,7 @@ class Tokenizer:
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a prompt, with the special tokens that the tokenizer adds (BOS, where it has one).
 
-        A text that begins with all that the tokenizer puts in front, as by a chat template, gets it once.
+        A text that already begins with these, as a chat template writes it, does not get them again.
         """
         if not add_special_tokens:
             return self._ids(text)
@@ -90,11 +91,11 @@ class Tokenizer:
         """Token ids of a conversation through the chat template, generation prompt added, nothing else.
 
         Args:
-            max_chars: most that the template may make of it; None: any number.
+            max_chars: most characters that the template may produce; None: any number.
 
         Raises:
             UnsupportedError: the base model has no chat template.
-            InvalidArgumentError: the template refuses the messages, or makes too much of them.
+            InvalidArgumentError: the template refuses the messages, or produces too much text.
         """
         from jinja2 import TemplateError
 
@@ -132,15 +133,15 @@ class Tokenizer:
         return b"".join(pieces).decode(errors="replace")
 
     def name(self, token_id: int) -> str:
-        """What a token is called by itself: its text after others, where parts of a character are U+FFFD, or
-        the name of a special one. Empty for an id that the tokenizer does not know."""
+        """A token's text by itself: what it adds after others, with U+FFFD for parts of a character, or the
+        name of a special token. Empty for an id that the tokenizer does not know."""
         piece = self.piece(token_id)
         if piece is None:
             return str(self._tokenizer.convert_ids_to_tokens(token_id) or "")
         return piece.decode(errors="replace")
 
     def piece(self, token_id: int) -> bytes | None:
-        """The bytes that a token adds after others. None: it is special or unknown and shows nothing."""
+        """The bytes that a token adds after others. None: it is special or unknown, and adds nothing."""
         try:
             return self._pieces[token_id]
         except KeyError:
@@ -160,7 +161,7 @@ class Tokenizer:
         if self._is_byte_level:
             try:
                 return bytes(_BYTE_OF_CHAR[char] for char in token)
-            except KeyError:  # an added token stands for itself
+            except KeyError:  # an added token is its own text
                 return str(token).encode()
         text = self._decode([*context, token_id])
         byte = _BYTE_TOKEN.fullmatch(token) if self._has_byte_fallback else None
@@ -179,7 +180,7 @@ class Tokenizer:
                     )
 
     def _added_tokens(self) -> tuple[list[int], int]:
-        """The ids that the tokenizer puts in front of every text, and how many it puts behind."""
+        """The ids that the tokenizer puts before every text, and how many it puts after it."""
         plain, whole = self._ids(_SAMPLES[0]), list(self._tokenizer(_SAMPLES[0])["input_ids"])
         for size in range(len(whole) - len(plain) + 1):
             if whole[size : size + len(plain)] == plain:
@@ -190,7 +191,7 @@ class Tokenizer:
         return list(self._tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def _decode(self, token_ids: Sequence[int]) -> str:
-        # The clean-up that some tokenizers ask for changes what was generated: it drops spaces.
+        # The clean-up that some tokenizers enable changes what was generated: it drops spaces.
         return str(
             self._tokenizer.decode(
                 list(token_ids), skip_special_tokens=True, clean_up_tokenization_spaces=False
@@ -199,7 +200,7 @@ class Tokenizer:
 
 
 def _decoder_types(tokenizer: Any) -> set[str]:
-    """Names of the steps by which a tokenizer of the `tokenizers` library decodes. Empty for others."""
+    """Names of the decoding steps of a tokenizer of the `tokenizers` library. Empty for others."""
     decoder = getattr(getattr(tokenizer, "backend_tokenizer", None), "decoder", None)
     if decoder is None:
         return set()

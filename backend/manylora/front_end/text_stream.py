@@ -1,4 +1,4 @@
-"""Text of a sequence while it grows, token by token, and the stop strings that end it."""
+"""The text of a sequence as it grows token by token, and the stop strings that end it."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from manylora.front_end.text import Tokenizer
 
 
 class StopMatcher:
-    """Finds one stop string in a text that arrives in parts. Every character is looked at once."""
+    """Finds one stop string in a text that arrives in parts. Every character is examined once."""
 
     def __init__(self, stop: str) -> None:
         self._stop = stop
         self._fallback = _borders(stop)
         self.num_matched = 0
-        """Length of the longest proper beginning of the stop string that the text so far ends with."""
+        """Length of the longest proper prefix of the stop string with which the text so far ends."""
 
     def feed(self, text: str) -> int | None:
-        """Look at the next part.
+        """Search the next part.
 
         Returns: where the first full match begins, counted from the start of this part (below 0 when it began
         in an earlier one), or None.
@@ -41,14 +41,14 @@ class StopMatcher:
 class TextStream:
     """Turns the ids of one sequence into text deltas.
 
-    The deltas joined are `tokenizer.decode(all ids)`, cut before the first stop string. No delta ends within
+    Joined, the deltas are `tokenizer.decode(all ids)`, cut before the first stop string. No delta ends within
     a character or within what may become a stop string; such an end is held back. The cost is linear.
 
-    A stop string that names a special token is looked for in the text with special tokens written out, any
+    A stop string that names a special token is searched for in the text with special tokens written out, any
     other one in the text as it is shown, without them.
 
-    Bytes that are not UTF-8 become U+FFFD. Where a tokenizer with byte fallback replaces a whole run of byte
-    tokens for one bad byte in it, the good characters of the run are kept here.
+    Bytes that are not UTF-8 become U+FFFD. A tokenizer with byte fallback replaces a whole run of byte tokens
+    if one of its bytes is bad; here the good characters of the run are kept.
     """
 
     def __init__(
@@ -76,34 +76,35 @@ class TextStream:
         self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self._held = ""
         self._num_chars = 0
-        """Of the text as it is shown, with what is held back."""
+        """Of the text as it is shown, including what is held back."""
         self.num_tokens = 0
-        """Ids taken so far."""
+        """Ids so far."""
         self.stopped = False
-        """A stop string is complete; nothing more is taken."""
+        """A stop string is complete; no further ids are added."""
 
     def add(self, token_ids: Sequence[int]) -> tuple[str, int]:
-        """Take the next ids.
+        """Add the next ids.
 
-        Returns: the text that can be shown now, and how many of the ids were taken: all, or those up to the
+        Returns: the text that can be shown now, and how many of the ids belong to the answer: all, or those
+            up to the
         one that completed a stop string.
         """
         if not self._matchers and not self._special_matchers:
             self.num_tokens += len(token_ids)
             return self._utf8.decode(self._bytes(token_ids)), len(token_ids)
         shown = []
-        for taken, token_id in enumerate(token_ids, start=1):
+        for num_used, token_id in enumerate(token_ids, start=1):
             self.num_tokens += 1
             starts = self._match(self._utf8.decode(self._bytes((token_id,))))
             if self._special_matchers and self._tokenizer.piece(token_id) is None:
                 starts += self._match_name(self._tokenizer.name(token_id))
             shown.append(self._release(starts))
             if self.stopped:
-                return "".join(shown), taken
+                return "".join(shown), num_used
         return "".join(shown), len(token_ids)
 
     def finish(self) -> str:
-        """End the sequence: what was held back, which can no longer grow."""
+        """End the sequence. Returns the text that was held back, which can no longer grow."""
         if self.stopped:
             return ""
         text = self._release(self._match(self._utf8.decode(b"", final=True)))
@@ -145,7 +146,7 @@ class TextStream:
         return [self._names.num_shown(before + start) for start in found]
 
     def _release(self, starts: Sequence[int]) -> str:
-        """What is safe to show of what is held back, where these matches have been completed."""
+        """What can now be shown of the text that is held back, given the starts of completed matches."""
         held_from = self._num_chars - len(self._held)
         if starts and self.num_tokens >= self._min_tokens:
             self.stopped = True
@@ -160,21 +161,21 @@ class TextStream:
 
 
 class SpecialNames:
-    """Where the names of special tokens stand in a text in which they are written out.
+    """Where the names of special tokens are in a text in which they are written out.
 
     Args:
-        reach: how far back from its end the text is asked about.
+        reach: how far back from the end of the text `num_shown` can look.
     """
 
     def __init__(self, reach: int) -> None:
         self._reach = reach
         self._spans: deque[tuple[int, int]] = deque()
-        """Start and end of each name, as far back as the reach."""
+        """Start and end of each name within the reach."""
         self.num_chars = 0
         """Of all names so far."""
 
     def add(self, start: int, name: str) -> None:
-        """Note a name at the end of the text.
+        """Add a name at the end of the text.
 
         Args:
             start: characters of the text in front of it, names included.
@@ -186,7 +187,7 @@ class SpecialNames:
             self._spans.popleft()
 
     def num_shown(self, place: int) -> int:
-        """How many characters in front of a place, at most `reach` from the end, belong to no name."""
+        """How many characters before a place, at most `reach` from the end, belong to no name."""
         num_hidden = self.num_chars
         for start, end in reversed(self._spans):
             if end <= place:
@@ -198,7 +199,7 @@ class SpecialNames:
 # The sequences of a request often have their stop strings in common, as have the requests of an application.
 @functools.lru_cache(maxsize=1024)
 def _borders(text: str) -> tuple[int, ...]:
-    """For each beginning of `text`, the length of its longest proper beginning that is also its end.
+    """For each prefix of `text`, the length of its longest proper prefix that is also its suffix.
 
     `abab` gives (0, 0, 1, 2).
     """

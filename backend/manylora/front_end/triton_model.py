@@ -1,4 +1,4 @@
-"""The two Triton models, `llm` and `llm_stream`. The only file that imports the modules of Triton's stub.
+"""The two Triton models, `llm` and `llm_stream`. The only file that imports modules of Triton's stub.
 
 `execute` only accepts requests and returns; replies come from the front end's reply thread.
 """
@@ -16,8 +16,8 @@ from typing import Any
 import c_python_backend_utils
 import triton_python_backend_utils as pb_utils
 
-# A front end needs a tokenizer, not tensors: without torch, transformers takes half the time to start and a
-# quarter of the memory. This process is a front end only; the engine has its own.
+# A front end needs a tokenizer, not tensors: without torch, transformers starts in half the time and a
+# quarter of the memory. This process is only a front end; the engine has a process of its own.
 sys.modules.setdefault("torch", None)  # type: ignore[arg-type]
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 
@@ -34,7 +34,7 @@ from manylora.supervise.health import HealthSocket, Stage  # noqa: E402
 log = logging.getLogger(__name__)
 
 READY_TIMEOUT_S = 60.0
-"""From the engine's own ready to its answer on the socket."""
+"""From the engine's report that it is ready to its answer on the socket."""
 ATTACH_TIMEOUT_S = 1800.0
 """How long `llm_stream` waits for the engine: large models load for long."""
 
@@ -48,14 +48,14 @@ class TritonResponder(tensor_door.TensorResponder):
         self.is_streaming = is_streaming
 
     def send_tensors(self, outputs: Tensors, *, is_last: bool) -> None:
-        # Triton takes a reply that finds no room for one that was sent, and the client would wait for ever.
+        # Triton treats a reply that finds no room as sent, and the client would wait for ever.
         stub_process.check_room(outputs, free_in_region=c_python_backend_utils.shared_memory.free_memory)
         tensors = [pb_utils.Tensor(name, values) for name, values in outputs.items()]
         flags = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL if is_last else 0
         self._sender.send(pb_utils.InferenceResponse(tensors), flags=flags)
 
     def fail(self, error: ManyloraError) -> None:
-        # The codes' names are Triton's own. They exist only once the stub has imported the model.
+        # The names of the codes are Triton's. They exist only once the stub has imported the model.
         code = getattr(pb_utils.TritonError, error.code)
         response = pb_utils.InferenceResponse(error=pb_utils.TritonError(error.tagged(), code))
         self._sender.send(response, flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
@@ -83,7 +83,7 @@ class _Model:
         self._executing = Stage()
         parameters = json.loads(args["model_config"])["parameters"]
         settings = {key: value["string_value"] for key, value in parameters.items()}
-        # An empty value is one that was left out.
+        # An empty value counts as left out.
         settings = {key: text for key, text in settings.items() if text.strip()}
         configured = settings.pop("run_dir", "")
         self._owns_run_dir = not configured
@@ -112,7 +112,7 @@ class _Model:
             try:
                 tensors, parameters = _read(request)
             except BaseException as error:
-                # Raised from here it would fail every request of the call.
+                # If it left `execute`, it would fail every request of the call.
                 self._front_end.refuse(responder, public_error(responder, error))
             else:
                 tensor_door.submit(self._front_end, responder, tensors, parameters, arrived_s)
@@ -126,7 +126,8 @@ class _Model:
         raise NotImplementedError
 
     def _clear(self, engine_model: str) -> None:
-        """Leave nothing behind in a directory that only these two models know of."""
+        """Remove what the engine left in the run directory, and a directory that only these two models
+        know."""
         run_dir.clear(self._run_dir, engine_model)
         if self._owns_run_dir:
             run_dir.remove(self._run_dir)
@@ -156,7 +157,7 @@ class LlmModel(_Model):
                     f"the engine does not answer on {paths.to_text(socket_path)} within {READY_TIMEOUT_S:g} s"
                 )
         except Exception as error:
-            # llm_stream must not wait for what will not come.
+            # llm_stream must not wait for an engine that will not come.
             known = error if isinstance(error, ManyloraError) else InternalError(repr(error))
             run_dir.write_failure(self._run_dir, self._name, known)
             raise
@@ -201,7 +202,7 @@ class LlmStreamModel(_Model):
 
 
 def _request_id(request: Any) -> str:
-    """The client's name for the request; empty where it gives none that can be read."""
+    """The client's name for the request; empty if it has none that can be read."""
     try:
         return str(request.request_id())
     except UnicodeDecodeError:
@@ -209,7 +210,8 @@ def _request_id(request: Any) -> str:
 
 
 def _read(request: Any) -> tuple[Tensors, str]:
-    """A request's inputs, copied, since Triton takes them back when `execute` returns, and its parameters."""
+    """A request's inputs, copied since Triton reuses their memory when `execute` returns, and its
+    parameters."""
     tensors: Tensors = {}
     for name in protocol.INPUTS:
         tensor = pb_utils.get_input_tensor_by_name(request, name)

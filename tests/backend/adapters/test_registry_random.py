@@ -298,11 +298,12 @@ class Machine(RuleBasedStateMachine):
             self.finish_one(job, Content(value))
         self.registry.release(lease)
 
-    @precondition(lambda self: self.registry._loads._updates)
+    @precondition(lambda self: self.registry._loads._update)
     @rule(way=st.sampled_from(["evicted", "gone and back"]), others=st.permutations(sorted(RANKS)))
     def lose_what_is_updated(self, way: str, others: list[str]) -> None:
         """Let an adapter leave while a new version is read, and ask for it again."""
-        (name,) = self.registry._loads._updates
+        assert self.registry._loads._update
+        name = self.registry._loads._update[0].name
         if way == "evicted":
             for other in others:
                 if other != name and name in self.whole:

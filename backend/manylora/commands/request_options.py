@@ -1,4 +1,4 @@
-"""What `generate` and `chat` share: the server's address and the request's parameters."""
+"""Options that `generate` and `chat` share: the server's address and the request's parameters."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from manylora.errors import InvalidArgumentError
 DEFAULT_URL = "localhost:8000"
 
 SETTABLE = tuple(name for name in Options.__annotations__ if name != "adapter_id")
-"""What `--set` and `/set` take: the client's request parameters. The adapter is named in other ways."""
+"""Names for `--set` and `/set`: the client's request parameters. The adapter is named in other ways."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -51,7 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def open_client(arguments: argparse.Namespace) -> Client:
-    """The client of the server that was named."""
+    """A client for the server that was named."""
     return Client(arguments.url, timeout=arguments.timeout)
 
 
@@ -59,7 +59,7 @@ def read_parameters(arguments: argparse.Namespace) -> dict[str, Any]:
     """The request's parameters as they were given.
 
     Raises:
-        InvalidArgumentError: a `--set` that cannot be read, or that gives a parameter once more.
+        InvalidArgumentError: a `--set` cannot be parsed, or repeats a parameter.
     """
     names = ["max_tokens", "temperature", "top_p", "top_k", "min_p", "seed", "adapter_scale"]
     names += ["repetition_penalty", "deadline_ms", "stop"]
@@ -73,7 +73,7 @@ def read_parameters(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def read_setting(text: str) -> tuple[str, Any]:
-    """`NAME=VALUE`, the value as JSON where it is that, else as text.
+    """Parse `NAME=VALUE`; the value is JSON if it can be parsed as such, otherwise text.
 
     Raises:
         InvalidArgumentError: there is no `=`, or no such parameter.
@@ -92,7 +92,7 @@ def read_setting(text: str) -> tuple[str, Any]:
 
 
 def settings_help() -> str:
-    """The names that `--set` takes, for `--help`."""
+    """The names for `--set`, as `--help` shows them."""
     return textwrap.fill(
         f"parameters: {', '.join(SETTABLE)}", width=80, subsequent_indent="  ", break_long_words=False
     )
