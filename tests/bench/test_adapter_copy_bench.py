@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import csv
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,19 +11,14 @@ import torch
 from bench import adapter_copy
 from bench.gpu.shapes import LLAMA_LAYER, TINY_LAYER
 
-SCRIPT = Path(__file__).resolve().parents[2] / "bench" / "adapter_copy.py"
+from .programs import BENCH, run_python
+
 CPU = torch.device("cpu")
 
 
 def test_checks_times_and_writes_a_row_for_each_rank_and_arrangement(tmp_path: Path) -> None:
     out = tmp_path / "copies.csv"
-    done = subprocess.run(
-        [sys.executable, str(SCRIPT), "--cpu-logic", "--out", str(out)],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = run_python(BENCH / "adapter_copy.py", "--cpu-logic", "--out", out)
     assert done.returncode == 0, done.stdout + done.stderr
     with out.open() as file:
         rows = list(csv.DictReader(file))

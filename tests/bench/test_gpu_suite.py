@@ -23,26 +23,14 @@ from bench.gpu.forms import OURS, SGLANG_CSGMV, SGLANG_V2
 from bench.gpu.rows import label_of
 from bench.gpu.shapes import LLAMA_LAYER, MIXED, Point
 
-ROOT = Path(__file__).resolve().parents[2]
-BENCH = ROOT / "bench"
-
-
-def run_in_interpreter(*arguments: str) -> subprocess.CompletedProcess[str]:
-    """A program of its own: the interpreter is chosen before triton is imported."""
-    return subprocess.run(
-        [sys.executable, *arguments],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+from .programs import BENCH, environment, run_python
 
 
 @pytest.mark.slow
 def test_a_lease_runs_every_part_and_leaves_its_rows_its_goals_and_its_plot(tmp_path: Path) -> None:
     """All stages in order, each in a process of its own."""
     suite = [str(BENCH / "gpu_suite.py"), "--cpu-logic", "--lease", "--out", str(tmp_path)]
-    done = run_in_interpreter(*suite, "--peers", str(tmp_path), "--budget-s", "2000")
+    done = run_python(*suite, "--peers", str(tmp_path), "--budget-s", "2000")
     assert done.returncode == 0, done.stdout + done.stderr
     stages = [line for line in done.stdout.splitlines() if line.startswith("# stage") and "took" in line]
     assert [line.split()[2].rstrip(":") for line in stages] == [
@@ -86,7 +74,7 @@ def test_its_forms_pass_in_the_interpreter(pass_interpreted: Callable[..., str])
 
 
 def test_times_of_an_interpreter_are_not_written_among_the_results() -> None:
-    done = run_in_interpreter(
+    done = run_python(
         str(BENCH / "gpu_suite.py"), "--cpu-logic", "--out", str(BENCH / "results"), "--parts", "copy"
     )
     assert done.returncode == 2
@@ -96,7 +84,7 @@ def test_times_of_an_interpreter_are_not_written_among_the_results() -> None:
 def test_kernels_alone_are_checked_timed_and_written(tmp_path: Path) -> None:
     out = tmp_path / "kernels.csv"
     script = str(BENCH / "kernels_gpu.py")
-    done = run_in_interpreter(script, "--cpu-logic", "--out", str(out), "--peers", str(tmp_path))
+    done = run_python(script, "--cpu-logic", "--out", str(out), "--peers", str(tmp_path))
     assert done.returncode == 0, done.stdout + done.stderr
     with out.open() as file:
         rows = [row for row in csv.DictReader(file) if row["median_us"]]
@@ -222,7 +210,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 
 def test_without_the_backends_packages_the_kernels_are_measured_all_the_same(tmp_path: Path) -> None:
     suite = [str(BENCH / "gpu_suite.py"), "--cpu-logic", "--out", str(tmp_path), "--peers", str(tmp_path)]
-    done = run_in_interpreter("-c", NO_BACKEND, *suite, "--parts", "pool-rank", "copy", "model")
+    done = run_python("-c", NO_BACKEND, *suite, "--parts", "pool-rank", "copy", "model")
     assert done.returncode == 0, done.stdout + done.stderr
     with (tmp_path / "gpu_suite.csv").open() as file:
         found = [(row["part"], row["result"].partition(":")[0]) for row in csv.DictReader(file)]
@@ -233,7 +221,7 @@ def test_a_run_that_is_ended_has_its_rows_and_goals(tmp_path: Path) -> None:
     suite = [str(BENCH / "gpu_suite.py"), "--cpu-logic", "--out", str(tmp_path), "--peers", str(tmp_path)]
     with subprocess.Popen(
         [sys.executable, *suite, "--parts", "pool-rank", "table"],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+        env=environment(),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

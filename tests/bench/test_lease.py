@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import os
-import subprocess
 import sys
 import zipfile
 from pathlib import Path
@@ -14,6 +12,8 @@ import pytest
 
 from bench.gpu import lease_files, lease_tests
 from bench.loadtest.origin import Origin
+
+from .programs import run_python
 
 LEASE = '''
 import argparse, sys
@@ -44,23 +44,13 @@ sys.exit(gpu_suite.main())
 '''
 
 
-def run(program: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-c", program, *arguments],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-
-
 def rows_of(folder: Path) -> list[tuple[str, str, str]]:
     with (folder / "gpu_suite.csv").open() as file:
         return [(row["part"], row["form"], row["result"]) for row in csv.DictReader(file)]
 
 
 def test_a_part_that_hangs_or_crashes_costs_only_itself(tmp_path: Path) -> None:
-    done = run(LEASE, str(tmp_path), "100")
+    done = run_python("-c", LEASE, tmp_path, "100")
     assert done.returncode == 1, done.stdout + done.stderr
     hung, *others = rows_of(tmp_path)
     assert hung[:2] == ("hangs", "whole part")
@@ -77,7 +67,7 @@ def test_a_part_that_hangs_or_crashes_costs_only_itself(tmp_path: Path) -> None:
 
 
 def test_what_there_is_no_time_for_says_so(tmp_path: Path) -> None:
-    done = run(LEASE, str(tmp_path), "2")
+    done = run_python("-c", LEASE, tmp_path, "2")
     assert done.returncode == 0, done.stdout + done.stderr
     assert {result for _, _, result in rows_of(tmp_path)} == {"missing: no time was left for it"}
     assert not (tmp_path / "worked").exists()
@@ -108,16 +98,10 @@ def test_tests_that_need_a_gpu_come_first_and_each_is_a_row(has_time: bool, tmp_
     origin = dict.fromkeys(Origin.__dataclass_fields__, "") | {"threads": 1, "triton": ""}
     told = {"origin": origin, "out": str(tmp_path), "until": 4e9 if has_time else 0}
     told |= {"unmarked": ["test_some.py"]}
-    subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "bench.gpu.lease_tests", "-p", "no:cacheprovider", "."],
-        env={
-            **os.environ,
-            "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
-            lease_tests.ENVIRONMENT: json.dumps(told),
-        },
-        cwd=tmp_path,
-        capture_output=True,
-        check=False,
+    run_python(
+        *("-m", "pytest", "-q", "-p", "bench.gpu.lease_tests", "-p", "no:cacheprovider", "."),
+        folder=tmp_path,
+        **{lease_tests.ENVIRONMENT: json.dumps(told)},
     )
     rows = [
         ("tests", "test_some.py::test_that_is_right", "ok"),

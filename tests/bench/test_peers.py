@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 import zipfile
 from pathlib import Path
@@ -18,6 +16,8 @@ from bench import peers
 from bench.gpu import peer_modules, peer_pydantic, peer_sglang, peer_vllm
 from bench.gpu.scene import Scene
 from bench.gpu.shapes import Point
+
+from .programs import run_python
 
 FETCHED = peer_modules.FOLDER / peer_modules.VERSIONS
 WHEEL = peers.Wheel("some-kernels", "1.2", ("some/ops/shrink_*.py", "some/plans/*.json"))
@@ -155,12 +155,6 @@ def test_broken_tables_are_refused_without_pydantic(
 @pytest.mark.slow
 @pytest.mark.skipif(not FETCHED.is_file(), reason="bench/peers.py has not fetched the peers")
 def test_the_fetched_peers_are_right_on_tiny_steps() -> None:
-    done = subprocess.run(
-        [sys.executable, peers.__file__, "--check"],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = run_python(peers.__file__, "--check")
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count(": ok, error") == done.stdout.count("\n") > 10

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
-import subprocess
-import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -22,6 +19,8 @@ from bench.gpu import tune_bench, tune_file, tune_search, tune_space
 from bench.gpu.budget import Deadline
 from bench.gpu.shapes import LLAMA_LAYER, TINY_LAYER
 from bench.gpu.tune_space import Cell
+
+from .programs import run_python
 
 H200 = Device("NVIDIA H200", num_units=132, shared_bytes=227 << 10, has_dependent_launch=True)
 START = Plan(16, 4, Tile(128, 1, 4, 4), Tile(128, 1, 4, 1))
@@ -228,13 +227,7 @@ def test_the_logic_runs_from_end_to_end_in_the_interpreter(tmp_path: Path) -> No
         "--out",
         str(out),
     ]
-    done = subprocess.run(
-        [sys.executable, str(tune_plans.__file__), *arguments],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = run_python(tune_plans.__file__, *arguments)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "wrong" not in done.stdout
     device, table = plan_file.read(out)

@@ -19,6 +19,8 @@ from bench.loadtest.child_target import ChildTarget
 from bench.loadtest.driver import TargetError
 from bench.loadtest.workload import Case
 
+from ..programs import environment
+
 SCRIPT = """
     import os, sys, time
     from bench.loadtest.record import Record, Round
@@ -124,7 +126,6 @@ def test_the_process_ends_when_the_one_that_asks_is_killed(module: str, tmp_path
     program = f"""
         import functools, sys
         from pathlib import Path
-        sys.path[:] = {sys.path!r}
         from bench.loadtest.arrival import Arrival
         from bench.loadtest.child_target import ChildTarget
         from bench.loadtest.workload import Case, Request
@@ -137,7 +138,7 @@ def test_the_process_ends_when_the_one_that_asks_is_killed(module: str, tmp_path
         target.run(case, lambda: print(pid, flush=True))
     """
     command = [sys.executable, "-c", textwrap.dedent(program)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as asker:
+    with subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, text=True) as asker:
         assert asker.stdout
         process = os.pidfd_open(int(asker.stdout.readline()))
         try:

@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 from bench.loadtest.csv_file import read_csv
 from bench.loadtest.row import Row
 
-ROOT = Path(__file__).resolve().parents[3]
+from ..programs import BENCH, run_python
 
 
 def serving(*arguments: str) -> subprocess.CompletedProcess[str]:
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, ROOT / "bench" / "serving.py", *arguments]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=300)
+    return run_python(BENCH / "serving.py", *arguments, OMP_NUM_THREADS="1")
 
 
 def test_engine_and_peft_are_compared_measured_and_saved(tiny_model: Callable[..., Path], tmp_path: Path):
