@@ -3,15 +3,15 @@
 The only file that knows `torch.cuda.CUDAGraph`.
 
 `CUDAGraph.capture_end` asks the driver first, which refuses a recording that was spoilt, by a wait for the
-device or by a kernel that had to be loaded. The rest is then left out (read in torch 2.11 and 2.13):
+device or by a kernel that had to be loaded. It then skips the rest (read in torch 2.11 and 2.13):
 
-- The allocator goes on believing that the pool of memory is recorded into. Nothing can be recorded into that
-  pool again, and no memory is given back any more.
-- The recording's use of the pool is never given up: a graph does so only where its recording has ended.
-- The default generator (2.11) goes on believing that it is recorded: random numbers, and replays of other
-  graphs that use it, raise. The end of any other recording sets it right.
-- The allocator of page-locked memory goes on asking the graph whether a stream belongs to its recording, and
-  there is no way to stop it: the graph has to be kept, and its pool left alone.
+- The allocator still considers the pool of memory as being recorded into. Nothing can be recorded into that
+  pool again, and no memory is returned any more.
+- The recording's reference to the pool is never released: a graph does so only where its recording has ended.
+- The default generator (2.11) still considers itself recorded: random numbers, and replays of other graphs
+  that use it, raise. The end of any other recording resets it.
+- The allocator of page-locked memory still asks the graph whether a stream belongs to its recording, and that
+  cannot be stopped: the graph has to be kept, and its pool left alone.
 - The recording's stream stays the current one.
 """
 
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _SPOILT: list[torch.cuda.CUDAGraph] = []
-"""Graphs whose recording did not end: kept, since they are still asked for."""
+"""Graphs whose recording did not end: kept, since torch still refers to them."""
 
 
 def new_pool() -> PoolHandle:
@@ -95,19 +95,19 @@ def _end(graph: torch.cuda.CUDAGraph, device: torch.device, pool: PoolHandle) ->
     try:
         torch._C._cuda_endAllocateToPool(index, pool)
     except RuntimeError:
-        # It got that far, or the recording never began. The graph gives up its use by itself, and to do it
-        # twice would take the memory of other graphs away.
+        # It got that far, or the recording never began. The graph releases the pool by itself, and a second
+        # release would free the memory of other graphs.
         return
     torch._C._cuda_releasePool(index, pool)
     _SPOILT.append(graph)
 
 
 def _free_generator(stream: torch.cuda.Stream) -> None:
-    """Record anything else, whose end sets the default generator right."""
+    """Record something else: the end of any recording resets the default generator."""
     try:
         # Its kernel is loaded here, not in the recording.
         probe = torch.zeros(1, device=stream.device)
         _record(probe.zero_, stream, new_pool())
     except RuntimeError as error:
-        # What has failed before is told by the caller.
-        log.warning("behind a failed recording no other works: %s", error)
+        # The caller reports the first failure.
+        log.warning("after a failed recording no other one works: %s", error)

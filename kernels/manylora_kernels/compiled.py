@@ -91,7 +91,7 @@ def openmp_runtime() -> str | None:
 
 
 def _cache_folder() -> Path:
-    """This user's own folder for built files; a new one that ends with the process where that is no use."""
+    """This user's own folder for built files, or a temporary one where that cannot be written."""
     try:
         root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
         folder = Path(root) / "manylora"

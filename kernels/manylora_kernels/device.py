@@ -27,12 +27,12 @@ INTERPRETER = Device("interpreter", num_units=132, shared_bytes=227 << 10, has_d
 
 @functools.lru_cache(maxsize=16)
 def facts(device: torch.device) -> Device:
-    """Read the facts of a device; they are asked for once."""
+    """Read the facts of a device, once."""
     if device.type != "cuda":
         return INTERPRETER
     properties = torch.cuda.get_device_properties(device)
     is_cuda = torch.version.hip is None
-    # AMD's driver, and older versions of torch, do not tell; these are the least that is sold.
+    # AMD's driver and older versions of torch do not report it: the least that any supported card has.
     shared_bytes = getattr(properties, "shared_memory_per_block_optin", 99 << 10) if is_cuda else 64 << 10
     return Device(
         name=properties.name,

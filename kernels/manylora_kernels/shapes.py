@@ -62,7 +62,7 @@ class ServedShapes:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class AttentionShape:
-    """All of a layer's attention that decides which kernels it uses."""
+    """What of a layer's attention decides which kernels it uses."""
 
     num_heads: int
     """H."""

@@ -36,8 +36,8 @@ class SideStream:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        # Urgent: small kernels beside a product that fills the device get the first multiprocessors that
-        # fall free. Urgent streams also come from a pool of their own, which no copy of an adapter shares.
+        # High priority: small kernels beside a product that fills the device get the first multiprocessors
+        # that become free. Such streams come from a pool of their own, which copies of adapters never use.
         self.stream = torch.cuda.Stream(device, priority=-1)  # type: ignore[no-untyped-call]  # torch's own
 
     def fork(self) -> None:
@@ -82,7 +82,7 @@ def run_beside(
             side_work()
         return main_work()
     finally:
-        # Whatever failed: memory is given up by those who see the error, and a capture must end joined.
+        # Even after a failure: whoever sees the error frees memory, and a capture must end joined.
         streams.join()
 
 
@@ -90,8 +90,8 @@ def run_beside(
 def as_recorded() -> Iterator[None]:
     """Within it this thread launches what it would launch while a graph is recorded, although none is.
 
-    Steps take other kernels inside a graph than outside. What warms a recording up runs in this, for a kernel
-    that is first loaded while a graph is recorded spoils it.
+    Steps launch other kernels inside a graph than outside. The run before a recording happens within this,
+    since a kernel that is first loaded while a graph is recorded spoils the recording.
     """
     token = _AS_RECORDED.set(True)
     try:
@@ -101,7 +101,7 @@ def as_recorded() -> Iterator[None]:
 
 
 def is_recorded(device: torch.device) -> bool:
-    """Whether launches on a CUDA device are recorded now, or warm a recording up. Elsewhere never."""
+    """Whether launches on a CUDA device are recorded now, or run `as_recorded`. False on other devices."""
     if device.type != "cuda":
         return False
     return _AS_RECORDED.get() or torch.cuda.is_current_stream_capturing()

@@ -1,4 +1,4 @@
-"""Copies from host to device that nobody waits for."""
+"""Copies from host to device without a wait."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 def upload(array: npt.NDArray[Any], device: torch.device | str) -> torch.Tensor:
     """Copy an array to a device, on the current stream; on a CPU, share its memory.
 
-    On CUDA through pinned memory: a copy from any other memory stops the host until the stream has come to
+    On CUDA through pinned memory: a copy from any other memory blocks the host until the stream reaches
     it. torch keeps pinned memory until the copies that read it are done.
     """
     tensor = torch.from_numpy(array)

@@ -15,7 +15,7 @@ from manylora import run_dir
 from manylora.config import EngineConfig
 from manylora.ipc import EngineConnection, Event
 from manylora.messages import Failed, Generate, SamplingParams
-from manylora.model.own_weights import take_weights
+from manylora.model.own_weights import copy_mapped_weights
 from manylora.supervise.engine_process import EngineProcess
 from safetensors.torch import load_file, save_file
 
@@ -82,13 +82,13 @@ def test_each_tensor_is_copied_once_and_its_pages_are_given_back(tmp_path: Path,
         module.register_parameter(name, torch.nn.Parameter(mapped.pop(name), requires_grad=False))
     module.tied = module.c
     module.register_buffer("d", torch.ones(3))
-    num_bytes = take_weights(module)
+    num_bytes = copy_mapped_weights(module)
     os.truncate(path, 0)
     assert num_bytes == sum(tensor.numel() * 4 for tensor in stored.values())
     assert module.tied is module.c
     assert all(torch.equal(module.get_parameter(name), tensor) for name, tensor in stored.items())
     assert str(path.resolve()) not in Path("/proc/self/maps").read_text()
-    assert take_weights(module) == 0
+    assert copy_mapped_weights(module) == 0
 
 
 def test_what_lies_in_no_file_is_not_copied() -> None:
@@ -98,5 +98,5 @@ def test_what_lies_in_no_file_is_not_copied() -> None:
     shared = torch.frombuffer(mmap.mmap(-1, 4 * mmap.PAGESIZE), dtype=torch.float32)
     module.register_buffer("shared", shared)
     where = [buffer.data_ptr() for buffer in module.buffers()]
-    assert take_weights(module) == 0
+    assert copy_mapped_weights(module) == 0
     assert [buffer.data_ptr() for buffer in module.buffers()] == where

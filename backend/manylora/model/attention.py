@@ -5,7 +5,7 @@ Shape key: T tokens of a step, H query heads, V key/value heads, D key size, E v
 The model's own code calls `attention_forward` in every layer; what it does stands in the plan of the running
 step, which it finds in the model's `StepContext`. There are two: on CUDA the kernels of
 `manylora_kernels.attention` write and read the caches through block tables (`paged_attention.py`); elsewhere
-sequences are computed in groups (`grouped_attention.py`). A third looks at a model before it serves.
+sequences are computed in groups (`grouped_attention.py`). A third, `CacheProbe`, observes a model at start.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ IMPLEMENTATION = "manylora"
 """The name under which transformers knows this attention."""
 
 _KNOWN_UNUSED = frozenset(
-    # Handed on by models, without bearing on a packed causal decoder: masks are ours, and rotary
-    # embeddings are applied before.
+    # Passed by models, and irrelevant to a packed causal decoder: masks are ours, and rotary embeddings are
+    # applied before.
     {
         "dropout", "is_causal", "position_ids", "position_embeddings", "cache_position", "use_cache",
         "output_attentions", "output_hidden_states", "return_dict", "past_key_values", "head_mask",
@@ -39,7 +39,7 @@ _KNOWN_UNUSED = frozenset(
 
 @dataclass(slots=True)
 class CacheProbe:
-    """Stands in for a plan while a model is being looked at: records what each layer's attention is."""
+    """The plan of a model that is being observed: records what each layer's attention is."""
 
     layers: dict[int, tuple[int, int, int]] = field(default_factory=dict)
     """layer_idx -> (V, D, E)."""
@@ -106,7 +106,7 @@ def attention_forward(
         [1, T, H, D] and None.
 
     Raises:
-        UnsupportedError: the model hands over an argument that this function does not know.
+        UnsupportedError: the model passes an argument that this function does not know.
     """
     context = getattr(module, "step_context", None)
     unknown = sorted(k for k, v in others.items() if v is not None and k not in _KNOWN_UNUSED)

@@ -1,11 +1,11 @@
-"""Has torch compile a model's own code: the small operators between linears and attention become few.
+"""Has torch compile a model's own code, which fuses the small operators between linears and attention.
 
 Shape key: T tokens of a step, S rows whose logits are wanted, V vocabulary.
 
 At decode, norms, rotary embedding and residual sums cost about as much time as the linears when they are
-launched one by one. Compiled twice at start, for one token and for any number from two on; sites and
-attention stay as they are (`operators.py`). While serving nothing is compiled: what the compiled code does
-not fit runs as the model's own code.
+launched one by one. It is compiled twice at start, for one token and for any number from two on; sites and
+attention stay as they are (`operators.py`). Nothing is compiled while serving: a step that the compiled code
+does not fit runs the model's own code.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from manylora.model.step_context import StepContext
 log = logging.getLogger(__name__)
 
 Backend: TypeAlias = str | Callable[..., Any]
-"""As `torch.compile` takes it."""
+"""As of `torch.compile`."""
 
 _MANY = (61, 3)
 """T and S of the example for two tokens and more: not equal, or they would be taken to be always equal."""
@@ -35,22 +35,22 @@ _ONE = (1, 1)
 def compile_forward(
     module: torch.nn.Module, context: StepContext, tolerance: float, backend: Backend = "inductor"
 ) -> bool:
-    """Replace the model's forward by a compiled one, if it compiles and says the same.
+    """Replace the model's forward by a compiled one, if it compiles and computes the same.
 
     Args:
         module: a model of transformers with our sites and attention.
         context: where these find the running step.
         tolerance: how far logits may be apart, as a share of the largest.
-        backend: what compiles.
+        backend: of `torch.compile`.
 
     Returns:
-        Whether it did. A warning says why not; the model then goes on as it was.
+        Whether it was replaced. If not, a warning says why and the model stays as it was.
     """
     name = type(module).__name__
     try:
         compiled = CompiledForward(module, context, backend)
         difference = max(compiled.compile(*example) for example in (_ONE, _MANY))
-    except Exception as error:  # whatever a compiler may raise: it is no reason not to serve
+    except Exception as error:  # a compiler may raise anything, and the model can serve without it
         log.warning("%s cannot be compiled (%s: %s); it runs as it is", name, type(error).__name__, error)
         return False
     if not difference <= tolerance:
@@ -64,7 +64,7 @@ def compile_forward(
 
 
 class CompiledForward:
-    """Stands for a model's forward: takes what the engine's steps hand over, and nothing else."""
+    """Replaces a model's forward; accepts only what the engine's steps pass."""
 
     def __init__(self, module: torch.nn.Module, context: StepContext, backend: Backend) -> None:
         self._own = module.forward
@@ -84,12 +84,12 @@ class CompiledForward:
         all."""
         if isinstance(logits_to_keep, int):
             assert logits_to_keep == 0, "the engine asks for rows, or for all"
-            # An index of all rows, so that there is no third code.
+            # An index of all rows, so that there is no third variant.
             logits_to_keep = torch.arange(input_ids.shape[1], device=self._device)
-        # Never a compilation while others wait: what does not fit runs uncompiled.
+        # No compilation while others wait: what does not fit runs uncompiled.
         with torch.inference_mode(), torch.compiler.set_stance("eager_on_recompile"):
             logits = self._run(input_ids, position_ids, logits_to_keep)
-        # Whoever calls from outside of inference mode may go on to change what he gets.
+        # A caller outside of inference mode may change the result in place.
         return CausalLMOutput(logits=logits if torch.is_inference_mode_enabled() else logits.clone())
 
     @torch.inference_mode()
@@ -117,7 +117,7 @@ class CompiledForward:
         return float((found.float() - own.float()).abs().max() / scale)
 
     def _run(self, input_ids: torch.Tensor, position_ids: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
-        # One row of many is asked for twice: a size of one would be code of its own.
+        # One row of many is asked for twice: torch specialises on a size of one.
         is_alone = input_ids.shape[1] > 1 and wanted.shape[0] == 1
         if is_alone:
             wanted = wanted.repeat(2)
@@ -137,12 +137,12 @@ class CompiledForward:
             result: torch.Tensor = output.logits
             return result
 
-        # Compiled code is kept with a function's code, which all models would share: in a process that builds
-        # several engines the first few would fill its places.
+        # torch keeps compiled code with a function's code object, a few variants each. All models would share
+        # this one, and later engines of a process would run uncompiled.
         code = logits.__code__.replace(co_name=f"logits_{number}")
         return types.FunctionType(code, logits.__globals__, code.co_name, None, logits.__closure__)
 
 
 def _of_inference(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor as inference mode makes them: compiled code tells others apart."""
+    """The tensor as one of inference mode: compiled code is specialised on that."""
     return tensor if tensor.is_inference() else tensor.clone()

@@ -18,7 +18,7 @@ log = logging.getLogger(__name__)
 def resolve_end_tokens(asked: Sequence[int], directory: Path, hf_config: Any, vocab_size: int) -> list[int]:
     """The ids that were asked for; else those that generation configuration, model and tokenizer name.
 
-    One of these alone may be wrong: models are published whose tokenizer ends a turn with another token than
+    No single one can be trusted: models are published whose tokenizer ends a turn with another token than
     their generation configuration names. Ids that the model has no logits for are left out.
 
     Raises:
@@ -44,12 +44,12 @@ def resolve_end_tokens(asked: Sequence[int], directory: Path, hf_config: Any, vo
 def _generation_ids(directory: Path) -> list[int]:
     try:
         return _as_list(GenerationConfig.from_pretrained(directory, local_files_only=True).eos_token_id)
-    except OSError:  # it has none
+    except OSError:  # the model has none
         return []
 
 
 def _try_read_tokenizer(directory: Path) -> Any:
-    """None: it has none that can be read, which is for those to say who need one."""
+    """None: it has none that can be read, which whoever needs one reports."""
     try:
         with paths.readable_directory(directory) as readable:
             return AutoTokenizer.from_pretrained(readable, local_files_only=True)

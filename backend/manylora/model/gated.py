@@ -4,7 +4,7 @@ Shape key: T rows, K inputs, N outputs of each of gate and up.
 
 A *gated unit* is a module that computes `down(silu(gate(x)) * up(x))` and nothing else. It is found by what
 it computes, not by name: a module that holds the two linears of a site, one more, and no other parameters
-runs on random numbers, and what reaches its third linear is compared.
+runs on random numbers, and the input of its third linear is compared.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 
 _NUM_ROWS = 16
 _GATE_SPREAD = 4.0
-"""Standard deviation of the gates in the comparison: wide enough that a gate which is cut off shows."""
+"""Standard deviation of the gates in the comparison: wide enough to reveal a gate that is clipped."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +49,7 @@ def find_gated_units(model: torch.nn.Module, spec: ModelSpec) -> list[GatedUnit]
 
 
 def put_gates_first(spec: ModelSpec, units: list[GatedUnit]) -> ModelSpec:
-    """Order the linears of each unit's site as the kernels take them: gate, then up."""
+    """Order the linears of each unit's site as the kernels read them: gate, then up."""
     linears = dict(spec.linears)
     for unit in units:
         for place, path in enumerate((unit.gate, unit.up)):
@@ -77,7 +77,7 @@ def _unit_of(model: torch.nn.Module, parts: list[LinearSpec]) -> GatedUnit | Non
 
 
 def _holds_only(module: torch.nn.Module, linears: list[str]) -> bool:
-    """Whether no tensor is found in the module but those of its linears."""
+    """Whether the module has no tensors but those of its linears."""
     mine = {id(t) for name in linears for t in _tensors(module.get_submodule(name))}
     return all(id(t) in mine for t in _tensors(module))
 
@@ -93,7 +93,7 @@ def _takes_one_tensor(module: torch.nn.Module) -> bool:
 
 
 def _computes(model: torch.nn.Module, unit: GatedUnit, num_inputs: int) -> bool:
-    """Whether the unit is what it seems to be: exact but for rounding, row by row and column by column."""
+    """Whether the unit computes the formula, exact but for rounding, row by row and column by column."""
     gate, up, down = (model.get_submodule(path) for path in (unit.gate, unit.up, unit.down))
     weight = next(gate.parameters())
     generator = torch.Generator().manual_seed(0)

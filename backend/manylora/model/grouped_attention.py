@@ -1,4 +1,4 @@
-"""Attention over blocked keys and values where the paged kernels do not serve: above all on a CPU.
+"""Attention over blocked keys and values where the paged kernels do not serve, above all on a CPU.
 
 Shape key: T tokens of a step, H query heads, G query heads of one key/value head, V key/value heads,
 D head size, B sequences of a group, Q query tokens of each, C context tokens of each, M block size.
@@ -151,7 +151,7 @@ def _fold(mask: torch.Tensor, per_kv: int) -> torch.Tensor:
 def _explicit(
     group: Group, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scoring: Scoring, per_kv: int
 ) -> torch.Tensor:
-    """The same in plain operators, for what scaled_dot_product_attention cannot say: soft cap and sinks."""
+    """The same in plain operators, for soft caps and sinks, which scaled_dot_product_attention has not."""
     scores = torch.matmul(q, k.transpose(-1, -2)).float() * scoring.scaling
     if scoring.softcap is not None:
         scores = torch.tanh(scores / scoring.softcap) * scoring.softcap

@@ -46,7 +46,7 @@ def make_product(weight_NK: torch.Tensor, bias_N: torch.Tensor | None) -> Produc
     """Return `f(x_TK) = x weight^T + bias`, with the weight laid out once for this device.
 
     On a CPU, float32 goes to oneDNN's packed weights, 2 to 2.5 times faster than `functional.linear`;
-    the operators are torch's own but not public, so they are tried here first and left when they fail.
+    the operators are torch's own but not public, so they are tried first and not used where they fail.
     """
     if weight_NK.device.type == "cpu" and weight_NK.dtype == torch.float32:
         packed = _try_packed(weight_NK, bias_N)

@@ -27,7 +27,7 @@ from manylora.model.end_tokens import resolve_end_tokens
 from manylora.model.gated import find_gated_units, put_gates_first
 from manylora.model.lora_layers import Site, find_sites, replace_linears
 from manylora.model.model_len import resolve_max_model_len
-from manylora.model.own_weights import take_weights
+from manylora.model.own_weights import copy_mapped_weights
 from manylora.model.spec import ModelSpec
 from manylora.model.step_context import StepContext
 from manylora.threads import num_step_threads
@@ -61,9 +61,9 @@ class LoadedModel:
     eos_token_ids: list[int]
     """Filled by `load_model`."""
     probe_ids: list[list[int]]
-    """Token ids of the start-up comparison."""
+    """Token ids of the comparison at start."""
     probe_logits: list[torch.Tensor]
-    """What transformers' own attention and linears say to them, [T, vocabulary] float32 each."""
+    """The logits of transformers' own attention and linears for them, [T, vocabulary] float32 each."""
 
     def cache_bytes_per_token(self) -> int:
         """Bytes of keys and values of one token over all layers."""
@@ -88,7 +88,7 @@ def load_model(config: EngineConfig) -> LoadedModel:
     model = convert_model(module, directory, hf_config, max_model_len, device)
     model.eos_token_ids = resolve_end_tokens(config.eos_token_ids, directory, hf_config, model.vocab_size)
     if device.type == "cuda":
-        # Linears that became one left holes that nothing later fits into.
+        # Fusing linears leaves holes that no later allocation fits into.
         torch.cuda.empty_cache()
     if compiles(config, device):
         compile_forward(module, model.context, logits_tolerance(model.dtype))
@@ -160,7 +160,7 @@ def resolve_device(name: str) -> torch.device:
 
 
 def use_device(config: EngineConfig) -> None:
-    """Make the configured CUDA device this thread's own, since Triton and graphs take the current one."""
+    """Make the configured CUDA device this thread's current one, which Triton and graphs use."""
     device = resolve_device(config.device)
     if device.type == "cuda":
         torch.cuda.set_device(device if device.index is not None else torch.device("cuda", 0))
@@ -191,9 +191,9 @@ def _read_model(directory: Path, config: EngineConfig, device: torch.device) -> 
     require_attention_seam(module)
     module = module.eval().requires_grad_(False)
     if device.type == "cpu":
-        take_weights(module)
+        copy_mapped_weights(module)
         return module
-    # Tensor by tensor from the mapped files to the device: no copy of them all is made in host memory.
+    # Tensor by tensor from the mapped files to the device, without a copy of all of them in host memory.
     return module.to(device)
 
 

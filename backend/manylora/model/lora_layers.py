@@ -3,7 +3,7 @@
 Shape key: T rows of a step, K inputs, N outputs of a site's S linears together, L layers, P pages.
 
 Which linears share an input is observed, not known by name: a probe runs through the model and linears of
-one layer that were handed the very same tensor form a site. So any architecture works, fused or not.
+one layer that got the very same tensor form a site. So any architecture works, fused or not.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Site:
     """The linears of one layer that read the same input: one base product and one adapter term for all.
 
     The model's code calls its linears one after the other; the first call computes the whole site, the
-    others, which are handed the same tensor, take their part.
+    others, which get the same tensor, return their part.
     """
 
     kind: int
@@ -86,7 +86,7 @@ class Site:
 
 
 class SiteLinear(torch.nn.Module):
-    """Stands where the model had a linear."""
+    """Takes the place of a linear of the model."""
 
     def __init__(self, site: Site, index: int, in_features: int, out_features: int) -> None:
         super().__init__()
@@ -100,7 +100,7 @@ class SiteLinear(torch.nn.Module):
 
 
 class GatedLinear(torch.nn.Module):
-    """Stands where the model had a gated unit: `down(silu(gate(x)) * up(x))`."""
+    """Takes the place of a gated unit of the model: `down(silu(gate(x)) * up(x))`."""
 
     def __init__(self, site: Site, down: torch.nn.Module) -> None:
         super().__init__()

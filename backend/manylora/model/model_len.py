@@ -1,4 +1,4 @@
-"""How long sequences may be: what was asked for, or what the base model allows."""
+"""How long sequences may be: as configured, or as the base model allows."""
 
 from __future__ import annotations
 

@@ -1,12 +1,12 @@
-"""The sites and the attention as operators of torch, so that a compiler takes them as they are.
+"""The sites and the attention as operators of torch, which a compiler leaves as they are.
 
 Shape key: T tokens of a step, H query heads, V key/value heads, D key size, E value size, K inputs,
 N outputs.
 
 An operator takes tensors and numbers only. What it works on besides, a site with its pool or the running
 step, it looks up under a number that `register` gave. The attention's writes to the caches are not
-declared: its result is always used, so it cannot be dropped, and each layer's follows from the one before,
-so none can change places; no compiled code touches a cache otherwise.
+declared: its result is always used, so it is never dropped, and each layer depends on the one before, so
+none are reordered; compiled code touches no cache otherwise.
 """
 
 from __future__ import annotations

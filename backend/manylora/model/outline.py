@@ -38,7 +38,7 @@ class ModelOutline:
 
 
 def outline_model(config: EngineConfig) -> ModelOutline:
-    """Build the model of fake tensors, which have shapes and no content.
+    """Build the model from fake tensors, which have shapes and no content.
 
     An architecture whose code looks at numbers cannot run on them; its weights are then loaded.
 

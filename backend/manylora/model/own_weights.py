@@ -19,10 +19,10 @@ _SHARED_MEMORY = "/dev/zero (deleted)"  # what Linux calls memory without a file
 _MADV_DONTNEED = 4  # from Linux's mman-common.h
 
 
-def take_weights(module: torch.nn.Module) -> int:
+def copy_mapped_weights(module: torch.nn.Module) -> int:
     """Copy each tensor of a CPU module that lies in a mapped file into memory of the process.
 
-    One by one; the pages of each are given back once it is copied, so no more than one tensor is held twice.
+    One by one: the pages of each are released once it is copied, so at most one tensor is held twice.
     The files are unmapped when nothing else holds a tensor of them.
 
     Returns:
@@ -36,7 +36,7 @@ def take_weights(module: torch.nn.Module) -> int:
         if size and at >= 0 and start < ranges[at][1]:
             own = tensor.clone()
             tensor.data = own
-            _give_back(start, size)
+            _release_pages(start, size)
             num_bytes += size
     return num_bytes
 
@@ -45,7 +45,7 @@ def mapped_ranges() -> list[tuple[int, int]]:
     """Addresses at which this process has mapped files, in ascending order: (begin, end).
 
     Files of any name: a weights file is often a link to one that is called by its hash. Nor are device and
-    inode compared with the model's files, since those of a mapping are others on some overlaid file systems.
+    inode compared with the model's files, since some overlay file systems show others for a mapping.
     """
     found = []
     for line in Path("/proc/self/maps").read_text().splitlines():
@@ -58,13 +58,13 @@ def mapped_ranges() -> list[tuple[int, int]]:
 
 
 def _tensors(module: torch.nn.Module) -> Iterator[torch.Tensor]:
-    """Each parameter and buffer once, however often it is tied."""
+    """Each parameter and buffer once, even if it is tied."""
     yield from itertools.chain(module.parameters(), module.buffers())
 
 
-def _give_back(start: int, size: int) -> None:
-    """Let go of the whole pages of a file's mapping that nobody reads again. They are as in the file, so one
-    that is read after all comes from there."""
+def _release_pages(start: int, size: int) -> None:
+    """Release the whole pages of a file's mapping that lie in this range. They are unchanged, so a later read
+    would load them from the file again."""
     begin = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE
     end = (start + size) // mmap.PAGESIZE * mmap.PAGESIZE
     if begin < end:

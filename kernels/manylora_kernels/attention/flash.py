@@ -23,15 +23,15 @@ log = logging.getLogger(__name__)
 _DTYPES = (torch.float16, torch.bfloat16)
 _MAX_SIZE = 256
 _KEYWORDS = frozenset({"scale", "window_size", "enable_gqa", "seqused_k", "block_table", "num_splits"})
-"""What `attend` hands over by name; torch took them on over several versions."""
+"""What `attend` hands over by name; torch added them over several versions."""
 
 VarlenAttention = Callable[..., Any]
 
 
 @functools.cache
 def varlen_attention(device: torch.device) -> VarlenAttention | None:
-    """torch's function with FlashAttention 3 switched on behind it; None, and why in the log, where that is
-    not to be had."""
+    """torch's function with FlashAttention 3 as its implementation; None, and the reason in the log, where
+    that is not available."""
     try:
         if device.type != "cuda" or torch.cuda.get_device_capability(device) != (9, 0):
             raise RuntimeError(f"it is for GPUs of compute capability 9.0, not for {device}")
@@ -95,7 +95,7 @@ def attend(
         batch.max_queries,
         batch.max_context,
         scale=scoring.scaling,
-        # What it calls a window does not count the query's own token.
+        # Its window does not count the query's own token.
         window_size=(scoring.window - 1 if scoring.window else -1, 0),
         enable_gqa=q.shape[0] != num_kv,
         seqused_k=contexts,

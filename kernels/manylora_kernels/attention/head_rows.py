@@ -1,8 +1,8 @@
-"""Queries, keys and values as the attention kernels take them, whatever the model made of them.
+"""Queries, keys and values in the layout that the attention kernels read, whatever the model's own is.
 
 Shape key: H heads, T rows, D head size.
 
-A model hands over a view of a projection [T, H * D], or what its rotary embedding made of one: rows first or
+A model passes a view of a projection [T, H * D], or the output of its rotary embedding: rows first or
 heads first in memory, and with T or H of 1 the stride of that dimension may be anything. A kernel that was
 compiled for strides and addresses that 16 divides is compiled again where 16 does not. So strides go to the
 kernels in units that follow from D alone, and addresses are multiples of 16 bytes.
@@ -28,7 +28,7 @@ def is_aligned(tensor: torch.Tensor) -> bool:
 
 
 def head_rows(heads: torch.Tensor) -> torch.Tensor:
-    """The tensor itself where kernels can take it, else a contiguous copy.
+    """Return the tensor itself where kernels can read it, else a contiguous copy.
 
     Args:
         heads: [H, T, D], any strides.
@@ -44,7 +44,7 @@ def head_rows(heads: torch.Tensor) -> torch.Tensor:
         and (num_rows == 1 or heads.stride(1) % unit == 0)
         and is_aligned(heads)
     )
-    # Not contiguous(): that returns a tensor which is contiguous and starts anywhere.
+    # Not contiguous(), which returns a contiguous tensor as it is, wherever it starts.
     return heads if fits else heads.clone(memory_format=torch.contiguous_format)
 
 

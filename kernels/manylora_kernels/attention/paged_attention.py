@@ -1,4 +1,4 @@
-"""Attention over the blocked cache on a GPU: the one entry, which checks and chooses the form.
+"""Attention over the blocked cache on a GPU: checks the arguments and chooses the kernels.
 
 Shape key: T rows, B sequences, H query heads, V key/value heads, D key size, E value size, M tokens of a
 block.
@@ -137,14 +137,14 @@ def _sinks(scoring: Scoring, num_heads: int, device: torch.device) -> torch.Tens
 
 @functools.lru_cache(maxsize=64)
 def _no_sinks(num_heads: int, device: torch.device) -> torch.Tensor:
-    """One tensor for good: made in a captured graph, it would be filled again in each replay."""
+    """Cached: made in a captured graph, it would be filled again in each replay."""
     return torch.full((num_heads,), float("-inf"), device=device)
 
 
 def _check(
     q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, batch: PagedBatch, scoring: Scoring
 ) -> int:
-    """V, if all belongs together."""
+    """Return V."""
     num_heads, num_rows, key_size = q.shape
     num_kv = keys.shape[1] // key_size
     if num_rows != batch.num_rows:

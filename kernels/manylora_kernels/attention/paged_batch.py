@@ -52,8 +52,7 @@ class PagedBatch:
     max_queries: int
     """No sequence has more rows."""
     max_context: int
-    """No context is longer. What is launched follows from it, so a captured graph has one for all its
-    steps."""
+    """No context is longer. Launches depend on it, so all steps of a captured graph have the same one."""
     num_splits: int | None = None
     """Parts of a decode's context; None: chosen from B and max_context. With a number of its own a decode's
     bits depend on its own context only, not on what else is in the batch."""

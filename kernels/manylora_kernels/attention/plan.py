@@ -28,8 +28,8 @@ _PREFILL = {
     10: {64: (128, 64, 4), 128: (128, 64, 8), 256: (64, 32, 4)},
 }
 """Rows, tokens and warps by generation and head size: the largest tiles whose registers do not spill, with
-any number of query heads, soft cap or window. Generation 8 keeps the queries in registers, too; others are
-taken for 9."""
+any number of query heads, soft cap or window. Generation 8 keeps the queries in registers, too; others
+are treated as 9."""
 _AMD_PREFILL = {64: (64, 32, 4), 128: (128, 32, 8), 256: (64, 16, 8)}
 """The same for AMD."""
 _SHORT_PREFILL = {64: (64, 32, 4), 128: (64, 32, 4)}
@@ -64,7 +64,7 @@ class Scoring:
 
 @dataclass(frozen=True, slots=True)
 class Gpu:
-    """What of a device decides about tiles."""
+    """What of a device decides the tiles."""
 
     generation: int = 9
     """Major compute capability."""
@@ -109,12 +109,12 @@ def decode(
 
     Args:
         largest_size: the larger of D and E.
-        num_splits: taken as it is, where it is given.
+        num_splits: None: chosen.
     """
     wanted = max(_PROGRAMS // (num_seqs * num_kv), -(-max_visible // _MAX_SPLIT_TOKENS), 1)
     most = most_splits(max_visible)
-    # Two tiles on their way beside the one at hand; finding the rows takes two stages of its own. AMD's
-    # shared memory holds one.
+    # Two tiles in flight beside the current one; looking up their rows takes two more stages. AMD's shared
+    # memory holds one.
     stages = 3 if gpu.is_amd else 5
     return TilePlan(
         block_rows=max(16, _power_of_two(per_kv)),
@@ -127,7 +127,7 @@ def decode(
 
 
 def most_splits(max_visible: int) -> int:
-    """No decode that sees so many tokens at most is split into more parts, unless a number is given."""
+    """The most parts that `decode` chooses for a context of so many visible tokens."""
     return min(_MAX_SPLITS, -(-max_visible // SPLIT_TOKENS))
 
 

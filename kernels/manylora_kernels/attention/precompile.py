@@ -20,7 +20,7 @@ from manylora_kernels.shapes import AttentionShape, ServedAttention
 def precompile_attention(device: torch.device, served: ServedAttention) -> None:
     """Launch every kernel once, on sequences without rows or context, whose programs end at once.
 
-    A launch and not a compilation by signature: so what is compiled is what will be looked up.
+    A launch rather than a compilation by signature, so that exactly what launches look up is compiled.
     """
     for layer in dict.fromkeys(served.layers):
         keys, values = (
@@ -42,7 +42,7 @@ def precompile_attention(device: torch.device, served: ServedAttention) -> None:
 
 
 def _scoring(layer: AttentionShape, device: torch.device) -> Scoring:
-    """Any of this form: numbers are arguments of the kernels, which are compiled for none of them."""
+    """With any numbers: the kernels are not specialised on them."""
     sinks = None
     if layer.sinks is not None:
         sinks = torch.zeros(layer.num_heads, dtype=layer.sinks, device=device)

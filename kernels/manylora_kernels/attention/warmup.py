@@ -1,4 +1,4 @@
-"""Make what attention needs on a device before a server serves, so that no step waits for a compiler."""
+"""Compiles the attention kernels before a server serves, so that no step waits for a compiler."""
 
 from __future__ import annotations
 
