@@ -23,25 +23,25 @@ SWAPS = ["at once", "with a gap", "at once", "with a gap", "at once", "at once"]
 NOT_FOUND = "not found"
 
 
-def publish(adapter_root: Path, root: Path) -> None:
+def publish(small_root: Path, root: Path) -> None:
     """Adapters of which any two files would bind together: of one rank, each with an alpha of its own."""
     for number, name in enumerate(PUBLISHED):
         # Both of rank 8.
-        shutil.copytree(adapter_root / SYNTHETIC[4 * (number % 2)], root / name)
+        shutil.copytree(small_root / SYNTHETIC[4 * (number % 2)], root / name)
         files.set_alpha(root / name, 8 * (number + 1))
 
 
 @pytest.fixture(scope="module")
-def root(adapter_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def root(small_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("changing") / "adapters"
     root.mkdir()
-    publish(adapter_root, root)
+    publish(small_root, root)
     return root
 
 
 @pytest.fixture(scope="module")
-def server(base_model: Path, root: Path) -> Iterator[RunningServer]:
-    with running_server(base_model=base_model, adapter_root=root, arguments=files.SETTINGS) as running:
+def server(small_model: Path, root: Path) -> Iterator[RunningServer]:
+    with running_server(base_model=small_model, adapter_root=root, arguments=files.SETTINGS) as running:
         yield running
 
 

@@ -55,7 +55,7 @@ def ended(process: subprocess.Popen[str]) -> Iterator[subprocess.Popen[str]]:
 
 @pytest.fixture(scope="module")
 def rivals(
-    base_model: Path, adapter_root: Path, tmp_path_factory: pytest.TempPathFactory
+    small_model: Path, small_root: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[tuple[RunningServer, list[str], list[int | None]]]:
     """Two servers started at the same moment on the same ports: the one that serves, all that both have
     printed when it does, and their exit statuses then. They start with a low soft limit of open files."""
@@ -63,7 +63,7 @@ def rivals(
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     with hold(Ports(host="127.0.0.1", http=0, grpc=0, metrics=0)) as ports:
         pass
-    command = serve_command(base_model, adapter_root, ports)
+    command = serve_command(small_model, small_root, ports)
     resource.setrlimit(resource.RLIMIT_NOFILE, (min(soft, LOW_DESCRIPTORS), hard))
     with contextlib.ExitStack() as stack:
         processes_, says = [], [folder / "0", folder / "1"]
@@ -111,10 +111,10 @@ def test_of_two_servers_on_the_same_ports_exactly_one_starts(
     assert winner.startswith("ready {")
 
 
-def test_who_else_answers_on_the_port_is_not_believed(base_model: Path, adapter_root: Path) -> None:
+def test_who_else_answers_on_the_port_is_not_believed(small_model: Path, small_root: Path) -> None:
     with hold(Ports(host="127.0.0.1", http=0, grpc=0, metrics=0)) as ports:
         pass
-    command = serve_command(base_model, adapter_root, ports)
+    command = serve_command(small_model, small_root, ports)
     with ended(
         subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     ) as process:
@@ -285,8 +285,8 @@ def _watch(bed: Bed, said: list[str]) -> ModelWatch:
     )
 
 
-def test_a_second_server_on_the_ports_of_one_that_serves_is_refused(bed: Bed, base_model: Path) -> None:
-    check(bed, doors.ports_are_taken(bed, base_model))
+def test_a_second_server_on_the_ports_of_one_that_serves_is_refused(bed: Bed, small_model: Path) -> None:
+    check(bed, doors.ports_are_taken(bed, small_model))
 
 
 def test_the_log_goes_on_when_its_writer_is_killed_or_stopped(bed: Bed) -> None:

@@ -5,7 +5,10 @@ The faults follow one another on one server, so each test also proves that the o
 
 from __future__ import annotations
 
+import contextlib
 import shutil
+import subprocess
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -21,30 +24,45 @@ from bench.campaigns.harness import SYNTHETIC, status_of, wait_idle
 ADAPTERS = SYNTHETIC[:3]
 EXTRA = SYNTHETIC[3]
 ALL = NUM_STREAMS + NUM_WHOLE
+RUN_DIR_BYTES = 1 << 20
 
 
 @pytest.fixture(scope="module")
-def own_root(adapter_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def own_root(small_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Adapters whose files may be harmed."""
     root = tmp_path_factory.mktemp("faults") / "adapters"
     for name in (*ADAPTERS, EXTRA):
-        shutil.copytree(adapter_root / name, root / name)
+        shutil.copytree(small_root / name, root / name)
     return root
 
 
 @pytest.fixture(scope="module")
-def own_base_model(base_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def own_base_model(small_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A base model whose files may be harmed. Its weights are linked, as in a download cache."""
     root = tmp_path_factory.mktemp("faults")
-    own = Path(shutil.copytree(base_model, root / "base_model"))
+    own = Path(shutil.copytree(small_model, root / "base_model"))
     weights = own / base_weights.WEIGHTS
     weights.symlink_to(weights.rename(root / "0123abcd"))
     return own
 
 
 @pytest.fixture(scope="module")
-def bed(own_base_model: Path, own_root: Path) -> Iterator[Bed]:
-    with running_server(base_model=own_base_model, adapter_root=own_root) as server:
+def small_disk() -> Iterator[Path]:
+    """A directory with a file system of its own, where the system lets us make one."""
+    with tempfile.TemporaryDirectory() as folder:
+        mount = ["mount", "-t", "tmpfs", "-o", f"size={RUN_DIR_BYTES},mode=0700", "tmpfs", folder]
+        is_mounted = subprocess.run(mount, capture_output=True, check=False).returncode == 0
+        try:
+            yield Path(folder)
+        finally:
+            if is_mounted:
+                subprocess.run(["umount", folder], check=True)
+
+
+@pytest.fixture(scope="module")
+def bed(own_base_model: Path, own_root: Path, small_disk: Path) -> Iterator[Bed]:
+    arguments = [f"--run-dir={small_disk}"]
+    with running_server(base_model=own_base_model, adapter_root=own_root, arguments=arguments) as server:
         yield Bed(server, ADAPTERS)
 
 
@@ -121,16 +139,19 @@ def test_a_stopped_engine_ends_its_requests_and_comes_back(bed: Bed) -> None:
     check_all_unavailable(bed, scenarios.engine_stopped(bed))
 
 
+@pytest.mark.slow
 def test_an_engine_killed_while_it_loads_adapters_comes_back(bed: Bed, own_root: Path) -> None:
     check_all_unavailable(bed, scenarios.engine_killed_while_it_loads(bed, own_root, EXTRA))
 
 
+@pytest.mark.slow
 def test_a_killed_engine_whose_threads_hang_in_the_kernel_is_replaced(bed: Bed, own_root: Path) -> None:
     if not may_mount():
         pytest.skip("only root may mount a file system that gives no answer")
     check_all_unavailable(bed, files.engine_killed_while_a_read_hangs(bed, own_root))
 
 
+@pytest.mark.slow
 def test_an_engine_killed_and_stopped_while_it_starts_comes_back(bed: Bed) -> None:
     check_all_unavailable(bed, scenarios.engine_killed_at_start(bed))
 
@@ -141,7 +162,7 @@ def test_an_engine_without_memory_fails_requests_and_then_serves_rightly(bed: Be
     assert report.outcomes.keys() <= {RIGHT, "Internal", "Unavailable"}
 
 
-@pytest.mark.parametrize("model", ["llm", "llm_stream"])
+@pytest.mark.parametrize("model", ["llm", pytest.param("llm_stream", marks=pytest.mark.slow)])
 def test_a_killed_front_end_ends_its_requests_and_is_replaced(bed: Bed, model: str) -> None:
     remains = Remains.of(bed.server)
     report = scenarios.front_end_killed(bed, model)
@@ -150,6 +171,7 @@ def test_a_killed_front_end_ends_its_requests_and_is_replaced(bed: Bed, model: s
     assert remains.left() == []
 
 
+@pytest.mark.slow
 def test_a_stopped_front_end_is_replaced(bed: Bed) -> None:
     remains = Remains.of(bed.server)
     report = scenarios.front_end_stopped(bed, "llm_stream")
@@ -164,3 +186,18 @@ def test_a_killed_tritonserver_is_replaced(bed: Bed) -> None:
     check(bed, report)
     assert report.outcomes == {"ConnectionFailed": ALL}
     assert remains.left() == []
+
+
+def test_a_full_disk_stops_the_log_and_nothing_else(bed: Bed, small_disk: Path) -> None:
+    if not small_disk.is_mount():
+        pytest.skip("only root may mount a small file system")
+    with (small_disk / "filler").open("wb", buffering=0) as filler, contextlib.suppress(OSError):
+        while True:
+            filler.write(bytes(512))
+    assert shutil.disk_usage(small_disk).free == 0
+    before = bed.server.log.stat().st_size
+    # Its end, its start and the errors of its clients all have something to say.
+    report = scenarios.engine_killed(bed)
+    assert report.outcomes == {"Unavailable": ALL}
+    assert bed.server.log.stat().st_size - before < 4096
+    assert status_of(bed.server).check_errors == []

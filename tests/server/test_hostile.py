@@ -9,37 +9,38 @@ from pathlib import Path
 import pytest
 from manylora.serve.background import RunningServer, running_server
 
-from bench.campaigns.harness import TRAINED, Peft, Wanted
+from bench.campaigns.harness import SYNTHETIC, Peft, Wanted
 from bench.campaigns.hostile import campaign
 from bench.campaigns.hostile.adapters import write_mutants
 from bench.campaigns.hostile.grammar import Grammar
 
 SEED = 1
 NUM_REQUESTS = 300
+SOUND = SYNTHETIC[:3]
 NUM_ADAPTERS = 60
 
 Answers = tuple[list[tuple[str, str]], list[Wanted]]
 
 
 @pytest.fixture(scope="module")
-def hostile_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def hostile_root(small_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("hostile")
-    for name in TRAINED:
-        shutil.copytree(Path(__file__).resolve().parents[2] / "examples" / "adapters" / name, root / name)
+    for name in SOUND:
+        shutil.copytree(small_root / name, root / name)
     write_mutants(root, SEED, NUM_ADAPTERS)
     return root
 
 
 @pytest.fixture(scope="module")
-def known(base_model: Path, hostile_root: Path) -> Answers:
-    return campaign.known_answers(Peft(base_model, hostile_root), TRAINED)
+def known(small_model: Path, hostile_root: Path) -> Answers:
+    return campaign.known_answers(Peft(small_model, hostile_root), SOUND)
 
 
 @pytest.fixture(scope="module")
-def small_server(base_model: Path, hostile_root: Path) -> Iterator[RunningServer]:
+def small_server(small_model: Path, hostile_root: Path) -> Iterator[RunningServer]:
     """A server whose sequences are short, so that no hostile request is a long one."""
     with running_server(
-        base_model=base_model, adapter_root=hostile_root, arguments=campaign.SETTINGS
+        base_model=small_model, adapter_root=hostile_root, arguments=campaign.SETTINGS
     ) as running:
         yield running
 

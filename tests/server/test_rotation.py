@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,35 +9,29 @@ import pytest
 from manylora.serve.background import RunningServer, running_server
 from manylora_client import InvalidArgument
 
-from bench.campaigns.harness import PROMPTS, SYNTHETIC, TRAINED, Peft, at_once, connect, wait_idle
+from bench.campaigns.harness import PROMPTS, Peft, at_once, connect, wait_idle
 
-TWIN = "twin"
-"""A copy of the first synthetic adapter under a name of its own, to make a dozen."""
-ADAPTERS = [*SYNTHETIC, *TRAINED, TWIN]
+ADAPTERS = [f"synthetic-{seed:03}" for seed in range(12)]
 NUM_CLIENTS = 16
 NUM_TURNS = 6
 MAX_TOKENS = 8
 MAX_MODEL_LEN = 64
-PEFT_TOKENS = 16
-"""As in test_parity, which has asked PEFT all of this already."""
 
 
 @pytest.fixture(scope="module")
-def tight_server(base_model: Path, adapter_root: Path) -> Iterator[RunningServer]:
+def tight_server(small_model: Path, small_root: Path) -> Iterator[RunningServer]:
     """Room for 2 adapters in a step and 4 in host memory."""
-    shutil.copytree(adapter_root / SYNTHETIC[0], adapter_root / TWIN)
     settings = ["--set=max_loras=2", "--set=max_cpu_loras=4", f"--set=max_model_len={MAX_MODEL_LEN}"]
-    with running_server(base_model=base_model, adapter_root=adapter_root, arguments=settings) as running:
+    with running_server(base_model=small_model, adapter_root=small_root, arguments=settings) as running:
         yield running
-    shutil.rmtree(adapter_root / TWIN)
 
 
 def test_12_adapters_rotate_through_2_and_4_places(
-    tight_server: RunningServer, base_model: Path, adapter_root: Path
+    tight_server: RunningServer, small_model: Path, small_root: Path
 ):
-    peft = Peft(base_model, adapter_root)
+    peft = Peft(small_model, small_root)
     prompts = [list(peft.tokenizer(text)["input_ids"]) for text in PROMPTS[:2]]
-    wanted = {name: peft.answers(name, prompts, PEFT_TOKENS) for name in ADAPTERS}
+    wanted = {name: peft.answers(name, prompts, MAX_TOKENS) for name in ADAPTERS}
     assert len(wanted) == 12
 
     def take_turns(number: int) -> int:
@@ -47,7 +40,7 @@ def test_12_adapters_rotate_through_2_and_4_places(
             name = ADAPTERS[(5 * number + 7 * turn) % len(ADAPTERS)]
             which = (number + turn) % len(prompts)
             found = client.generate(input_ids=prompts[which], adapter_id=name, max_tokens=MAX_TOKENS)
-            num_ties += wanted[name][which].start(MAX_TOKENS).is_tie(found.token_ids)
+            num_ties += wanted[name][which].is_tie(found.token_ids)
         return num_ties
 
     with connect(tight_server, "grpc") as client:
@@ -67,7 +60,7 @@ def test_12_adapters_rotate_through_2_and_4_places(
 @pytest.mark.parametrize("num_prompt_tokens", [MAX_MODEL_LEN - 3, MAX_MODEL_LEN - 1])
 def test_a_sequence_ends_at_max_model_len(tight_server: RunningServer, num_prompt_tokens: int):
     with connect(tight_server) as client:
-        answer = client.generate(input_ids=[5] * num_prompt_tokens, adapter_id=TRAINED[0], ignore_eos=True)
+        answer = client.generate(input_ids=[5] * num_prompt_tokens, adapter_id=ADAPTERS[0], ignore_eos=True)
     assert answer.num_input_tokens == num_prompt_tokens
     assert answer.num_output_tokens == MAX_MODEL_LEN - num_prompt_tokens
     assert answer.finish_reason == "length"

@@ -32,8 +32,10 @@ from tritonclient.utils import shared_memory as shm
 from bench.campaigns.faults import doors
 from bench.campaigns.faults.anatomy import descendants, shared_memory_of, stub_below, stub_of, wait_until_gone
 from bench.campaigns.faults.silent_mount import may_mount, silent_mount
+from bench.campaigns.harness import Peft
 
 TIMEOUT_S = 180
+PROMPT = "The capital of France is"
 
 
 def manylora(*words: str | Path) -> subprocess.CompletedProcess[str]:
@@ -43,7 +45,7 @@ def manylora(*words: str | Path) -> subprocess.CompletedProcess[str]:
 
 def ask(server: RunningServer, model: str = "llm", **parameters: object) -> dict[str, object]:
     verb = "generate_stream" if model == "llm_stream" else "generate"
-    body = json.dumps({"text_input": "The capital of France is", "max_tokens": 4, **parameters}).encode()
+    body = json.dumps({"text_input": PROMPT, "max_tokens": 4, **parameters}).encode()
     request = urllib.request.Request(f"http://{server.http}/v2/models/{model}/{verb}", body)
     with urllib.request.urlopen(request, timeout=TIMEOUT_S) as reply:
         text = reply.read().decode().strip()
@@ -359,14 +361,14 @@ def test_a_tritonserver_on_the_path_may_be_a_link_with_its_backends_beside_it(tm
         assert find_installation().root == found
 
 
-def test_a_front_end_that_dies_while_it_starts_ends_the_start(base_model, tmp_path):
+def test_a_front_end_that_dies_while_it_starts_ends_the_start(small_model, tmp_path):
     command = [
         sys.executable,
         "-m",
         "manylora.cli",
         "serve",
         "--base-model",
-        base_model,
+        small_model,
         "--run-dir",
         tmp_path,
     ]
@@ -385,26 +387,29 @@ def test_a_front_end_that_dies_while_it_starts_ends_the_start(base_model, tmp_pa
     assert [path.name for path in tmp_path.iterdir()] == ["server.log"]
 
 
-def test_sigterm_leaves_no_process_no_shared_memory_and_no_file(base_model, adapter_root):
-    with running_server(base_model=base_model, adapter_root=adapter_root) as server:
+def test_sigterm_leaves_no_process_no_shared_memory_and_no_file(small_model, small_root):
+    peft = Peft(small_model, small_root)
+    (wanted,) = peft.answers("", [peft.tokenizer(PROMPT)["input_ids"]], 4)
+    with running_server(base_model=small_model, adapter_root=small_root) as server:
         below = descendants(server.pid)
         # tritonserver, two front ends and the engine.
         assert len(below) >= 4
         regions = shared_memory_of(server)
         assert len(regions) == 2
         assert (server.run_dir / "llm.sock").is_socket()
-        assert ask(server)["text_output"] == ask(server, "llm_stream")["text_output"] == " Paris.\n\n"
+        text = peft.tokenizer.decode(wanted.token_ids)
+        assert ask(server)["text_output"] == ask(server, "llm_stream")["text_output"] == text
     assert [pid for pid in below if processes.is_alive(pid)] == []
     assert [region for region in regions if region.exists()] == []
     assert not server.run_dir.exists()
 
 
 def test_a_server_elsewhere_is_found_and_what_it_allows_is_open(
-    base_model, adapter_root, tmp_path, monkeypatch
+    small_model, small_root, tmp_path, monkeypatch
 ):
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     arguments = [f"--run-dir={tmp_path / 'run'}", "--allow=shared-memory"]
-    with running_server(base_model=base_model, adapter_root=adapter_root, arguments=arguments) as server:
+    with running_server(base_model=small_model, adapter_root=small_root, arguments=arguments) as server:
         assert manylora("status").returncode == 0
         assert healthcheck().returncode == 0
         assert doors.ask_http(server, "GET", "/v2/systemsharedmemory/status") == (200, "[]")
@@ -436,20 +441,21 @@ def healthcheck() -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, check=False, timeout=TIMEOUT_S)
 
 
-def test_a_killed_serve_takes_its_server_with_it(base_model, adapter_root, tmp_path):
+def test_a_killed_serve_takes_its_server_with_it(small_model, small_root, tmp_path):
     run_dir = f"--run-dir={tmp_path / 'run'}"
-    with running_server(base_model=base_model, adapter_root=adapter_root, arguments=[run_dir]) as server:
+    with running_server(base_model=small_model, adapter_root=small_root, arguments=[run_dir]) as server:
         below = descendants(server.pid)
         os.kill(server.pid, signal.SIGKILL)
         wait_until_gone(below)
 
 
-def test_a_killed_front_end_is_restarted_and_answers(base_model, adapter_root):
+@pytest.mark.slow
+def test_a_killed_front_end_is_restarted_and_answers(small_model, small_root):
     read_end, write_end = os.pipe()
     with (
         os.fdopen(read_end) as messages,
         os.fdopen(write_end, "w") as stderr,
-        running_server(base_model=base_model, adapter_root=adapter_root, stderr=stderr) as server,
+        running_server(base_model=small_model, adapter_root=small_root, stderr=stderr) as server,
     ):
         before = {model: ask(server, model, adapter_id="synthetic-000") for model in repository.MODELS}
         for model in repository.MODELS:

@@ -21,23 +21,23 @@ NAMES = [f"soak-{number}" for number in range(4)]
 
 
 @pytest.fixture(scope="module")
-def soak_root(base_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def soak_root(small_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("soak")
     for seed, name in enumerate(NAMES):
-        make_adapter(root / name, base_model, rank=4, seed=seed)
+        make_adapter(root / name, small_model, rank=4, seed=seed)
     return root
 
 
-def test_nothing_is_lost_or_wrong_while_adapters_come_and_go(base_model: Path, soak_root: Path):
+def test_nothing_is_lost_or_wrong_while_adapters_come_and_go(small_model: Path, soak_root: Path):
     plan = Plan(0, NAMES, num_prompts=1)
-    peft = Peft(base_model, soak_root)
+    peft = Peft(small_model, soak_root)
     answers: Answers = {
         (name, text): peft.answers(name, [peft.tokenizer(text)["input_ids"]], MAX_TOKENS)[0]
         for name in NAMES
         for text in plan.prompts_of(name)
     }
     settings = ["--set=max_loras=2", "--set=max_cpu_loras=2", "--set=max_model_len=256"]
-    with running_server(base_model=base_model, adapter_root=soak_root, arguments=settings) as server:
+    with running_server(base_model=small_model, adapter_root=soak_root, arguments=settings) as server:
         before = main_processes(server)
         assert Counter(before.values()) == Counter(
             ["manylora serve", "tritonserver", "front end llm", "front end llm_stream", "engine"]

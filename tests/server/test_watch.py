@@ -49,8 +49,8 @@ def watch_of(server: RunningServer, model: str) -> ModelWatch:
     )
 
 
-def test_a_server_that_is_watched_has_had_no_request(base_model, adapter_root):
-    with running_server(base_model=base_model, adapter_root=adapter_root) as server:
+def test_a_server_that_is_watched_has_had_no_request(small_model, small_root):
+    with running_server(base_model=small_model, adapter_root=small_root) as server:
         for _ in range(2):
             for model in MODELS:
                 for name in ("success", "failure"):

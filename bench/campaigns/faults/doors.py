@@ -23,10 +23,11 @@ from tritonclient.utils import InferenceServerException
 
 from bench.campaigns.faults.anatomy import DONE_S, shared_memory_of, stub_of, tritonserver_of
 from bench.campaigns.faults.load import MAX_TOKENS, Bed, Report
-from bench.campaigns.faults.scenarios import LONG
 
 FEW_DESCRIPTORS = 256
 NUM_IDLE = 500
+HELD_TOKENS = 400
+"""Of answers that last while connections are held."""
 HUGE_BYTES = 1 << 30
 MAX_LOG_BYTES = 2 * (33 << 20)
 """Of the log and the one before it, together."""
@@ -167,7 +168,7 @@ def connections_are_idle(bed: Bed, hold_s: float) -> Report:
         f"{NUM_IDLE} idle connections, {FEW_DESCRIPTORS} descriptors, {hold_s:g} s",
         inject,
         # Some must be in flight for as long.
-        max_tokens=LONG if hold_s else MAX_TOKENS,
+        max_tokens=HELD_TOKENS if hold_s else MAX_TOKENS,
     )
 
 

@@ -23,8 +23,8 @@ from bench.campaigns.faults.anatomy import (
 )
 from bench.campaigns.faults.load import PROMPT, Bed, Report
 
-LONG = 400
-"""Tokens of a load that a fault always meets."""
+LONG = 1200
+"""Tokens of a load that a fault always meets, of a small model, too."""
 MAX_ANSWER = 2000
 """Tokens that nothing computes in a second."""
 SLOW = 64

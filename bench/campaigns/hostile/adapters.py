@@ -8,7 +8,7 @@ import torch
 
 from .mutants import Mutations
 
-_LAYERS = (0, 7)
+_LAYERS = (0, 1)
 _CONFIG = {
     "peft_type": "LORA",
     "task_type": "CAUSAL_LM",
