@@ -116,3 +116,18 @@ def make_adapter() -> Callable[..., Path]:
         return directory
 
     return make
+
+
+@pytest.fixture(scope="session")
+def base(tiny_model: Callable[..., Path]) -> Path:
+    return tiny_model("llama")
+
+
+@pytest.fixture(scope="session")
+def adapter_root(
+    base: Path, make_adapter: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """One adapter, `a`, for tests that need just any."""
+    root = tmp_path_factory.mktemp("adapters")
+    make_adapter(base, root / "a", 0, r=8, target_modules=["q_proj", "down_proj"])
+    return root

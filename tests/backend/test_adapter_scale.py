@@ -32,11 +32,6 @@ KINDS: dict[str, dict[str, object]] = {
 
 
 @pytest.fixture(scope="module")
-def base(tiny_model: Callable[..., Path]) -> Path:
-    return tiny_model("llama")
-
-
-@pytest.fixture(scope="module")
 def adapter_root(
     base: Path, make_adapter: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
 ) -> Path:

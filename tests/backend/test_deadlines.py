@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -83,20 +82,6 @@ def test_the_next_deadline_is_known_whoever_ended_before_it() -> None:
     assert [s for s, _ in scheduler.failed] == [sequences[0], sequences[3]]
     assert scheduler.deadlines.next_s == float("inf")
     assert scheduler.waiting == [sequences[2]]
-
-
-@pytest.fixture(scope="module")
-def base(tiny_model: Callable[..., Path]) -> Path:
-    return tiny_model("llama")
-
-
-@pytest.fixture(scope="module")
-def adapter_root(
-    base: Path, make_adapter: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
-) -> Path:
-    root = tmp_path_factory.mktemp("adapters")
-    make_adapter(base, root / "a", 0, r=8, target_modules=["q_proj", "down_proj"])
-    return root
 
 
 def make_config(base: Path, adapter_root: Path, **changes: object) -> EngineConfig:

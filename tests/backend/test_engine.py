@@ -52,11 +52,6 @@ def runs_ahead(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) 
 
 
 @pytest.fixture(scope="module")
-def base(tiny_model: Callable[..., Path]) -> Path:
-    return tiny_model("llama")
-
-
-@pytest.fixture(scope="module")
 def adapter_root(
     base: Path, make_adapter: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
 ) -> Path:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import peft
@@ -80,20 +80,6 @@ def assert_told_by(
         assert values == pytest.approx(row[ids].tolist(), abs=TOLERANCE)
 
 
-@pytest.fixture(scope="module")
-def tiny(tiny_model: Callable[..., Path]) -> Path:
-    return tiny_model("llama")
-
-
-@pytest.fixture(scope="module")
-def adapter_root(
-    tiny: Path, make_adapter: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
-) -> Path:
-    root = tmp_path_factory.mktemp("adapters")
-    make_adapter(tiny, root / "a", 0, r=8, target_modules=["q_proj", "down_proj"])
-    return root
-
-
 PROMPTS = [[5, 9, 9, 30, 5], [40, 41, 42, 40, 41, 42, 40]]
 OPTIONS = [
     pytest.param({}, id="greedy"),
@@ -105,22 +91,22 @@ OPTIONS = [
 @pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize("num_top", [1, 5, 20])
 def test_they_are_the_models_own_whatever_the_choice(
-    tiny: Path, adapter_root: Path, options: dict[str, object], num_top: int
+    base: Path, adapter_root: Path, options: dict[str, object], num_top: int
 ) -> None:
-    base = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32).eval()
-    config = EngineConfig(base_model=str(tiny), adapter_root=str(adapter_root), num_threads=1)
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
+    config = EngineConfig(base_model=str(base), adapter_root=str(adapter_root), num_threads=1)
     with Engine(config) as engine:
         found = engine.generate(PROMPTS, adapter_ids=["", "a"], max_tokens=12, logprobs=num_top, **options)
         without = engine.generate(PROMPTS, adapter_ids=["", "a"], max_tokens=12, **options)
     assert [c.token_ids for c in found] == [c.token_ids for c in without]
     assert [c.logprobs for c in without] == [None, None]
-    assert_told_by(base, PROMPTS[0], found[0], num_top)
-    adapted = peft.PeftModel.from_pretrained(base, adapter_root / "a").eval()
+    assert_told_by(model, PROMPTS[0], found[0], num_top)
+    adapted = peft.PeftModel.from_pretrained(model, adapter_root / "a").eval()
     assert_told_by(adapted, PROMPTS[1], found[1], num_top)
 
 
-def test_only_the_sequence_that_asks_is_told(tiny: Path, adapter_root: Path) -> None:
-    config = EngineConfig(base_model=str(tiny), adapter_root=str(adapter_root), num_threads=1)
+def test_only_the_sequence_that_asks_is_told(base: Path, adapter_root: Path) -> None:
+    config = EngineConfig(base_model=str(base), adapter_root=str(adapter_root), num_threads=1)
     with Engine(config) as engine:
         inbox = Inbox(engine)
         for i in (0, 1):
@@ -136,8 +122,8 @@ def test_only_the_sequence_that_asks_is_told(tiny: Path, adapter_root: Path) -> 
     assert all(len(told.top) == 2 for e in events for told in e.logprobs)
 
 
-def test_a_stop_string_cuts_them_as_it_cuts_the_tokens(tiny: Path, adapter_root: Path) -> None:
-    config = EngineConfig(base_model=str(tiny), adapter_root=str(adapter_root), num_threads=1)
+def test_a_stop_string_cuts_them_as_it_cuts_the_tokens(base: Path, adapter_root: Path) -> None:
+    config = EngineConfig(base_model=str(base), adapter_root=str(adapter_root), num_threads=1)
     with Engine(config) as engine:
         (whole,) = engine.generate(["hello"], max_tokens=40, ignore_eos=True, logprobs=1)
         stop = [whole.text[7:10]]
@@ -147,7 +133,6 @@ def test_a_stop_string_cuts_them_as_it_cuts_the_tokens(tiny: Path, adapter_root:
     assert cut.logprobs == whole.logprobs[: len(cut.token_ids)]
 
 
-@pytest.mark.slow
 def test_the_served_base_model_and_a_trained_adapter_agree_with_peft() -> None:
     if not (BASE_MODEL / "config.json").is_file():
         pytest.fail(f"{BASE_MODEL} is missing: run `make setup`")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 import peft
@@ -130,20 +129,6 @@ def test_an_id_that_the_output_has_not_is_not_penalised() -> None:
     values = logits(1)
     found = penalise(values.clone(), [s])[0]
     assert (found != values[0]).nonzero().flatten().tolist() == [3]
-
-
-@pytest.fixture(scope="module")
-def base(tiny_model: Callable[..., Path]) -> Path:
-    return tiny_model("llama")
-
-
-@pytest.fixture(scope="module")
-def adapter_root(
-    base: Path, make_adapter: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
-) -> Path:
-    root = tmp_path_factory.mktemp("adapters")
-    make_adapter(base, root / "a", 0, r=8, target_modules=["q_proj", "down_proj"])
-    return root
 
 
 PROMPTS = [[5, 9, 9, 30, 5], [40, 41, 42, 40, 41, 42, 40], [7] * 12]
