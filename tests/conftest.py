@@ -69,14 +69,15 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
 @pytest.fixture
 def pass_interpreted() -> Callable[..., str]:
     """Run test files in a process of their own with triton's interpreter, which must be on before triton is
-    imported: `pass_interpreted(file, ...)` returns what pytest printed; all of them pass."""
+    imported: `pass_interpreted(file, ..., "-m", "slow")` returns what pytest printed; all of them pass."""
 
-    def run(*files: str | Path) -> str:
+    def run(*arguments: str | Path) -> str:
         done = subprocess.run(
-            [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *map(str, files)],
+            [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *map(str, arguments)],
             env={
                 **os.environ,
                 "TRITON_INTERPRET": "1",
+                "OMP_NUM_THREADS": "1",
                 "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
             },
             cwd=ROOT,

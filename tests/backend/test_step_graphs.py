@@ -33,9 +33,7 @@ needs_triton = pytest.mark.skipif(
     not INTERPRETED and DEVICE == "cpu", reason="runs in a process with the interpreter"
 )
 RANKS = {"small": 4, "two_pages": 20, "three_pages": 40, "narrow": 16}
-NUM_INTERPRETED = 14
-"""Tests of this file that pass in the interpreter."""
-NUM_TOKENS = 7
+NUM_TOKENS = 5
 LENGTHS = (3, 13, 7, 1, 9)
 
 
@@ -129,6 +127,9 @@ def test_replayed_decodes_say_what_a_plain_engine_says(
     with Engine(config) as engine:
         graphs = engine.runner.graphs
         assert graphs is not None
+        # The proof at the start leaves the pool as it was.
+        for kind in engine.pool.kinds:
+            assert not any(part.any() for part in kind.values())
         graphs.replays.clear()
         for seed, (names, texts) in enumerate(zip(calls, wanted, strict=True)):
             before = graphs.replays.total()
@@ -178,6 +179,7 @@ def test_all_that_a_gpu_is_served_with_at_once(config: EngineConfig, monkeypatch
     assert len(compilations) == 2
 
 
+@pytest.mark.slow
 @needs_triton
 @pytest.mark.usefixtures("in_triton")
 @pytest.mark.parametrize("family", ["gemma2", "qwen3_moe"])
@@ -247,6 +249,7 @@ def test_a_model_that_cannot_be_recorded_is_served_eagerly(
     assert "operation not permitted when stream is capturing" in caplog.text
 
 
+@pytest.mark.slow
 @needs_triton
 @pytest.mark.usefixtures("in_triton")
 def test_a_model_that_replays_other_numbers_is_served_eagerly(
@@ -275,6 +278,7 @@ class Forgetful(StepGraphs):
         return found
 
 
+@pytest.mark.slow
 @needs_triton
 @pytest.mark.usefixtures("in_triton")
 def test_the_largest_graph_is_proved_for_each_row_of_several_adapters(
@@ -286,15 +290,6 @@ def test_the_largest_graph_is_proved_for_each_row_of_several_adapters(
     with Engine(config) as engine:
         assert engine.runner.graphs is None
     assert "what 2 adapters, 5 rows change of logits, replayed, differs by 1 of it" in caplog.text
-
-
-@needs_triton
-@pytest.mark.usefixtures("in_triton")
-def test_the_proof_leaves_the_pool_as_it_was(config: EngineConfig) -> None:
-    with Engine(config) as engine:
-        assert engine.runner.graphs is not None
-        for kind in engine.pool.kinds:
-            assert not any(part.any() for part in kind.values())
 
 
 def toy(steps: list[StepTensors]) -> StepGraphs:
@@ -412,5 +407,8 @@ def test_a_thousand_replays_give_the_same_bits(config: EngineConfig, monkeypatch
 
 
 @pytest.mark.skipif(INTERPRETED or DEVICE == "cuda", reason="the tests run in this process")
-def test_passes_in_the_interpreter(pass_interpreted: Callable[..., str]) -> None:
-    assert f"{NUM_INTERPRETED} passed" in pass_interpreted(__file__)
+@pytest.mark.parametrize(
+    ("chosen", "num_tests"), [("not slow", 9), pytest.param("slow", 4, marks=pytest.mark.slow)]
+)
+def test_passes_in_the_interpreter(chosen: str, num_tests: int, pass_interpreted: Callable[..., str]) -> None:
+    assert f"\n{num_tests} passed" in pass_interpreted(__file__, "-m", chosen)

@@ -12,6 +12,13 @@ from manylora_client import Client
 from .blocking import BlockingClient
 
 
+@pytest.fixture(scope="module", autouse=True)
+def small_heap() -> None:
+    """What is there before these tests is not searched for garbage after each of them."""
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture(params=["Client", "AsyncClient"])
 def connect(request: pytest.FixtureRequest) -> Iterator[Callable[..., Any]]:
     """Makes a Client, or an AsyncClient that looks like one."""

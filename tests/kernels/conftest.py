@@ -26,6 +26,7 @@ from manylora_kernels.attention.paged_batch import PagedBatch
 if TYPE_CHECKING:
     from manylora_kernels.lora.routed import RoutedMix
 
+COMPILED = Path(__file__).resolve().parents[2] / ".build" / "triton_cache"
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 TRITON_FILES = [
     "test_route.py",
@@ -242,7 +243,11 @@ def triton_device() -> str:
     return "cpu" if INTERPRETED else "cuda"
 
 
-@pytest.fixture(params=["float32", "float16", "bfloat16"])
+# In the interpreter types differ in their rounding alone, and every case takes its time.
+SIXTEEN_BITS = [pytest.mark.slow] if INTERPRETED else []
+
+
+@pytest.fixture(params=["float32", pytest.param("float16", marks=SIXTEEN_BITS), "bfloat16"])
 def triton_dtype(request: pytest.FixtureRequest) -> torch.dtype:
     if INTERPRETED and request.param == "bfloat16":
         pytest.skip("triton's interpreter computes bfloat16 wrongly")
@@ -250,15 +255,16 @@ def triton_dtype(request: pytest.FixtureRequest) -> torch.dtype:
 
 
 @pytest.fixture(scope="session")
-def compile_apart(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., list[dict[str, Any]]]:
-    """Runs a program of this folder that compiles kernels, from nothing, where the interpreter is off.
+def compile_apart() -> Callable[..., list[dict[str, Any]]]:
+    """Runs a program of this folder that compiles kernels, where the interpreter is off. What it has compiled
+    is kept from run to run: triton knows it by the kernels' source, their options and its own version.
 
     Given its name and, for each process of it, the targets; returns the rows of all.
     """
 
     def run(program: str, *processes: Sequence[str]) -> list[dict[str, Any]]:
         env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-        env["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("triton"))
+        env["TRITON_CACHE_DIR"] = str(COMPILED)
         env["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
         running = [
             subprocess.Popen(

@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 Rows = list[dict[str, Any]]
 
 WITHOUT_PRODUCT = ("route", "base_silu_mul-bf16")

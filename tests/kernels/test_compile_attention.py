@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 Rows = list[dict[str, Any]]
 
 PROCESSES = (["sm_90"], ["sm_80", "sm_100", "gfx942"])
