@@ -14,18 +14,24 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-SERVERS = Path(__file__).parent / "server"
+FOLDERS = ("server", "kernels", "backend", "bench", "client")
+"""Those with long groups first, so that workers end together."""
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Keep together, on one of several workers, the tests of a file, and all those that start servers: no two
-    servers share the processors. The longest group begins first."""
-    items.sort(key=lambda item: SERVERS not in item.path.parents)
+    servers share the processors."""
+    items.sort(key=lambda item: FOLDERS.index(folder_of(item)))
     if not config.pluginmanager.hasplugin("xdist"):
         return
     for item in items:
-        group = "servers" if SERVERS in item.path.parents else item.path.stem
+        group = "servers" if folder_of(item) == "server" else item.path.stem
         item.add_marker(pytest.mark.xdist_group(group))
+
+
+def folder_of(item: pytest.Item) -> str:
+    """Of those in tests/."""
+    return item.path.relative_to(Path(__file__).parent).parts[0]
 
 
 @contextmanager

@@ -36,7 +36,7 @@ def start(directory: Path, **settings: Any) -> tuple[EngineConfig, LoadedModel, 
     "family",
     [
         "llama",
-        "gemma2",
+        pytest.param("gemma2", marks=pytest.mark.slow),
         "gpt_oss",
         pytest.param("phi3", marks=pytest.mark.slow),
         pytest.param("gpt2", marks=pytest.mark.slow),
