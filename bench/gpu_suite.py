@@ -85,7 +85,7 @@ def _run_here(arguments: argparse.Namespace) -> int:
             left_s = budget_s - (time.monotonic() - begin)
             run(context, arguments.parts, left_s, report.keep, report.write)
     finally:
-        report.tell()
+        report.print_goals()
         report.write()
     return int(any(row.is_bad for row in report.rows))
 

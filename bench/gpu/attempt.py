@@ -19,7 +19,7 @@ def attempt(make: Callable[[], ReadyT]) -> ReadyT | str:
     try:
         return make()
     except Exception as error:
-        return said(error)
+        return describe(error)
 
 
 def guarded(items: Iterator[ItemT], failed: Callable[[str], ItemT]) -> Iterator[ItemT]:
@@ -27,10 +27,10 @@ def guarded(items: Iterator[ItemT], failed: Callable[[str], ItemT]) -> Iterator[
     try:
         yield from items
     except Exception as error:
-        yield failed(said(error))
+        yield failed(describe(error))
 
 
-def said(error: Exception) -> str:
+def describe(error: Exception) -> str:
     """In words; a failure that nobody expects with its traceback on the console."""
     if isinstance(error, AssertionError):
         return f"wrong: {error}"

@@ -119,7 +119,7 @@ class Lease:
         finally:
             self._kill()
             shutil.rmtree(self._site, ignore_errors=True)
-            self.report.tell()
+            self.report.print_goals()
             self.report.write()
         return int(any(row.is_bad for row in self.report.rows))
 
@@ -129,7 +129,7 @@ class Lease:
         end_s = min(self._end_s, begin + limit_s) if limit_s else self._end_s
         print(f"# stage {stage.name}: {end_s - begin:.0f} s", flush=True)
         if end_s - begin <= _MARGIN_S:
-            self._tell(stage, "missing: no time was left for it")
+            self._keep_outcome(stage, "missing: no time was left for it")
             return
         process = self._start(self._command(stage, end_s - _MARGIN_S), end_s - _MARGIN_S)
         beside = self._beside(stage, end_s - _MARGIN_S)
@@ -139,12 +139,12 @@ class Lease:
         self._kill()
         seconds = time.time() - begin
         if status is None:
-            self._tell(stage, f"failed: killed after {seconds:.0f} s")
+            self._keep_outcome(stage, f"failed: killed after {seconds:.0f} s")
         elif status not in (0, 1):
             # 1: rows say what has failed.
-            self._tell(stage, f"failed: the process ended with status {status}")
+            self._keep_outcome(stage, f"failed: the process ended with status {status}")
         print(f"# stage {stage.name}: took {seconds:.0f} s", flush=True)
-        self._take_rows()
+        self._read_rows()
         self.report.write()
 
     def _command(self, stage: Stage, until: float) -> list[str]:
@@ -193,12 +193,12 @@ class Lease:
         self._running.clear()
         kill_orphans()
 
-    def _tell(self, stage: Stage, result: str) -> None:
+    def _keep_outcome(self, stage: Stage, result: str) -> None:
         row = self.report.context.row(stage.name, "whole part", result=result)
         self.report.keep(row)
         print(f"{row.part} | {row.form} | {row.result}", flush=True)
 
-    def _take_rows(self) -> None:
+    def _read_rows(self) -> None:
         """Those of all processes so far."""
         path = self._out / ROWS
         run = self.report.context.origin.run

@@ -69,23 +69,23 @@ class ModelBed:
             max_num_seqs=4 if is_tiny else 64,
             max_batched_tokens=max_model_len,
         )
-        with _told("random weights"):
+        with _timed("random weights"):
             module = _random_model(self.hf_config, device, dtype)
-        with _told("sites"):
+        with _timed("sites"):
             self.model = convert_model(module, Path(), self.hf_config, int(max_model_len), device)
         self.is_compiled = False
         if compiles(self.config, device):
-            with _told("compiled"):
+            with _timed("compiled"):
                 self.is_compiled = compile_forward(
                     self.model.module, self.model.context, logits_tolerance(dtype)
                 )
-        with _told("pool, kernels"):
+        with _timed("pool, kernels"):
             self.pool = DevicePool(self.model.spec, max_adapters, RANK, dtype, device)
             # Without a GPU the interpreter runs what a GPU would.
             self.runner = make_runner(self.model, self.config, self.pool, paged=True)
-        with _told("packing proved"):
+        with _timed("packing proved"):
             prove_packing(self.runner)
-        with _told("graphs"):
+        with _timed("graphs"):
             record_graphs(self.runner, self.config)
         # Behind the graphs: their proof leaves zeros in the first page.
         for kind in self.pool.kinds:
@@ -161,7 +161,7 @@ class ModelBed:
 
 
 @contextmanager
-def _told(phase: str) -> Iterator[None]:
+def _timed(phase: str) -> Iterator[None]:
     """Print the seconds of a phase: which of them needs how many is what the next run is planned by."""
     begin = time.monotonic()
     yield

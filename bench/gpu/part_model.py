@@ -78,7 +78,7 @@ def _decode(context: Context, bed: ModelBed, num_seqs: int) -> Iterator[Row]:
             yield context.row("decode", form, rows=num_seqs, result=timings)
             continue
         for mix, timing in timings.items():
-            yield _row(context, bed, "decode", form, num_seqs, mix, timing, timings[0], runs[mix].said)
+            yield _row(context, bed, "decode", form, num_seqs, mix, timing, timings[0], runs[mix].result)
     yield from _forward(context, bed, num_seqs, mine)
 
 
@@ -119,7 +119,7 @@ class _Steps:
         self._num_replayed += self._bed.num_replays - before
 
     @property
-    def said(self) -> str:
+    def result(self) -> str:
         """A row's result."""
         replayed = f"replayed {self._num_replayed} of {self._num_run} steps"
         if self._num_replayed == self._num_run:

@@ -54,7 +54,7 @@ class Report:
         if isinstance(why := attempt(draw), str):
             print(f"# no plot: {why}", flush=True)
 
-    def tell(self) -> None:
+    def print_goals(self) -> None:
         """Print the goals."""
         if not self._writes_goals:
             return

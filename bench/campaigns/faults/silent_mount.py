@@ -45,7 +45,7 @@ def silent_mount(folder: Path, *, shows_files: bool = False) -> Iterator[None]:
         os.close(device)
         raise OSError(number, "mount", str(folder))
     is_over = threading.Event()
-    thread = threading.Thread(target=_take_requests, args=(device, is_over, shows_files), daemon=True)
+    thread = threading.Thread(target=_read_requests, args=(device, is_over, shows_files), daemon=True)
     thread.start()
     try:
         yield
@@ -57,7 +57,7 @@ def silent_mount(folder: Path, *, shows_files: bool = False) -> Iterator[None]:
         os.close(device)
 
 
-def _take_requests(device: int, is_over: threading.Event, shows_files: bool) -> None:
+def _read_requests(device: int, is_over: threading.Event, shows_files: bool) -> None:
     while not is_over.is_set():
         if not select.select([device], [], [], 0.1)[0]:
             continue
