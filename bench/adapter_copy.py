@@ -20,7 +20,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from manylora.adapters.device_pool import DevicePool, Placement, runs_of
+from manylora.adapters.device_pool import DevicePool
+from manylora.adapters.placement import Placement
+from manylora.adapters.pool_tensors import PoolTensors, runs_of
 from manylora.adapters.weights import AdapterWeights, allocate
 from manylora.model.parts import num_pages_of
 from manylora.model.spec import ModelSpec, SiteKind
@@ -70,7 +72,8 @@ def make_pool(
     spec: ModelSpec, rank: int, dtype: torch.dtype, device: torch.device, scattered: bool
 ) -> DevicePool:
     """A pool with room for an adapter of `rank`: in one run of pages, or in pages that lie apart."""
-    pool = DevicePool(spec, 2, rank, dtype, device, staged=True)
+    tensors = PoolTensors(spec, 2, rank, dtype, device, staged=True)
+    pool = DevicePool(spec.kinds, 2, rank, tensors)
     if scattered:
         buffer, kinds = allocate(spec.kinds, [1] * len(spec.kinds), dtype, pin=False)
         one_page = AdapterWeights(version="", scale=1.0, max_rank=1, buffer=buffer, kinds=kinds)
@@ -81,6 +84,12 @@ def make_pool(
     return pool
 
 
+def tensors_of(pool: DevicePool) -> PoolTensors:
+    """Those of this process."""
+    assert isinstance(pool.tensors, PoolTensors), "a pool of somewhere else"
+    return pool.tensors
+
+
 def check(pool: DevicePool, weights: AdapterWeights) -> Placement:
     """Place the adapter, compare its pages with it, and free them.
 
@@ -88,11 +97,12 @@ def check(pool: DevicePool, weights: AdapterWeights) -> Placement:
         AssertionError: a bit is another.
     """
     placement = place(pool, weights)
-    pool.await_copy(placement)
-    for kind, source, pages in zip(pool.kinds, weights.kinds, placement.pages, strict=True):
+    tensors = tensors_of(pool)
+    tensors.await_copy(placement)
+    for kind, source, pages in zip(tensors.kinds, weights.kinds, placement.pages, strict=True):
         assert source is not None, "an adapter on all linears"
         for name, tensor in source.parts.items():
-            assert torch.equal(kind[name][:, list(pages)], tensor.to(pool.device)), (
+            assert torch.equal(kind[name][:, list(pages)], tensor.to(tensors.device)), (
                 "the adapter has not arrived whole"
             )
     pool.free(placement)
@@ -125,17 +135,18 @@ class PlainCopy:
 
 def time_in_turn(pool: DevicePool, weights: AdapterWeights, repeats: int) -> tuple[Times, Times]:
     """Of placing and of the plain copy, which take turns; the first of each is not counted."""
-    plain = PlainCopy(weights.buffer, pool.device)
+    tensors = tensors_of(pool)
+    plain = PlainCopy(weights.buffer, tensors.device)
     placed_times, plain_times = Times([], []), Times([], [])
     for _ in range(repeats + 1):
-        _wait(pool.device)
+        _wait(tensors.device)
         begin = time.perf_counter()
         done = plain.run()
         _note(plain_times, begin, done)
-        _wait(pool.device)
+        _wait(tensors.device)
         begin = time.perf_counter()
         placement = place(pool, weights)
-        _note(placed_times, begin, placement.copied)
+        _note(placed_times, begin, tensors.copied(placement))
         pool.free(placement)
     for times in (placed_times, plain_times):
         del times.total[0], times.queued[0]

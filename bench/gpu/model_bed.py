@@ -8,8 +8,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from manylora.adapters.device_pool import DevicePool
 from manylora.adapters.placement import AdapterUse
+from manylora.adapters.pool_tensors import PoolTensors
 from manylora.config import EngineConfig
 from manylora.engine.start_up.graph_start import record_graphs
 from manylora.engine.start_up.make_runner import make_runner
@@ -80,7 +80,7 @@ class ModelBed:
                     self.model.module, self.model.context, logits_tolerance(dtype)
                 )
         with _timed("pool, kernels"):
-            self.pool = DevicePool(self.model.spec, max_adapters, RANK, dtype, device)
+            self.pool = PoolTensors(self.model.spec, max_adapters, RANK, dtype, device)
             # Without a GPU the interpreter runs what a GPU would.
             self.runner = make_runner(self.model, self.config, self.pool, paged=True)
         with _timed("packing proved"):

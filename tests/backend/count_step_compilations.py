@@ -16,8 +16,8 @@ from collections.abc import Iterator, Sequence
 
 import torch
 from manylora import EngineConfig
-from manylora.adapters.device_pool import DevicePool
 from manylora.adapters.placement import AdapterUse
+from manylora.adapters.pool_tensors import PoolTensors
 from manylora.engine import runner
 from manylora.engine.start_up import warm_up
 from manylora.engine.start_up.make_runner import make_runner
@@ -74,7 +74,7 @@ def main() -> None:
         kv_block_size=BLOCK_SIZE,
     )
     model = load_model(config)
-    pool = DevicePool(model.spec, config.max_loras, config.max_lora_rank, model.dtype, model.device)
+    pool = PoolTensors(model.spec, config.max_loras, config.max_lora_rank, model.dtype, model.device)
     served = make_runner(model, config, pool)
     num_kinds = len(model.spec.kinds)
     adapters = [

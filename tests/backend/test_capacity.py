@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from manylora import Engine, EngineConfig, cli
-from manylora.adapters.device_pool import DevicePool
+from manylora.adapters.pool_tensors import PoolTensors
 from manylora.engine.start_up import capacity
 from manylora.engine.start_up.capacity import DeviceMemory
 from manylora.engine.start_up.make_runner import make_runner
@@ -101,7 +101,7 @@ def test_caches_made_anew_serve_as_the_first_ones(tiny_model: Callable[..., Path
     """As at start on CUDA, where the first ones are only there for the largest steps."""
     config = EngineConfig(base_model=str(tiny_model("llama")), device="cpu", max_loras=1)
     model = load_model(config)
-    pool = DevicePool(model.spec, 1, 16, model.dtype, model.device)
+    pool = PoolTensors(model.spec, 1, 16, model.dtype, model.device)
     first = capacity.num_dry_run_blocks(config, model.max_model_len)
     runner = make_runner(model, config, pool, first)
     rows = {cache.keys.shape[0] for cache in runner.model.context.caches.values()}

@@ -83,7 +83,7 @@ def test_a_plan_is_what_the_engine_takes(
     plan = json.loads(out)
     config = EngineConfig.from_strings({"base_model": str(model), "device": "cpu", **settings})
     with Engine(config) as engine:
-        assert plan["pool_bytes"] == engine.pool.num_bytes
+        assert plan["pool_bytes"] == engine.pool.tensors.num_bytes
         assert plan["kv_tokens"] == engine.runner.num_blocks * config.kv_block_size
         assert plan["kv_bytes_per_token"] == engine.model.cache_bytes_per_token()
         assert {int(r): n for r, n in plan["adapters_that_fit"].items()} == {

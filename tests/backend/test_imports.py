@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import re
 import subprocess
 import sys
@@ -107,3 +108,54 @@ def test_front_ends_and_commands_start_without_torch(module: str) -> None:
         "assert sys.modules.get('torch') is None, 'torch was imported'\n"
     )
     subprocess.run([sys.executable, "-c", script], check=True)
+
+
+def test_what_decides_does_so_without_torch(tmp_path: Path) -> None:
+    """Scheduler, registry, device pool and blocks, from a request to its answer; steps are small."""
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        for file in ("adapter_config.json", "adapter_model.safetensors"):
+            (tmp_path / name / file).touch()
+    program = Path(__file__).with_name("decide_without_torch.py")
+    blocked = (
+        "import runpy, sys\n"
+        "sys.modules['torch'] = None\n"
+        "sys.argv = sys.argv[1:]\n"
+        "runpy.run_path(sys.argv[0], run_name='__main__')\n"
+    )
+    command = [sys.executable, "-c", blocked, str(program), str(tmp_path)]
+    found = json.loads(subprocess.run(command, stdout=subprocess.PIPE, check=True).stdout)
+    assert found["ends"] == {"0": "", "1": "a", "2": "b", "3": "a"}
+    # One adapter fits at a time.
+    (_, first), *others = found["told"]
+    for told, (verb, name) in enumerate(others):
+        assert verb == ("place" if told % 2 else "free")
+        assert (name == first) == (verb == "free")
+        first = name
+    assert found["steps"] > 6
+    assert found["bytes"] < 4096
+
+
+def _imports_of(path: Path) -> set[str]:
+    """Modules of `manylora` that a file imports anywhere in it, types included."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names.add(node.module)
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return {name for name in names if name.startswith("manylora.")}
+
+
+def test_no_module_imports_one_that_imports_it() -> None:
+    folder = ROOT / "backend/manylora"
+    files = {
+        ".".join(("manylora", *f.relative_to(folder).with_suffix("").parts)): f for f in folder.rglob("*.py")
+    }
+    left = {name: _imports_of(f) & files.keys() - {name} for name, f in files.items()}
+    # What imports nothing that is left goes, until nothing does: what then is left goes in circles.
+    while free := {name for name, imports in left.items() if not imports & left.keys()}:
+        left = {name: imports for name, imports in left.items() if name not in free}
+    circle = {name for name in left if any(name in imports for imports in left.values())}
+    assert circle == set()

@@ -67,4 +67,4 @@ def test_wrong_numbers_of_any_form_that_steps_take_stop_the_start(
 def test_the_pool_is_empty_again_after_the_comparison(tiny_model: Callable[..., Path], dtype: str) -> None:
     config = EngineConfig(base_model=str(tiny_model("gpt2")), num_threads=1, dtype=dtype)
     with Engine(config) as engine:
-        assert all(not part.any() for kind in engine.pool.kinds for part in kind.values())
+        assert all(not part.any() for kind in engine.pool.tensors.kinds for part in kind.values())

@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from manylora.adapters.adapter import Stage
 from manylora.adapters.adapter_files import NAMES as NAMES_OF_FILES
-from manylora.adapters.device_pool import DevicePool
+from manylora.adapters.adapter_root import AdapterRoot
 from manylora.adapters.registry import Registry
 from manylora.adapters.weights import AdapterWeights, allocate
 from manylora.config import EngineConfig
@@ -27,6 +27,7 @@ from manylora.engine.sequence import Sequence, State
 from manylora.messages import SamplingParams
 from manylora.model.spec import ModelSpec, SiteKind
 
+from .adapters.pools import make_pool
 from .test_scheduler import result
 
 SPEC = ModelSpec(
@@ -76,8 +77,8 @@ class World:
             adapter_settle_s=0.0,
             adapter_check_s=-1.0,
         )
-        pool = DevicePool(SPEC, self.max_loras, 32, torch.float32, torch.device("cpu"))
-        self.registry = Registry(SPEC, config, pool, torch.float32, wake=self.wake, read=self.read)
+        pool = make_pool(SPEC, self.max_loras, 32, torch.float32, torch.device("cpu"))
+        self.registry = Registry(config, AdapterRoot(config.adapter_root), self.read, pool, self.wake)
         limits = Limits(
             max_loras=self.max_loras,
             max_num_seqs=self.max_num_seqs,

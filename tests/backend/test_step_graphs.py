@@ -128,7 +128,7 @@ def test_replayed_decodes_say_what_a_plain_engine_says(
         graphs = engine.runner.graphs
         assert graphs is not None
         # The proof at the start leaves the pool as it was.
-        for kind in engine.pool.kinds:
+        for kind in engine.pool.tensors.kinds:
             assert not any(part.any() for part in kind.values())
         graphs.replays.clear()
         for seed, (names, texts) in enumerate(zip(calls, wanted, strict=True)):

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from manylora import EngineConfig
-from manylora.adapters.device_pool import DevicePool
+from manylora.adapters.pool_tensors import PoolTensors
 from manylora.engine.flight import Flight
 from manylora.engine.runner import Runner
 from manylora.engine.start_up.dry_run import dry_run, run_steps
@@ -28,7 +28,7 @@ HERE = Path(__file__).parent
 def start(directory: Path, **settings: Any) -> tuple[EngineConfig, LoadedModel, Runner]:
     config = EngineConfig(base_model=str(directory), device="cpu", dtype="float32", **settings)
     model = load_model(config)
-    pool = DevicePool(model.spec, config.max_loras, config.max_lora_rank, model.dtype, model.device)
+    pool = PoolTensors(model.spec, config.max_loras, config.max_lora_rank, model.dtype, model.device)
     return config, model, make_runner(model, config, pool)
 
 

@@ -50,7 +50,7 @@ def test_a_copy_that_is_not_whole_is_seen(monkeypatch: pytest.MonkeyPatch) -> No
 
     def forgets_a_row(pool: object, weights: object) -> object:
         placement = place(pool, weights)
-        pool.kinds[0]["a"][1, placement.pages[0][1], 0, 15] = 0.0  # type: ignore[attr-defined]
+        pool.tensors.kinds[0]["a"][1, placement.pages[0][1], 0, 15] = 0.0  # type: ignore[attr-defined]
         return placement
 
     place = adapter_copy.place

@@ -6,12 +6,14 @@ import bisect
 import enum
 import math
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from manylora.adapters.adapter_files import Sight
-from manylora.adapters.device_pool import Placement
-from manylora.adapters.placement import AdapterUse
-from manylora.adapters.weights import AdapterWeights
+from manylora.adapters.placement import AdapterUse, Placement
 from manylora.errors import ManyloraError
+
+if TYPE_CHECKING:
+    from manylora.adapters.weights import AdapterWeights
 
 Order = tuple[float, int]
 """(-priority, number): what comes first sorts first. The scheduler's queue has the same order."""

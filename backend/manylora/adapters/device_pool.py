@@ -1,120 +1,56 @@
-"""Adapters in device memory, in pages of 16 rank rows.
+"""Which adapters lie in which pages of the device pool. Plain Python: `pool_tensors.py` has the tensors.
 
-Shape key: L layers of a kind, P pages of a group, E elements of an adapter's buffer.
-
-What the tensors are, and which share pages, says the table of parts: a *group* is the parts of a kind that
-do. A page is the same 16 rows in that site of every layer. An adapter takes pages of the kinds it targets
-only, all or nothing.
-
-From host to device an adapter goes in one transfer, which nothing but the host's link bounds; from there
-into its pages, at the speed of the device's memory, in one copy for each part and run of pages.
+An adapter takes pages of the groups in which it has parts only, all or nothing.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import TypeAlias
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Protocol
 
-import torch
-
-from manylora.adapters.copy_stream import Copied, copy_stream
-from manylora.adapters.layout import AdapterLayout, words_of
-from manylora.adapters.pages import PageAllocator
-from manylora.adapters.weights import AdapterWeights
-from manylora.config import EngineConfig
-from manylora.memory import zeros
+from manylora.adapters.pages import PageAllocator, largest_pages
+from manylora.adapters.placement import Placement
 from manylora.model.parts import num_pages_of
-from manylora.model.spec import ModelSpec, SiteKind, page_groups
+from manylora.model.spec import SiteKind, page_groups
 
-Tensors: TypeAlias = Mapping[str, torch.Tensor]
-"""The pages of parts, by name: [L, P, ...]."""
+if TYPE_CHECKING:
+    from manylora.adapters.weights import AdapterWeights
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Placement:
-    """Where one adapter lies in the pool."""
+class Tensors(Protocol):
+    """What the pool asks of `PoolTensors`. What is placed and freed is plain data: a pool of several devices
+    hands it to each of them, which then takes its own weights of that version."""
 
-    pages: tuple[tuple[int, ...], ...]
-    """Ascending page numbers by group; empty where the adapter has nothing of the group."""
-    copied: Copied
-    """Behind the copy."""
+    @property
+    def num_bytes(self) -> int: ...
+    def place(self, placement: Placement, weights: AdapterWeights, /) -> None: ...
+    def free(self, placement: Placement, /) -> None: ...
+    def is_copied(self, placement: Placement, /) -> bool: ...
+    def await_copy(self, placement: Placement, /) -> None: ...
 
 
 class DevicePool:
-    """Pages for adapters of all kinds of site of a base model. Owned by the engine thread.
+    """Hands out pages, and has adapters copied into them. Owned by the engine thread.
 
     Args:
-        spec: the base model's linears.
+        kinds: the base model's sites.
         max_loras: so many of the largest adapters that `max_lora_rank` admits fit: of rank rows that is
             max_loras * ceil(max_lora_rank / 16) pages of each kind.
-        dtype: of all tensors, and of the adapters that are placed.
-        staged: whether adapters go through a buffer on the device, of the size of the largest one that
-            `max_lora_rank` admits. None: on CUDA only. Without one, each page is copied from the host.
+        tensors: of the same kinds and numbers.
     """
 
     def __init__(
-        self,
-        spec: ModelSpec,
-        max_loras: int,
-        max_lora_rank: int,
-        dtype: torch.dtype,
-        device: torch.device,
-        staged: bool | None = None,
+        self, kinds: Sequence[SiteKind], max_loras: int, max_lora_rank: int, tensors: Tensors
     ) -> None:
-        self.spec = spec
-        self.dtype = dtype
-        self.device = torch.device(device)
-        self.groups = page_groups(spec.kinds)
-        self.largest_pages = largest_pages(spec.kinds, max_lora_rank)
+        self.tensors = tensors
+        self.num_kinds = len(kinds)
+        self.largest_pages = largest_pages(kinds, max_lora_rank)
         """Pages by group of the largest adapter that `max_lora_rank` admits."""
         self.max_pages = tuple(max_loras * count for count in self.largest_pages)
         """Pages of the pool by group."""
-        self._tensors: tuple[Tensors, ...] = tuple(
-            {
-                part.name: self._zeros(group.kind.num_layers, count, *group.kind.page_shape(part))
-                for part in group.parts
-            }
-            for group, count in zip(self.groups, self.max_pages, strict=True)
-        )
-        self.kinds = tuple(
-            {
-                name: tensor
-                for group in self._tensors[kind :: len(spec.kinds)]
-                for name, tensor in group.items()
-            }
-            for kind in range(len(spec.kinds))
-        )
-        """All parts of each kind."""
+        self._groups = page_groups(kinds)
         self._allocators = tuple(PageAllocator(count) for count in self.max_pages)
         self._placements: set[Placement] = set()
-        # Those whose copy is known to be over: the driver is asked once, not for each sequence of each step.
-        self._arrived: set[Placement] = set()
-        # The same memory, as it is copied.
-        self._words = tuple({name: words_of(t) for name, t in group.items()} for group in self._tensors)
-        self._stream = copy_stream(self.device)
-        self._staging: torch.Tensor | None = None
-        if self.device.type == "cuda" if staged is None else staged:
-            num_elements = staging_elements(spec.kinds, max_lora_rank, dtype)
-            # Memory of the copies' stream: what used it before them is over when they begin.
-            with self._stream.running():
-                self._staging = torch.empty(num_elements, dtype=dtype, device=self.device)
-        for group in self._tensors:
-            for tensor in group.values():
-                self._stream.share(tensor)
-        # No page is written before its zeros.
-        self._stream.mark_freed()
-
-    @property
-    def num_bytes(self) -> int:
-        """Bytes on the device: the pages, and `staging_bytes`."""
-        pages = sum(t.numel() * t.element_size() for group in self._tensors for t in group.values())
-        return pages + self.staging_bytes
-
-    @property
-    def staging_bytes(self) -> int:
-        """Bytes of the buffer that adapters go through; 0 without one."""
-        return 0 if self._staging is None else self._staging.numel() * self._staging.element_size()
 
     @property
     def num_pages(self) -> int:
@@ -126,113 +62,39 @@ class DevicePool:
         """Free pages by group."""
         return tuple(allocator.num_free for allocator in self._allocators)
 
-    def bytes_of(self, weights: AdapterWeights) -> int:
-        """Bytes that the adapter's pages take: element size x sum of pages x PageGroup.page_elements."""
-        pages = zip(weights.num_pages, self.groups, strict=True)
-        return self.dtype.itemsize * sum(count * group.page_elements for count, group in pages)
-
     def plan(self, rank: int) -> int:
         """How many adapters of `rank` on every kind of site the whole pool holds."""
         return self.num_pages // num_pages_of(rank)
 
     def try_place(self, weights: AdapterWeights) -> Placement | None:
-        """Take pages and copy the adapter into them; None, and nothing taken, if a group lacks pages.
+        """Take pages and have the adapter copied into them; None, and nothing taken, if a group lacks pages.
 
         On CUDA the copy runs beside the steps; `await_copy` orders a step behind it.
         """
-        assert weights.buffer.dtype == self.dtype, "the adapter is not in the pool's dtype"
         counts = weights.num_pages
         if any(count > free for count, free in zip(counts, self.num_free, strict=True)):
             return None
         pages = tuple(
             allocator.allocate(count) for allocator, count in zip(self._allocators, counts, strict=True)
         )
-        placement = Placement(pages=pages, copied=self._copy(weights, pages))
+        placement = Placement(weights.version, pages)
+        self.tensors.place(placement, weights)
         self._placements.add(placement)
         return placement
 
     def free(self, placement: Placement) -> None:
         """Give the adapter's pages back. Their content stays until it is overwritten."""
         self._placements.remove(placement)
-        self._arrived.discard(placement)
         for allocator, pages in zip(self._allocators, placement.pages, strict=True):
             allocator.free(pages)
-        # A step that still runs may read these pages: the next copy waits for it.
-        self._stream.mark_freed()
-
-    def is_copied(self, placement: Placement) -> bool:
-        """Whether the adapter is in its pages, so that a step would not wait for it."""
-        if placement.copied is None or placement in self._arrived:
-            return True
-        is_over: bool = placement.copied.query()  # type: ignore[no-untyped-call]  # torch has no stub
-        if is_over:
-            self._arrived.add(placement)
-        return is_over
-
-    def await_copy(self, placement: Placement) -> None:
-        """Order the current stream's further work behind the adapter's copy. Does not block the host."""
-        self._stream.await_copied(placement.copied)
+        self.tensors.free(placement)
 
     def check(self) -> list[str]:
         """Broken invariants."""
         wrong = []
-        for index, (allocator, group) in enumerate(zip(self._allocators, self.groups, strict=True)):
+        for index, (allocator, group) in enumerate(zip(self._allocators, self._groups, strict=True)):
             used = [page for placement in self._placements for page in placement.pages[index]]
             wrong += [
                 f"pool, {group.kind.name} by {group.paged_by.value}: {text}" for text in allocator.check(used)
             ]
         return wrong
-
-    def _copy(self, weights: AdapterWeights, pages: Sequence[Sequence[int]]) -> Copied:
-        layout = AdapterLayout.of(self.groups, weights.num_pages, self.dtype)
-        assert weights.buffer.shape == (layout.num_elements,), "the adapter's buffer is of another layout"
-        source = weights.buffer
-        with self._stream.running():
-            if self._staging is not None:
-                # Waits for no step, only for the copies before: on their stream, those have read the buffer.
-                assert layout.num_elements <= self._staging.numel(), "an adapter above max_lora_rank"
-                source = self._staging[: layout.num_elements].copy_(source, non_blocking=True)
-            self._stream.await_freed()
-            self._fill(source, layout, pages)
-            return self._stream.mark_copied()
-
-    def _fill(self, source: torch.Tensor, layout: AdapterLayout, pages: Sequence[Sequence[int]]) -> None:
-        """Copy an adapter's buffer [E], on host or device, into its pages."""
-        for places, targets, taken in zip(layout.groups, self._words, pages, strict=True):
-            for name, place in places.items():
-                words = words_of(place.of(source))
-                for first, page, count in runs_of(taken):
-                    part = targets[name][:, page : page + count]
-                    part.copy_(words[:, first : first + count], non_blocking=True)
-
-    def _zeros(self, *shape: int) -> torch.Tensor:
-        return zeros(shape, self.dtype, self.device)
-
-
-def pool_dtype(config: EngineConfig, base_dtype: torch.dtype) -> torch.dtype:
-    """The pool's element type: `lora_dtype`, of which `auto` is the base model's."""
-    dtype: torch.dtype = base_dtype if config.lora_dtype == "auto" else getattr(torch, config.lora_dtype)
-    return dtype
-
-
-def largest_pages(kinds: Sequence[SiteKind], max_lora_rank: int) -> tuple[int, ...]:
-    """Pages by group of the largest adapter admitted: of `max_lora_rank` on every kind of site."""
-    return tuple(group.paged_by.num_pages(max_lora_rank) for group in page_groups(kinds))
-
-
-def staging_elements(kinds: Sequence[SiteKind], max_lora_rank: int, dtype: torch.dtype) -> int:
-    """E of the largest adapter that `max_lora_rank` admits."""
-    return AdapterLayout.of(page_groups(kinds), largest_pages(kinds, max_lora_rank), dtype).num_elements
-
-
-def runs_of(pages: Sequence[int]) -> Iterator[tuple[int, int, int]]:
-    """Consecutive stretches of ascending pages: (index of the first in `pages`, its page number, how many).
-
-    >>> list(runs_of([2, 3, 7]))
-    [(0, 2, 2), (2, 7, 1)]
-    """
-    first = 0
-    for index in range(1, len(pages) + 1):
-        if index == len(pages) or pages[index] != pages[index - 1] + 1:
-            yield first, pages[first], index - first
-            first = index

@@ -5,16 +5,21 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeAlias
 
 from manylora.adapters.adapter_files import Sight
-from manylora.adapters.reader import Read
-from manylora.adapters.weights import AdapterWeights
 from manylora.errors import InternalError, ManyloraError
+
+if TYPE_CHECKING:
+    from manylora.adapters.weights import AdapterWeights
 
 log = logging.getLogger(__name__)
 
 Look = Callable[[str], Sight]
 """Looks at the files of the adapter with a name. Raises ManyloraError."""
+Read: TypeAlias = "Callable[[Path], AdapterWeights]"
+"""Reads the adapter in a directory. Raises ManyloraError."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 from manylora.errors import InternalError, ManyloraError, UnavailableError
-from manylora.threads import use_one_thread
 
 log = logging.getLogger(__name__)
 
@@ -167,7 +166,6 @@ class Loader(Generic[T]):
         worker.thread.start()
 
     def _run(self, worker: _Worker[T]) -> None:
-        use_one_thread()
         worker.cpu_clock = time.pthread_getcpuclockid(threading.get_ident())
         while not worker.is_lost and (job := self._jobs.get()) is not None:
             if self._closing.is_set():

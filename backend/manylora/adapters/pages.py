@@ -1,8 +1,15 @@
-"""Which pages of one kind of site are free. Plain Python: the tensors are device_pool.py's."""
+"""Which pages of one group are free. Plain Python: the tensors are pool_tensors.py's."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+
+from manylora.model.spec import SiteKind, page_groups
+
+
+def largest_pages(kinds: Sequence[SiteKind], max_lora_rank: int) -> tuple[int, ...]:
+    """Pages by group of the largest adapter admitted: of `max_lora_rank` on every kind of site."""
+    return tuple(group.paged_by.num_pages(max_lora_rank) for group in page_groups(kinds))
 
 
 class PageAllocator:

@@ -13,28 +13,24 @@ import threading
 import time
 from collections.abc import Callable
 
-import torch
-
 from manylora.adapters.adapter import Lease, Stage
 from manylora.adapters.adapter_files import Sight
 from manylora.adapters.adapter_root import AdapterRoot
 from manylora.adapters.device_pool import DevicePool
 from manylora.adapters.failures import Failures
 from manylora.adapters.host_cache import HostCache
-from manylora.adapters.load import Loaded, load
+from manylora.adapters.load import Loaded, Read, load
 from manylora.adapters.load_queue import LoadQueue
 from manylora.adapters.loader import Loader
 from manylora.adapters.lookout import STALL_S, Lookout
 from manylora.adapters.pins import Pins
 from manylora.adapters.placement import AdapterUse
-from manylora.adapters.reader import Read, reader
 from manylora.adapters.registry_view import check_adapter, list_states
 from manylora.adapters.residents import Residents
 from manylora.adapters.versions import Versions
 from manylora.config import EngineConfig
 from manylora.errors import InvalidArgumentError, ManyloraError
 from manylora.messages import AdapterState
-from manylora.model.spec import ModelSpec
 
 __all__ = ["Lease", "Registry"]
 
@@ -45,40 +41,32 @@ class Registry:
     """Hands out leases on adapters and moves adapters between disk, host memory and device pool.
 
     Args:
-        spec: the base model's linears.
-        config: adapter_root, max_lora_rank, max_cpu_loras, preload_adapters, pinned_adapters,
-            adapter_settle_s, adapter_check_s.
+        config: max_lora_rank, max_cpu_loras, preload_adapters, pinned_adapters, adapter_settle_s,
+            adapter_check_s.
+        root: where adapters are found.
+        read: reads one, on a loader's thread.
         pool: the device level.
-        dtype: the pool's.
         wake: called on a loader's thread when a look or a read has ended, for `poll`.
         clock: seconds; for pauses after failed loads, for looks at files and for what hangs.
         wait: waits until `wake` is called, for so many seconds of the clock at most; in place of the real
             clock's. Only preloading waits.
-        read: reads an adapter, in place of `read_adapter`.
-        strict: whether an adapter_root that is not a directory is an error.
-
-    Raises:
-        InvalidArgumentError: adapter_root is not a directory. With `strict` only.
     """
 
     def __init__(
         self,
-        spec: ModelSpec,
         config: EngineConfig,
+        root: AdapterRoot,
+        read: Read,
         pool: DevicePool,
-        dtype: torch.dtype,
         wake: Callable[[], None],
         clock: Callable[[], float] = time.monotonic,
         wait: Callable[[float], None] | None = None,
-        read: Read | None = None,
-        *,
-        strict: bool = True,
     ) -> None:
         self.config = config
         self._wake, self._woken = wake, threading.Event()
         self._clock, self._wait = clock, wait or self._wait_for_wake
-        self.root = AdapterRoot(config.adapter_root, strict=strict)
-        self._read = read or reader(config, self.root, spec, dtype, pin=pool.device.type == "cuda")
+        self.root = root
+        self._read = read
         self._versions = Versions(HostCache(config.num_cpu_loras), Residents(pool), set())
         self._host = self._versions.host
         self._residents = self._versions.residents
@@ -171,12 +159,12 @@ class Registry:
     def is_copied(self, lease: Lease) -> bool:
         """Whether a step that uses the adapter of an active lease need not wait for its copy."""
         assert lease.placement is not None, f"lease {lease.number} is not active"
-        return self._residents.pool.is_copied(lease.placement)
+        return self._residents.pool.tensors.is_copied(lease.placement)
 
     def await_copy(self, lease: Lease) -> None:
         """Let further steps wait, on the device, for the copy of an active lease's adapter."""
         assert lease.placement is not None, f"lease {lease.number} is not active"
-        self._residents.pool.await_copy(lease.placement)
+        self._residents.pool.tensors.await_copy(lease.placement)
 
     def deactivate(self, lease: Lease) -> None:
         """End an active use. The adapter stays on the device until its pages are needed."""
@@ -268,9 +256,9 @@ class Registry:
         return {
             "host_adapters": sum(adapter.stage is Stage.READY for adapter in self._versions),
             "device_adapters": len(self._residents),
-            "pool_pages_free": sum(pool.num_free[: len(pool.kinds)]),
-            "pool_pages_total": pool.num_pages * len(pool.kinds),
-            "pool_bytes": pool.num_bytes,
+            "pool_pages_free": sum(pool.num_free[: pool.num_kinds]),
+            "pool_pages_total": pool.num_pages * pool.num_kinds,
+            "pool_bytes": pool.tensors.num_bytes,
         }
 
     def states(self) -> list[AdapterState]:

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 from manylora.adapters.adapter import Adapter
-from manylora.adapters.device_pool import DevicePool, Placement
-from manylora.adapters.weights import AdapterWeights
+from manylora.adapters.device_pool import DevicePool
+from manylora.adapters.placement import Placement
+
+if TYPE_CHECKING:
+    from manylora.adapters.weights import AdapterWeights
 
 
 class Residents:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 from manylora.adapters.adapter import Adapter, Lease, Stage
 from manylora.adapters.host_cache import HostCache
 from manylora.adapters.residents import Residents
-from manylora.adapters.weights import AdapterWeights
 from manylora.errors import InvalidArgumentError, ManyloraError, UnavailableError
+
+if TYPE_CHECKING:
+    from manylora.adapters.weights import AdapterWeights
 
 log = logging.getLogger(__name__)
 

@@ -111,7 +111,7 @@ def make_plan(config: EngineConfig, model: ModelOutline, device_bytes: int = 0) 
     Raises:
         InvalidArgumentError: the KV cache is too small to start.
     """
-    from manylora.adapters.device_pool import pool_dtype, staging_elements
+    from manylora.adapters.pool_tensors import pool_dtype, staging_elements
     from manylora.engine.start_up import capacity
     from manylora.model.parts import num_pages_of
 

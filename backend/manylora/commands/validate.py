@@ -80,7 +80,7 @@ def main(arguments: argparse.Namespace) -> int:
     root, names = _find(arguments.directory)
     config = _configure(arguments, root, names[0])
     # After the options have been checked: torch needs seconds to load.
-    from manylora.adapters.device_pool import pool_dtype
+    from manylora.adapters.pool_tensors import pool_dtype
     from manylora.model.outline import outline_model
 
     print(f"reading the shapes of {config.base_model}", file=sys.stderr)

@@ -14,28 +14,18 @@ from concurrent.futures import Future
 
 import torch
 
-from manylora import paths
-from manylora.adapters.device_pool import DevicePool, pool_dtype
-from manylora.adapters.registry import Registry
 from manylora.config import EngineConfig
 from manylora.engine import report
 from manylora.engine.inbox import Inbox
-from manylora.engine.kv_cache import BlockPool
-from manylora.engine.limits import Limits
 from manylora.engine.requests import Requests
-from manylora.engine.scheduler import Scheduler
 from manylora.engine.sequence import Sequence
 from manylora.engine.session import Closed, Deliver, EngineMessage, Sent, Session, StatusRequest, Wake
-from manylora.engine.start_up.graph_start import record_graphs
-from manylora.engine.start_up.kernel_check import prove_kernels
-from manylora.engine.start_up.make_runner import make_runner
-from manylora.engine.start_up.packing_check import prove_packing
-from manylora.engine.start_up.room import Room
+from manylora.engine.start_up.engine_parts import build_parts
 from manylora.engine.steps import Steps
 from manylora.errors import CancelledRequestError, InternalError, ManyloraError, UnavailableError
 from manylora.memory import keep_freed_memory, out_of_memory_as_error
-from manylora.messages import EngineInfo, Generate, Status, Tokens
-from manylora.model.loading import LoadedModel, load_model, use_device
+from manylora.messages import Generate, Status, Tokens
+from manylora.model.loading import use_device
 from manylora.token_checks import check_input_ids, check_stop_token_ids
 from manylora.wait_policy import WaitPolicy
 
@@ -132,68 +122,19 @@ class Engine:
         self._loop()
 
     def _build(self, config: EngineConfig, strict_preload: bool) -> None:
-        """Load the model and make all parts.
+        """Make all parts.
 
         On this thread, since each thread that runs torch's operators keeps OpenMP threads of its own. While
         there are more of those than processors, none waits actively for the next operator, and a decode step
         is made of some hundred.
         """
-        room = Room(config)
-        self.model: LoadedModel = load_model(config)
-        num_blocks = room.num_first_blocks(self.model)
-        dtype = pool_dtype(config, self.model.dtype)
-        self.pool = DevicePool(
-            self.model.spec,
-            config.max_loras,
-            config.max_lora_rank,
-            dtype,
-            self.model.device,
-        )
-        self.runner = make_runner(self.model, config, self.pool, num_blocks)
-        prove_kernels(self.model, self.runner.uploader)
-        room.fill(self.runner)
-        prove_packing(self.runner)
-        record_graphs(self.runner, config)
-        self.registry = Registry(
-            self.model.spec,
-            config,
-            self.pool,
-            dtype,
-            wake=lambda: self.post(Wake()),
-            strict=strict_preload,
-        )
-        try:
-            self.registry.preload(strict=strict_preload)
-        except ManyloraError:
-            self.registry.close()
-            raise
-        self.blocks = BlockPool(
-            self.runner.num_blocks, config.kv_block_size, reuse=config.enable_prefix_caching
-        )
-        self.scheduler = Scheduler(
-            Limits(
-                max_loras=config.max_loras,
-                max_num_seqs=config.max_num_seqs,
-                max_batched_tokens=config.max_batched_tokens,
-                max_waiting=config.max_waiting,
-                max_model_len=self.model.max_model_len,
-                max_passes=config.max_num_seqs,
-            ),
-            self.blocks,
-            self.registry,
-            self.model.eos_token_ids,
-        )
+        parts = build_parts(config, lambda: self.post(Wake()), strict_preload=strict_preload)
+        self.model, self.runner, self.pool = parts.model, parts.runner, parts.pool
+        self.registry, self.blocks, self.scheduler = parts.registry, parts.blocks, parts.scheduler
+        self.info = parts.info
         on_cpu = self.model.device.type == "cpu"
         self._wait_policy = WaitPolicy(torch.get_num_threads() if on_cpu else 1)
         self.steps = Steps(self.runner, self.scheduler, self._deliver)
-        for line in report.capacity(self.pool, self.blocks, config, self.model):
-            log.info(line)
-        self.info = EngineInfo(
-            base_model=paths.to_text(self.model.directory),
-            max_model_len=self.model.max_model_len,
-            vocab_size=self.model.vocab_size,
-            eos_token_ids=self.model.eos_token_ids,
-        )
 
     def _loop(self) -> None:
         try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from manylora.adapters.device_pool import DevicePool
+from manylora.adapters.pool_tensors import PoolTensors
 from manylora.adapters.registry import Registry
 from manylora.config import EngineConfig
 from manylora.engine.kv_cache import BlockPool
@@ -15,10 +16,12 @@ from manylora.model.loading import LoadedModel
 _RANKS = (8, 16, 32, 64, 128, 256)
 
 
-def capacity(pool: DevicePool, blocks: BlockPool, config: EngineConfig, model: LoadedModel) -> list[str]:
+def capacity(
+    pool: DevicePool, tensors: PoolTensors, blocks: BlockPool, config: EngineConfig, model: LoadedModel
+) -> list[str]:
     """Lines for the start-up log: what fits."""
     num_tokens = len(blocks.blocks) * blocks.block_size
-    staging = pool.staging_bytes
+    staging = tensors.staging_bytes
     fits = ", ".join(f"{pool.plan(r)} of rank {r}" for r in _RANKS if r <= config.max_lora_rank)
     threads = f" with {torch.get_num_threads()} threads" if model.device.type == "cpu" else ""
     return [
@@ -26,7 +29,7 @@ def capacity(pool: DevicePool, blocks: BlockPool, config: EngineConfig, model: L
         f"{model.device}{threads}, "
         f"sequences of {model.max_model_len} tokens at most",
         f"KV cache: {num_tokens} tokens, {_mib(num_tokens * model.cache_bytes_per_token())}",
-        f"device pool: {_mib(pool.num_bytes)}, holds adapters on all linears: {fits}; "
+        f"device pool: {_mib(tensors.num_bytes)}, holds adapters on all linears: {fits}; "
         f"{config.max_loras} at most in one step; host cache: {config.num_cpu_loras} adapters",
         *([f"of the pool, adapters are copied through {_mib(staging)}"] if staging else []),
     ]

@@ -12,7 +12,7 @@ from manylora_kernels import SitePool
 from manylora_kernels.attention.plan import MAX_HEAD_SIZE
 from manylora_kernels.lora.device_form import form_of
 
-from manylora.adapters.device_pool import DevicePool
+from manylora.adapters.pool_tensors import PoolTensors
 from manylora.config import EngineConfig
 from manylora.engine import logprobs, sampler
 from manylora.engine.flight import Flight, nothing_sampled
@@ -37,7 +37,7 @@ class Runner:
     """
 
     def __init__(
-        self, model: LoadedModel, config: EngineConfig, pool: DevicePool, num_blocks: int, *, paged: bool
+        self, model: LoadedModel, config: EngineConfig, pool: PoolTensors, num_blocks: int, *, paged: bool
     ) -> None:
         self.model = model
         self.runs_ahead = _runs_ahead(model)

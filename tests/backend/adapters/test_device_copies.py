@@ -12,14 +12,18 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
-from manylora.adapters import device_pool as device_pool_module
+from manylora.adapters import pool_tensors as pool_tensors_module
 from manylora.adapters.copy_stream import Copied, NoCopyStream
-from manylora.adapters.device_pool import DevicePool, Placement, runs_of
+from manylora.adapters.device_pool import DevicePool
 from manylora.adapters.layout import ALIGNMENT_BYTES, AdapterLayout
 from manylora.adapters.peft_format import read_adapter
+from manylora.adapters.placement import Placement
+from manylora.adapters.pool_tensors import runs_of
 from manylora.adapters.weights import AdapterWeights, allocate
 from manylora.model.spec import ModelSpec, SiteKind, page_groups
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from .pools import make_pool
 
 CPU = torch.device("cpu")
 SPEC = ModelSpec(
@@ -57,13 +61,13 @@ def make_weights(
 
 def fragment(pool: DevicePool, held: Sequence[int]) -> None:
     """Take these pages of every kind, and poison all pages with NaN."""
-    single = make_weights((1,) * len(pool.kinds), 0, pool.dtype, pool.spec)
+    single = make_weights((1,) * len(pool.tensors.kinds), 0, pool.tensors.dtype, pool.tensors.spec)
     fillers = [pool.try_place(single) for _ in range(pool.num_pages)]
     for page, filler in enumerate(fillers):
         assert filler is not None
-        assert filler.pages == ((page,),) * len(pool.kinds)
-        pool.await_copy(filler)
-    for kind in pool.kinds:
+        assert filler.pages == ((page,),) * len(pool.tensors.kinds)
+        pool.tensors.await_copy(filler)
+    for kind in pool.tensors.kinds:
         for part in kind.values():
             part.fill_(math.nan)
     # Only now, as behind a step: the next copies wait for the poison.
@@ -78,10 +82,10 @@ def bits(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def holds(pool: DevicePool, placement: Placement, weights: AdapterWeights) -> bool:
-    pool.await_copy(placement)
+    pool.tensors.await_copy(placement)
     return all(
         torch.equal(bits(kind[name][:, list(pages)]), bits(part))
-        for kind, source, pages in zip(pool.kinds, weights.kinds, placement.pages, strict=True)
+        for kind, source, pages in zip(pool.tensors.kinds, weights.kinds, placement.pages, strict=True)
         if source is not None
         for name, part in source.parts.items()
     )
@@ -89,7 +93,7 @@ def holds(pool: DevicePool, placement: Placement, weights: AdapterWeights) -> bo
 
 def is_poisoned(pool: DevicePool, placements: Sequence[Placement]) -> bool:
     """Whether all pages but those of `placements` are NaN."""
-    for index, kind in enumerate(pool.kinds):
+    for index, kind in enumerate(pool.tensors.kinds):
         taken = {page for placement in placements for page in placement.pages[index]}
         others = [page for page in range(pool.num_pages) if page not in taken]
         if not all(part[:, others].isnan().all() for part in kind.values()):
@@ -107,7 +111,7 @@ def test_pages_are_the_same_through_the_buffer_and_from_the_host(
     weights = make_weights(ranks, 7, dtype, pin=device == "cuda")
     pools, placements = [], []
     for staged in (True, False):
-        pool = DevicePool(SPEC, 3, 64, dtype, torch.device(device), staged=staged)
+        pool = make_pool(SPEC, 3, 64, dtype, torch.device(device), staged=staged)
         fragment(pool, held)
         placement = pool.try_place(weights)
         assert placement is not None
@@ -117,7 +121,7 @@ def test_pages_are_the_same_through_the_buffer_and_from_the_host(
         pools.append(pool)
         placements.append(placement.pages)
     assert placements[0] == placements[1]
-    for one, other in zip(*(pool.kinds for pool in pools), strict=True):
+    for one, other in zip(*(pool.tensors.kinds for pool in pools), strict=True):
         assert all(torch.equal(bits(one[name]), bits(other[name])) for name in one)
 
 
@@ -125,7 +129,7 @@ def test_a_rank_64_adapter_may_lie_in_several_runs() -> None:
     """So that the cases above are of one copy a tensor, of some, and of one for every page."""
     lengths = {}
     for name, held in HELD.items():
-        pool = DevicePool(SPEC, 3, 64, torch.float32, CPU)
+        pool = make_pool(SPEC, 3, 64, torch.float32, CPU)
         fragment(pool, held)
         placement = pool.try_place(make_weights((64, 64, 64), 1))
         assert placement is not None
@@ -171,8 +175,8 @@ def test_an_adapter_leaves_the_host_in_one_transfer_that_waits_for_no_step(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     notes: list[object] = []
-    monkeypatch.setattr(device_pool_module, "copy_stream", lambda device: NotingStream(notes))
-    pool = DevicePool(SPEC, 2, 64, torch.float16, CPU, staged=True)
+    monkeypatch.setattr(pool_tensors_module, "copy_stream", lambda device: NotingStream(notes))
+    pool = make_pool(SPEC, 2, 64, torch.float16, CPU, staged=True)
     assert notes == ["mark freed"]  # Behind the zeros.
     weights = make_weights((64, 64, 0), 1, torch.float16)
     notes.clear()
@@ -185,16 +189,15 @@ def test_an_adapter_leaves_the_host_in_one_transfer_that_waits_for_no_step(
 
 
 def test_only_cuda_has_a_buffer_unless_one_is_asked_for() -> None:
-    plain, staged = (DevicePool(SPEC, 2, 40, torch.bfloat16, CPU, staged=s) for s in (None, True))
-    assert plain.staging_bytes == 0
+    plain, staged = (make_pool(SPEC, 2, 40, torch.bfloat16, CPU, staged=s) for s in (None, True))
+    assert plain.tensors.staging_bytes == 0
     largest = make_weights((40, 40, 40), 0, torch.bfloat16)
-    assert staged.staging_bytes == largest.buffer.numel() * 2
-    assert staged.num_bytes == plain.num_bytes + staged.staging_bytes
-    assert staged.bytes_of(largest) == plain.bytes_of(largest) == largest.num_bytes
+    assert staged.tensors.staging_bytes == largest.buffer.numel() * 2
+    assert staged.tensors.num_bytes == plain.tensors.num_bytes + staged.tensors.staging_bytes
 
 
 def test_an_adapter_above_max_lora_rank_is_a_mistake() -> None:
-    pool = DevicePool(SPEC, 4, 16, torch.float32, CPU, staged=True)
+    pool = make_pool(SPEC, 4, 16, torch.float32, CPU, staged=True)
     with pytest.raises(AssertionError, match="above max_lora_rank"):
         pool.try_place(make_weights((17, 17, 17), 0))
 
@@ -259,7 +262,7 @@ class Machine(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.pools = [DevicePool(SPEC, 2, 64, self.dtype, CPU, staged=staged) for staged in (True, False)]
+        self.pools = [make_pool(SPEC, 2, 64, self.dtype, CPU, staged=staged) for staged in (True, False)]
         for pool in self.pools:
             fragment(pool, ())
         self.placed: list[tuple[list[Placement], AdapterWeights]] = []
@@ -284,7 +287,7 @@ class Machine(RuleBasedStateMachine):
         placements, _ = self.placed.pop(data.draw(st.integers(0, len(self.placed) - 1)))
         for pool, placement in zip(self.pools, placements, strict=True):
             pool.free(placement)
-            for kind, pages in zip(pool.kinds, placement.pages, strict=True):
+            for kind, pages in zip(pool.tensors.kinds, placement.pages, strict=True):
                 for part in kind.values():
                     part[:, list(pages)] = math.nan
 
@@ -323,7 +326,7 @@ def keep_busy(repeats: int = 400) -> torch.cuda.Event:
 @needs_cuda
 def test_a_copy_beside_a_running_step_is_whole_and_nobody_waits_for_it() -> None:
     """The host's buffers are given up, and taken again by others, as soon as their copies are queued."""
-    pool = DevicePool(LARGE, 4, 64, torch.bfloat16, torch.device("cuda"))
+    pool = make_pool(LARGE, 4, 64, torch.bfloat16, torch.device("cuda"))
     expected = [make_weights((64, 64), seed, torch.bfloat16, LARGE) for seed in range(4)]
     pinned = [make_weights((64, 64), seed, torch.bfloat16, LARGE, pin=True) for seed in range(4)]
     assert all(weights.buffer.is_pinned() for weights in pinned)
@@ -344,15 +347,15 @@ def test_a_copy_beside_a_running_step_is_whole_and_nobody_waits_for_it() -> None
 @pytest.mark.gpu
 @needs_cuda
 def test_pages_that_a_running_step_reads_are_not_overwritten() -> None:
-    pool = DevicePool(LARGE, 1, 64, torch.bfloat16, torch.device("cuda"))
+    pool = make_pool(LARGE, 1, 64, torch.bfloat16, torch.device("cuda"))
     old, new = (make_weights((64, 64), seed, torch.bfloat16, LARGE, pin=True) for seed in range(2))
     placement = pool.try_place(old)
     assert placement is not None
-    pool.await_copy(placement)
+    pool.tensors.await_copy(placement)
     keep_busy(1)
     torch.cuda.synchronize()
     busy = keep_busy()
-    read = [{name: part.clone() for name, part in kind.items()} for kind in pool.kinds]
+    read = [{name: part.clone() for name, part in kind.items()} for kind in pool.tensors.kinds]
     pool.free(placement)
     placement = pool.try_place(new)
     assert placement is not None

@@ -11,10 +11,14 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 from manylora.adapters.adapter import Adapter, Stage
 from manylora.adapters.adapter_files import Sight
-from manylora.adapters.device_pool import DevicePool, Placement, runs_of
+from manylora.adapters.device_pool import DevicePool
+from manylora.adapters.placement import Placement
+from manylora.adapters.pool_tensors import runs_of
 from manylora.adapters.residents import Residents
 from manylora.adapters.weights import AdapterWeights, allocate
 from manylora.model.spec import ModelSpec, SiteKind
+
+from .pools import make_pool
 
 CPU = torch.device("cpu")
 SIGHT = Sight(Path(), ((), ()), 0.0)
@@ -56,14 +60,14 @@ def test_bytes_are_what_the_design_computes(ranks: tuple[int, ...], dtype: torch
         p * 16 * count * sum(k + n for n in widths)
         for p, count, k, widths in zip(pages, layers, inputs, outputs, strict=True)
     )
-    pool = DevicePool(SPEC, 8, 64, dtype, CPU)
+    pool = make_pool(SPEC, 8, 64, dtype, CPU)
     weights = make_weights(ranks, dtype=dtype)
-    assert pool.bytes_of(weights) == weights.num_bytes == expected
-    assert pool.num_bytes == pool.bytes_of(make_weights((512, 512, 512), dtype=dtype))
+    assert weights.num_bytes == expected
+    assert pool.tensors.num_bytes == make_weights((512, 512, 512), dtype=dtype).num_bytes
 
 
 def test_32_adapters_of_rank_16_are_resident_where_8_of_rank_64_are_reserved() -> None:
-    pool = DevicePool(SPEC, 8, 64, torch.float32, CPU)
+    pool = make_pool(SPEC, 8, 64, torch.float32, CPU)
     residents = Residents(pool)
     assert [pool.plan(rank) for rank in (1, 16, 17, 32, 33, 64)] == [32, 32, 16, 16, 10, 8]
     adapters = [make_adapter(str(number), (16, 16, 16), number) for number in range(32)]
@@ -78,17 +82,17 @@ def test_32_adapters_of_rank_16_are_resident_where_8_of_rank_64_are_reserved() -
 
 
 def test_placing_is_all_or_nothing() -> None:
-    pool = DevicePool(SPEC, 1, 32, torch.float32, CPU)
+    pool = make_pool(SPEC, 1, 32, torch.float32, CPU)
     assert pool.try_place(make_weights((0, 32, 0), 1.0)) is not None
-    before = [kind["a"].clone() for kind in pool.kinds]
+    before = [kind["a"].clone() for kind in pool.tensors.kinds]
     assert pool.try_place(make_weights((16, 16, 16), 2.0)) is None
     assert pool.num_free == (2, 0, 2)
-    assert all(torch.equal(one, kind["a"]) for one, kind in zip(before, pool.kinds, strict=True))
+    assert all(torch.equal(one, kind["a"]) for one, kind in zip(before, pool.tensors.kinds, strict=True))
 
 
 def test_an_adapter_of_another_dtype_is_a_mistake() -> None:
     with pytest.raises(AssertionError, match="not in the pool's dtype"):
-        DevicePool(SPEC, 1, 16, torch.float16, CPU).try_place(make_weights((1, 1, 1)))
+        make_pool(SPEC, 1, 16, torch.float16, CPU).try_place(make_weights((1, 1, 1)))
 
 
 def test_runs() -> None:
@@ -98,7 +102,7 @@ def test_runs() -> None:
 
 
 def test_only_adapters_that_hold_what_lacks_are_evicted() -> None:
-    residents = Residents(DevicePool(SPEC, 1, 32, torch.float32, CPU))
+    residents = Residents(make_pool(SPEC, 1, 32, torch.float32, CPU))
     residents.try_place(make_adapter("o only", (0, 16, 0)))
     residents.try_place(make_adapter("q only", (32, 0, 0)))
     assert residents.try_place(make_adapter("new", (16, 16, 0)))
@@ -107,7 +111,7 @@ def test_only_adapters_that_hold_what_lacks_are_evicted() -> None:
 
 
 def test_nothing_is_evicted_when_that_would_not_suffice() -> None:
-    residents = Residents(DevicePool(SPEC, 1, 32, torch.float32, CPU))
+    residents = Residents(make_pool(SPEC, 1, 32, torch.float32, CPU))
     residents.try_place(make_adapter("idle", (16, 0, 0)))
     used = make_adapter("used", (16, 0, 0))
     residents.try_place(used)
@@ -117,7 +121,7 @@ def test_nothing_is_evicted_when_that_would_not_suffice() -> None:
 
 
 def test_check_sees_pages_that_are_given_back_too_early() -> None:
-    residents = Residents(DevicePool(SPEC, 1, 32, torch.float32, CPU))
+    residents = Residents(make_pool(SPEC, 1, 32, torch.float32, CPU))
     adapter = make_adapter("a", (16, 0, 0))
     residents.try_place(adapter)
     assert residents.check() == []
@@ -129,7 +133,7 @@ def test_check_sees_pages_that_are_given_back_too_early() -> None:
 def holds(pool: DevicePool, placement: Placement | None, value: float) -> bool:
     return placement is not None and all(
         all(bool((part[:, list(pages)] == value).all()) for part in kind.values())
-        for kind, pages in zip(pool.kinds, placement.pages, strict=True)
+        for kind, pages in zip(pool.tensors.kinds, placement.pages, strict=True)
         if pages
     )
 
@@ -139,7 +143,7 @@ class Machine(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.residents = Residents(DevicePool(SPEC, 2, 48, torch.float32, CPU))
+        self.residents = Residents(make_pool(SPEC, 2, 48, torch.float32, CPU))
         self.values: dict[Adapter, float] = {}
         self.uses: list[Adapter] = []
         self.count = 0

@@ -9,13 +9,13 @@ from typing import Any
 import peft
 import pytest
 import torch
-from manylora.adapters.device_pool import DevicePool
 from manylora.adapters.peft_format import read_adapter
 from manylora.adapters.weights import AdapterWeights
 from manylora.errors import ManyloraError
 from manylora.model.spec import LinearSpec, ModelSpec
 
 from .conftest import LLAMA_SITES, PHI_SITES, make_llama, make_phi, spec_of
+from .pools import make_pool
 
 # PEFT 0.21 asks transformers 5.23 for a property that is about to be renamed.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
@@ -207,7 +207,7 @@ def test_forward_through_the_pool_equals_peft(tmp_path: Path) -> None:
     config = peft.LoraConfig(r=20, lora_alpha=10, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
     wrapped = save_random(model, config, tmp_path)
     weights, _ = read_adapter(tmp_path, spec, max_lora_rank=64, dtype=torch.float32, pin=False)
-    pool = DevicePool(spec, 4, 16, torch.float32, torch.device("cpu"))
+    pool = make_pool(spec, 4, 16, torch.float32, torch.device("cpu"))
     one_page, _ = read_small(spec, tmp_path / "small")
     fillers = [pool.try_place(one_page) for _ in range(3)]
     for filler in (fillers[0], fillers[2]):
@@ -220,9 +220,10 @@ def test_forward_through_the_pool_equals_peft(tmp_path: Path) -> None:
     linear = spec.linears[path]
     pages = list(placement.pages[linear.kind])
     x = torch.randn(5, linear.in_features)
-    a = pool.kinds[linear.kind]["a"][linear.row, pages, linear.slice].reshape(-1, linear.in_features)
+    parts = pool.tensors.kinds[linear.kind]
+    a = parts["a"][linear.row, pages, linear.slice].reshape(-1, linear.in_features)
     first = sum(spec.kinds[linear.kind].out_features[: linear.slice])
-    b = pool.kinds[linear.kind]["b"][linear.row, pages].flatten(0, 1)[:, first : first + linear.out_features]
+    b = parts["b"][linear.row, pages].flatten(0, 1)[:, first : first + linear.out_features]
     module = wrapped.base_model.model.get_submodule(path)
     expected = module.lora_B["default"](module.lora_A["default"](x)) * module.scaling["default"]
     torch.testing.assert_close(weights.scale * (x @ a.T @ b), expected.detach(), rtol=1e-5, atol=1e-4)

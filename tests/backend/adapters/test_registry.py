@@ -13,8 +13,9 @@ from typing import Any
 
 import pytest
 import torch
-from manylora.adapters.device_pool import DevicePool
+from manylora.adapters.adapter_root import AdapterRoot
 from manylora.adapters.peft_format import read_adapter
+from manylora.adapters.reader import reader
 from manylora.adapters.registry import Lease, Registry
 from manylora.adapters.weights import AdapterWeights
 from manylora.config import EngineConfig
@@ -29,6 +30,7 @@ from manylora.errors import (
 from manylora.model.spec import ModelSpec
 
 from .conftest import CONFIG, make_tensors, write_adapter
+from .pools import make_pool
 
 PATIENCE_S = 30.0
 """A test that waits this long for a load has failed."""
@@ -57,18 +59,18 @@ class Bench:
         values = {"max_loras": 2, "max_lora_rank": 16, "max_cpu_loras": 4, "adapter_settle_s": 0.0}
         values |= settings
         config = EngineConfig(base_model="base", adapter_root=str(self.root), **values)
-        pool = DevicePool(
+        pool = make_pool(
             self.spec, config.max_loras, config.max_lora_rank, torch.float32, torch.device("cpu")
         )
+        root = AdapterRoot(config.adapter_root)
         registry = Registry(
-            self.spec,
             config,
+            root,
+            read or reader(config, root, self.spec, torch.float32, pin=False),
             pool,
-            torch.float32,
             self.wake,
             clock=lambda: self.now_s,
             wait=lambda timeout_s: self.wait(registry, timeout_s),
-            read=read,
         )
         self.registries.append(registry)
         return registry
@@ -149,7 +151,7 @@ def holds(registry: Registry, lease: Lease, spec: ModelSpec) -> bool:
     pool = registry._residents.pool
     return all(
         torch.equal(tensors[name][:, list(pages)], part)
-        for tensors, pages, kind in zip(pool.kinds, placement.pages, weights.kinds, strict=True)
+        for tensors, pages, kind in zip(pool.tensors.kinds, placement.pages, weights.kinds, strict=True)
         if kind is not None
         for name, part in kind.parts.items()
     )
@@ -238,8 +240,10 @@ def test_links_must_stay_inside_the_root(bench: Bench, tmp_path: Path) -> None:
 
 def test_without_a_root_there_are_no_adapters(llama_spec: ModelSpec) -> None:
     config = EngineConfig(base_model="base")
-    pool = DevicePool(llama_spec, 1, 16, torch.float32, torch.device("cpu"))
-    registry = Registry(llama_spec, config, pool, torch.float32, wake=lambda: None)
+    pool = make_pool(llama_spec, 1, 16, torch.float32, torch.device("cpu"))
+    root = AdapterRoot("")
+    read = reader(config, root, llama_spec, torch.float32, pin=False)
+    registry = Registry(config, root, read, pool, wake=lambda: None)
     registry.preload(strict=True)
     with pytest.raises(NotFoundError, match="has no adapter_root"):
         registry.acquire("a")

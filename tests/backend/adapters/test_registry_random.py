@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from manylora.adapters import loader
 from manylora.adapters.adapter_files import NAMES, Sight
-from manylora.adapters.device_pool import DevicePool
+from manylora.adapters.adapter_root import AdapterRoot
 from manylora.adapters.load import Loaded
 from manylora.adapters.loader import Job, Loader
 from manylora.adapters.registry import Lease, Registry
@@ -27,6 +27,8 @@ from manylora.adapters.weights import AdapterWeights, allocate
 from manylora.config import EngineConfig
 from manylora.errors import InvalidArgumentError, UnavailableError
 from manylora.model.spec import ModelSpec, SiteKind
+
+from .pools import make_pool
 
 NUM_THREADS = 2
 PATIENCE_S = 30.0
@@ -179,16 +181,15 @@ class Machine(RuleBasedStateMachine):
             adapter_settle_s=settle_s,
             adapter_check_s=check_s,
         )
-        pool = DevicePool(SPEC, 2, 32, torch.float32, torch.device("cpu"))
+        pool = make_pool(SPEC, 2, 32, torch.float32, torch.device("cpu"))
         self.registry = Registry(
-            SPEC,
             config,
+            AdapterRoot(config.adapter_root),
+            self.disk.read,
             pool,
-            torch.float32,
             self.wake,
             clock=lambda: self.now_s,
             wait=self.wait,
-            read=self.disk.read,
         )
         self.cleanup.callback(self.registry.close)
         self.cleanup.callback(self.disk.open_all)
@@ -357,7 +358,7 @@ class Machine(RuleBasedStateMachine):
             if lease.is_active:
                 placement = lease.placement
                 assert placement is not None
-                for kind, pages in zip(pool.kinds, placement.pages, strict=True):
+                for kind, pages in zip(pool.tensors.kinds, placement.pages, strict=True):
                     for part in kind.values():
                         assert bool((part[:, list(pages)] == float(lease.version)).all())
 

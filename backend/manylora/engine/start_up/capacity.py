@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from manylora.adapters.device_pool import largest_pages
+from manylora.adapters.pages import largest_pages
 from manylora.config import EngineConfig
 from manylora.engine.step_graphs import buckets
 from manylora.errors import InvalidArgumentError

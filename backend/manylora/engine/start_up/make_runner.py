@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from manylora.adapters.device_pool import DevicePool
+from manylora.adapters.pool_tensors import PoolTensors
 from manylora.config import EngineConfig
 from manylora.engine import runner
 from manylora.engine.runner import Runner
@@ -14,7 +14,7 @@ from manylora.model.loading import LoadedModel
 def make_runner(
     model: LoadedModel,
     config: EngineConfig,
-    pool: DevicePool,
+    pool: PoolTensors,
     num_blocks: int | None = None,
     paged: bool | None = None,
 ) -> Runner:

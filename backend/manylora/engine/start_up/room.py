@@ -11,7 +11,7 @@ import logging
 
 import torch
 
-from manylora.adapters.device_pool import pool_dtype
+from manylora.adapters.pool_tensors import pool_dtype
 from manylora.config import EngineConfig
 from manylora.engine.runner import Runner
 from manylora.engine.start_up import capacity
