@@ -119,7 +119,7 @@ def main() -> None:
         if schedule is None:
             assert woken.wait(60)
             continue
-        step = build_step(schedule, blocks.block_size, scheduler.eos_token_ids)
+        step = build_step(schedule, blocks.block_size, scheduler.endings.eos_token_ids)
         largest = max(largest, len(pickle.dumps(step)))
         given = [NewTokens([9])] * step.sampling.num_rows
         for sequence, tokens in scheduler.finish(schedule, StepResult(step.number, given)):

@@ -185,7 +185,7 @@ def test_every_end_token_that_a_file_names_ends_a_sequence(
         assert engine.info.eos_token_ids == [7, 8, 290]
         (prompt,) = prompts(1)
         free_ids = free(engine, prompt)
-        engine.scheduler.eos_token_ids = frozenset([free_ids[4]])
+        engine.scheduler.endings.eos_token_ids = frozenset([free_ids[4]])
         (found,) = engine.generate([prompt], max_tokens=NUM_TOKENS)
         assert found.token_ids == free_ids[: free_ids.index(free_ids[4]) + 1]
     names = [engine.tokenizer.name(i) for i in (7, 8, 290)]

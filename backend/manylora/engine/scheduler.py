@@ -22,33 +22,20 @@ from __future__ import annotations
 
 import bisect
 import itertools
-from collections import Counter
 from collections.abc import Collection
-from typing import TYPE_CHECKING, Protocol
 
 from manylora.engine import deadlines, overflow
+from manylora.engine.active_adapters import Activator, ActiveAdapters
 from manylora.engine.deadlines import Deadlines
+from manylora.engine.endings import Endings
 from manylora.engine.kv_cache import BlockPool
 from manylora.engine.limits import Limits
 from manylora.engine.sampling import has_penalties
 from manylora.engine.schedule import Schedule, ScheduledSequence
 from manylora.engine.sequence import Sequence, State
-from manylora.engine.step import NewTokens, StepResult
+from manylora.engine.step import StepResult
 from manylora.errors import ManyloraError, UnavailableError
 from manylora.messages import Tokens
-
-if TYPE_CHECKING:
-    from manylora.adapters.adapter import Adapter, Lease
-    from manylora.adapters.placement import AdapterUse
-
-
-class Activator(Protocol):
-    """What the scheduler asks of adapters.registry.Registry."""
-
-    def try_activate(self, lease: Lease, /) -> AdapterUse | None: ...
-    def deactivate(self, lease: Lease, /) -> None: ...
-    def is_copied(self, lease: Lease, /) -> bool: ...
-    def await_copy(self, lease: Lease, /) -> None: ...
 
 
 class Scheduler:
@@ -60,7 +47,7 @@ class Scheduler:
         self.limits = limits
         self.blocks = blocks
         self.registry = registry
-        self.eos_token_ids = frozenset(eos_token_ids)
+        self.endings = Endings(eos_token_ids, limits.max_model_len)
         # Both in order.
         self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
@@ -69,8 +56,7 @@ class Scheduler:
         self.deadlines = Deadlines()
         self.num_preemptions = 0
         self.num_prefix_hit_tokens = 0
-        self._active: Counter[Adapter] = Counter()
-        """Running sequences by adapter and version: two versions of one are two in a step."""
+        self._active = ActiveAdapters(registry, limits.max_loras)
         self._num_added = 0
         self._num_steps = 0
         # Of the step that is being chosen: its sequences, running ones whose adapter is still copied, and
@@ -183,28 +169,13 @@ class Scheduler:
             keys = self.blocks.prefix_keys(sequence.namespace, sequence.token_ids, sequence.keys)
             self.blocks.mark_computed(sequence.table, keys, scheduled.num_tokens, scheduled.end)
             if new is not None:
-                answers.append((sequence, self._append_tokens(sequence, new)))
+                sequence.num_pending -= 1
+                tokens = self.endings.append(sequence, new)
+                if tokens.finish_reason:
+                    self._stop(sequence)
+                    sequence.state = State.ENDED
+                answers.append((sequence, tokens))
         return answers
-
-    def _append_tokens(self, sequence: Sequence, new: NewTokens) -> Tokens:
-        """Grow a sequence up to its end, and stop it there."""
-        sequence.num_pending -= 1
-        reason, num_new = "", 0
-        while not reason and num_new < len(new.token_ids):
-            sequence.token_ids.append(new.token_ids[num_new])
-            reason = self._finish_reason(sequence, new.token_ids[num_new])
-            num_new += 1
-        tokens = Tokens(
-            id=sequence.request_id,
-            token_ids=new.token_ids[:num_new],
-            finish_reason=reason,
-            adapter_version=sequence.version,
-            logprobs=new.logprobs[:num_new],
-        )
-        if reason:
-            self._stop(sequence)
-            sequence.state = State.ENDED
-        return tokens
 
     def check(self) -> list[str]:
         """Broken invariants."""
@@ -221,12 +192,7 @@ class Scheduler:
                 for s in sequences
                 if 0 < s.deadline_s < self.deadlines.next_s
             ]
-        counted = Counter(_used(s) for s in self.running if s.lease is not None)
-        if counted != self._active:
-            wrong.append(f"active adapters {dict(self._active)}, found {dict(counted)}")
-        if len(counted) > self.limits.max_loras:
-            wrong.append(f"{len(counted)} adapters run, max_loras={self.limits.max_loras}")
-        return wrong
+        return wrong + self._active.check(self.running)
 
     def _include(self, sequence: Sequence) -> None:
         """Put a running sequence into the step, or aside while its adapter is still copied."""
@@ -253,7 +219,7 @@ class Scheduler:
                     continue
                 if lease.state == "loading":
                     continue
-                if not self._may_pass(sequence, blocked) or not self._try_activate(sequence):
+                if not self._may_pass(sequence, blocked) or not self._active.try_activate(sequence):
                     blocked.append(sequence)
                     continue
             if not self._try_start(sequence):
@@ -269,33 +235,11 @@ class Scheduler:
             for earlier in blocked
         )
 
-    def _try_activate(self, sequence: Sequence) -> bool:
-        if sequence.lease is None or sequence.lease.state != "ready":
-            return False
-        used = _used(sequence)
-        if used not in self._active and len(self._active) >= self.limits.max_loras:
-            return False
-        sequence.adapter = self.registry.try_activate(sequence.lease)
-        if sequence.adapter is None:
-            return False
-        self._active[used] += 1
-        return True
-
-    def _deactivate(self, sequence: Sequence) -> None:
-        if sequence.lease is None:
-            return
-        used = _used(sequence)
-        self._active[used] -= 1
-        if not self._active[used]:
-            del self._active[used]
-        self.registry.deactivate(sequence.lease)
-        sequence.adapter = None
-
     def _try_start(self, sequence: Sequence) -> bool:
         keys = self.blocks.prefix_keys(sequence.namespace, sequence.token_ids, sequence.keys)
         taken = self.blocks.try_allocate(len(sequence.token_ids), keys)
         if taken is None:
-            self._deactivate(sequence)
+            self._active.deactivate(sequence)
             return False
         sequence.table, sequence.num_computed = taken
         self.num_prefix_hit_tokens += sequence.num_computed
@@ -323,38 +267,15 @@ class Scheduler:
         self.running.remove(sequence)
         self.blocks.release(sequence.table)
         sequence.table_array = None
-        self._deactivate(sequence)
+        self._active.deactivate(sequence)
 
     def _awaits_token(self, sequence: Sequence) -> bool:
-        """Whether it sits this step out: its pending token is its last one, whatever it is, or counts for
-        penalties on the next one."""
+        """Whether it sits this step out: its pending token is its last one, or counts for penalties on the
+        next one."""
         return bool(sequence.num_pending) and (
-            has_penalties(sequence.params)
-            or sequence.num_tokens - sequence.num_prompt >= sequence.params.max_tokens
-            or sequence.num_tokens >= self.limits.max_model_len
+            has_penalties(sequence.params) or self.endings.will_end(sequence)
         )
-
-    def _finish_reason(self, sequence: Sequence, token_id: int) -> str:
-        params = sequence.params
-        is_end = token_id in params.stop_token_ids or (
-            token_id in self.eos_token_ids and not params.ignore_eos
-        )
-        if is_end and sequence.num_generated >= params.min_tokens:
-            return "stop"
-        if (
-            sequence.num_generated >= params.max_tokens
-            or len(sequence.token_ids) >= self.limits.max_model_len
-        ):
-            return "length"
-        return ""
 
 
 def _order(sequence: Sequence) -> tuple[int, int]:
     return sequence.order
-
-
-def _used(sequence: Sequence) -> Adapter:
-    """What takes one of `max_loras` in a step: whatever has a placement of its own."""
-    assert sequence.lease is not None, "a sequence without an adapter"
-    assert sequence.lease.adapter is not None, "a running sequence's adapter is gone"
-    return sequence.lease.adapter

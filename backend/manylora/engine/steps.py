@@ -65,7 +65,9 @@ class Steps:
 
     def _launch(self, schedule: Schedule, *, is_ahead: bool) -> tuple[Schedule, Flight] | None:
         try:
-            step = build_step(schedule, self.scheduler.blocks.block_size, self.scheduler.eos_token_ids)
+            step = build_step(
+                schedule, self.scheduler.blocks.block_size, self.scheduler.endings.eos_token_ids
+            )
             flight = self.runner.launch(step)
         except Exception as error:
             self._fail(schedule, error)
