@@ -45,7 +45,7 @@ class Generate(msgspec.Struct, tag="generate", frozen=True, kw_only=True):
     priority: int = 0
     """Higher runs earlier."""
     deadline_ms: int = 0
-    """What the user allowed, for the message; 0: no deadline."""
+    """As the user gave it, for messages; 0: no deadline."""
     deadline_s: float = 0.0
     """When it passes, on the machine's monotonic clock (`time.monotonic`, the same in all processes)."""
     params: SamplingParams = SamplingParams()

@@ -1,4 +1,4 @@
-"""What a sequence has generated: growing, and as it is handed out."""
+"""What a sequence has generated: while it grows, and as it is handed out."""
 
 from __future__ import annotations
 
@@ -39,14 +39,14 @@ class GrowingAnswer:
     """One sequence from its request to its end, and what it has generated that is not handed out yet."""
 
     id: int
-    """Its id in messages to and from the engine."""
+    """The sequence's id in messages to and from the engine."""
     stream: TextStream
     num_input_tokens: int = 0
-    """Filled when the prompt has been tokenised."""
+    """Set when the prompt has been tokenised."""
     format_logprobs: FormatLogprobs | None = None
     """None unless the prompt requests log probabilities."""
     deadline_ms: int = 0
-    """What the user allowed, for the message; 0: no deadline."""
+    """As the user gave it, for messages; 0: no deadline."""
     deadline_s: float = math.inf
     """When it passes, on the monotonic clock."""
     finish_reason: str = ""

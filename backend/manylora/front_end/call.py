@@ -17,8 +17,8 @@ class Call:
     answers: list[GrowingAnswer]
     """One for each sequence, in the order of the prompts."""
     has_ended: bool = False
-    """It has failed, and its last reply has been sent or is about to be. Set by the reply loop, read by
-    whoever starts its sequences."""
+    """It has failed, and its last reply has been sent or is about to be. Set by the reply loop; read by the
+    thread that starts its sequences."""
 
     @property
     def has_finished(self) -> bool:

@@ -1,7 +1,7 @@
 """The engine for front doors: prompts in through `submit`, answers out through a `Responder`.
 
-Which door it is makes no difference here: Triton's models are one, with tensors and all that is Triton's in
-`tensor_door` and `triton_model`.
+All front doors share it. Triton's models are one of them; everything specific to Triton is in `tensor_door`
+and `triton_model`.
 """
 
 from __future__ import annotations
@@ -29,11 +29,12 @@ from manylora.messages import Cancel, EngineInfo, Failed
 from manylora.supervise.health import Stage
 
 LONG_BYTES = 8192
-"""Of text, or of what costs as much, above which a request is parsed and tokenised apart: some 10 ms."""
+"""A request with more text, or other content that costs as much to read, is parsed and tokenised on another
+thread. This much takes some 10 ms."""
 
 
 class _Read:
-    """A request whose prompts are there already."""
+    """A request whose prompts have been parsed."""
 
     parsing_cost = num_content_bytes = 0
 
@@ -62,16 +63,15 @@ class _Job:
 class FrontEnd:
     """Serves requests through the engine behind a socket.
 
-    `submit` and `refuse` may be called from any thread and return soon: a request of up to `LONG_BYTES` is
-    tokenised on the caller's thread, which takes some 10 ms at most; a longer one on a thread of its own,
-    since the caller is often one thread for all requests. All replies come from one other thread (see
-    `Responder`). A request in flight has no thread of its own and costs its state and a check ten times a
-    second (of a microsecond), so there may be thousands. The other methods are for the thread that owns the
-    object.
+    `submit`, `submit_unread` and `refuse` are thread-safe and return soon: a request of up to `LONG_BYTES` is
+    tokenised on the caller's thread, which takes some 10 ms at most; a longer one on another thread, since
+    the caller is often one thread for all requests. All replies come from one further thread (see
+    `Responder`). A request in flight needs no thread, only its state and a check of about a microsecond ten
+    times a second, so there may be many thousands. The other methods are for the thread that owns the object.
     """
 
     def __init__(self, socket_path: Path) -> None:
-        """Connect. `wait_ready` says when requests can be served."""
+        """Connect. `wait_ready` waits until requests can be served."""
         self._tokenizer: Tokenizer | None = None
         self._ids = itertools.count(1)
         self._replies = ReplyLoop(cancel=lambda id: self._connection.send(Cancel(id)))
@@ -81,7 +81,7 @@ class FrontEnd:
         self._long = LongPrompts(self._start)
 
     def wait_ready(self, timeout_s: float) -> bool:
-        """Wait until the engine answers, and read its tokenizer. False: it does not answer yet.
+        """Wait until the engine answers, and read its tokenizer. False: it has not answered in time.
 
         Raises:
             ManyloraError: the tokenizer cannot be served.
@@ -112,7 +112,7 @@ class FrontEnd:
         self.submit_unread(_Read(prompts), responder, time.monotonic() if arrived_s is None else arrived_s)
 
     def submit_unread(self, request: UnreadRequest, responder: Responder, arrived_s: float) -> None:
-        """The same for a request that is still to be parsed."""
+        """Begin a request that has not been parsed yet. Never raises."""
         try:
             self._begin(request, responder, arrived_s)
         except BaseException as error:
@@ -123,7 +123,7 @@ class FrontEnd:
         self._replies.put(Refused(responder, error))
 
     def close(self) -> None:
-        """Fail what is in flight with UNAVAILABLE and end all threads."""
+        """Fail what is in flight with UNAVAILABLE and end all threads. Nothing may be submitted any more."""
         self._replies.close()
         self._long.close()
         self._connection.close()
@@ -155,8 +155,8 @@ class FrontEnd:
         is_long = cost > LONG_BYTES
         if is_long:
             self._long.reserve(cost)
-        # The call goes first: it is watched while it waits, and events find it. From here on its errors go
-        # the way of its events.
+        # The call goes first: its client is watched while it waits, and its events find it. From here on its
+        # errors are reported as events.
         self._replies.put(job.call)
         if is_long:
             self._long.put(job, cost, arrived_s)
@@ -186,7 +186,7 @@ class FrontEnd:
                 # It may have ended, and its sequences been cancelled, before they were sent.
                 for message in messages:
                     self._connection.send(Cancel(message.id))
-        except BaseException as error:  # a tokenizer's panic is no Exception
+        except BaseException as error:  # a tokenizer's panic is not an Exception
             failure = public_error(call.responder, error)
             self._replies.put([Failed(answer.id, failure.code, failure.message) for answer in call.answers])
 

@@ -1,4 +1,4 @@
-"""What a client wants, as plain data: every front door hands these to a front end."""
+"""Prompts: what a client wants, as plain data. Every front door passes these to a front end."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Prompt:
     """A conversation for the chat template."""
     input_ids: Sequence[int] | None = None
     add_special_tokens: bool = True
-    """Those with which the tokenizer begins a text. A conversation has its template's."""
+    """Begin a text with the tokenizer's special tokens (BOS). A conversation has those of its template."""
     adapter_id: str = ""
     adapter_scale: float = 1.0
     priority: int = 0
@@ -41,11 +41,11 @@ class Prompt:
         return self.chat or self.messages is not None
 
     def message(self, sequence_id: int, input_ids: list[int], deadline_s: float) -> Generate:
-        """What the engine gets.
+        """The message that starts the sequence in the engine.
 
         Args:
             input_ids: the prompt, tokenised.
-            deadline_s: when it passes, on the monotonic clock; without meaning when there is none.
+            deadline_s: when the deadline passes, on the monotonic clock; ignored if there is none.
         """
         return Generate(
             id=sequence_id,
@@ -60,11 +60,11 @@ class Prompt:
 
 
 def make_prompt(values: Mapping[str, Any], **content: Any) -> Prompt:
-    """Make a prompt of parameters that have been read.
+    """Make a prompt from parameters that have been parsed.
 
     Args:
         values: by name, as `parameters.parse` returns them.
-        content: `text`, `messages` or `input_ids`, and what else of `Prompt` is no parameter.
+        content: `text`, `messages` or `input_ids`.
 
     Raises:
         InvalidArgumentError: two parameters contradict each other.
@@ -93,7 +93,8 @@ def make_prompt(values: Mapping[str, Any], **content: Any) -> Prompt:
 
 
 class UnreadRequest(Protocol):
-    """A request whose prompts are still to be parsed: long ones are, on a thread of their own."""
+    """A request whose prompts have not been parsed yet. If that is expensive, it is done on another
+    thread."""
 
     @property
     def num_prompts(self) -> int:
@@ -101,14 +102,15 @@ class UnreadRequest(Protocol):
 
     @property
     def parsing_cost(self) -> int:
-        """What it takes to parse all but the prompts' own content, as bytes of text to tokenise."""
+        """Cost of parsing everything but the prompts' content, as bytes of text that could be tokenised
+        instead."""
 
     @property
     def num_content_bytes(self) -> int:
-        """Of the prompts' content, or as many as it costs. Looked at only where parsing is expensive."""
+        """Cost of tokenising the prompts' content, in the same unit. Used only where parsing is expensive."""
 
     def read(self) -> Sequence[Prompt]:
-        """Parse it. Called once.
+        """Parse the request. Called once.
 
         Raises:
             ManyloraError: the request cannot be served.

@@ -52,7 +52,7 @@ class Lost:
 
 @dataclass(frozen=True, slots=True)
 class _Closed:
-    """Answer what is there and end."""
+    """Handle what has arrived, then end."""
 
 
 Item = Call | Refused | list[Event] | Lost | _Closed
@@ -60,7 +60,7 @@ Item = Call | Refused | list[Event] | Lost | _Closed
 
 
 class ReplyLoop:
-    """Accompanies calls to their last reply. Every call gets exactly one, whatever happens."""
+    """Takes care of calls until their last reply. Every call gets exactly one, whatever happens."""
 
     def __init__(self, *, cancel: Callable[[int], None]) -> None:
         """Start the thread.
@@ -71,9 +71,9 @@ class ReplyLoop:
         self._cancel = cancel
         self.stage = Stage()
         self._inbox: queue.SimpleQueue[Item] = queue.SimpleQueue()
-        # Below: the thread's own. Items and news outlive a turn that a fault breaks off.
+        # Below: the thread's own. Items and news survive a turn that a fault interrupts.
         self._items: deque[Item] = deque()
-        """Out of the inbox, not handled yet."""
+        """Taken out of the inbox, not handled yet."""
         self._news: dict[Call, None] = {}
         """Calls with something to send."""
         self._calls: dict[int, Call] = {}
@@ -202,7 +202,7 @@ class ReplyLoop:
                 self._fail(call, error)
 
     def _fail(self, call: Call, error: ManyloraError) -> None:
-        """End a call that has not had its last reply."""
+        """End a call whose last reply has not been sent."""
         self._news.pop(call, None)
         call.has_ended = True
         try:
@@ -227,7 +227,8 @@ class ReplyLoop:
             responder.fail(error)
         except BaseException as fault:
             _log_fault(fault, "request %s: its error could not be sent", responder.request_id)
-            # The text itself may be what cannot be sent. A responder that has ended refuses this one too.
+            # The text itself may be what cannot be sent. A responder that has ended refuses this error as
+            # well.
             try:
                 responder.fail(InternalError("internal error; the server's log has the reason"))
             except BaseException as again:
@@ -235,7 +236,7 @@ class ReplyLoop:
 
 
 def public_error(responder: Responder, error: BaseException) -> ManyloraError:
-    """The error that the client gets to see.
+    """The error that the client is sent.
 
     Returns: one of ours as it is; for any other INTERNAL, and its traceback goes to the log.
     """

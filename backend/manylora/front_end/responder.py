@@ -13,19 +13,19 @@ from manylora.messages import TokenLogprobs
 
 
 class Responder(ABC):
-    """Gets the replies to one request: some `send`s, the last with `is_last`, or one `fail` at the end.
+    """Receives the replies to one request: any number of `send`s, ended by one with `is_last` or by a `fail`.
 
     All methods are called on the front end's reply thread, which serves every request in flight, so none may
     block: a server with an event loop passes the reply on (`loop.call_soon_threadsafe`) and returns. Whatever
-    they raise ends this request alone. A responder whose client reads too slowly bounds what waits for it by
-    itself, and reports `is_cancelled` when that is too much.
+    they raise ends this request alone. Nothing limits how much is sent: a responder with a slow client keeps
+    count itself, and reports `is_cancelled` when too much waits.
 
-    Nothing is sent after the last reply but where its sending has failed: then `fail` follows, once or twice,
-    and a responder that has ended refuses it.
+    A fault may make the front end call `fail` although the last reply has been sent. The responder then
+    raises or does nothing.
     """
 
     request_id: str
-    """For messages and the log."""
+    """Names the request in messages and in the log."""
     is_streaming: bool = True
     """Send whenever there are new tokens; otherwise send the whole answer once, at the end."""
 
@@ -34,8 +34,8 @@ class Responder(ABC):
         """Send a reply.
 
         Args:
-            answers: what each of the prompts has generated since the reply before, in their order; one
-                without news has an empty text and no ids.
+            answers: what each of the prompts has generated since the previous reply, in their order; empty
+                text and no ids where nothing is new.
         """
 
     @abstractmethod
@@ -50,10 +50,10 @@ class Responder(ABC):
     def format_logprobs(
         self, token_ids: Sequence[int], logprobs: Sequence[TokenLogprobs], tokenizer: Tokenizer
     ) -> Sequence[Any]:
-        """Bring log probabilities into the form that `Answer.logprobs` is to have.
+        """Convert log probabilities to the form that `Answer.logprobs` is to have.
 
-        Called as the tokens come, also for an answer that is sent whole: to format those of a long answer at
-        once would keep every other request waiting.
+        Called as tokens arrive, even for an answer that is sent whole: formatting all of a long answer at
+        once would make every other request wait.
 
         Args:
             tokenizer: its `name` gives a token's text.

@@ -1,6 +1,6 @@
-"""The front door for Triton, but for calls of Triton's own module: requests and replies as tensors.
+"""The front door for Triton without the calls of Triton's own module: requests and replies as tensors.
 
-Nothing else of this package but `protocol` and `triton_model` knows tensors.
+In this package only `protocol`, `triton_model` and this module know tensors.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from manylora.front_end.tokenising import IDS_PER_CHAR
 from manylora.messages import TokenLogprobs
 
 _PARAMETER_BYTES_PER_CHAR = 4
-"""Bytes of parameters that are parsed, and whose stop strings are prepared, in the time in which one
-character is tokenised."""
+"""Bytes of parameters that can be parsed, and stop strings prepared, in the time that tokenising one
+character takes."""
 
 
 class TensorRequest:
-    """A request of Triton's that is not parsed yet."""
+    """A request from Triton that has not been parsed yet."""
 
     def __init__(self, tensors: Mapping[str, npt.NDArray[Any]], parameters_json: str) -> None:
         """
@@ -39,7 +39,7 @@ class TensorRequest:
             parameters_json: its parameters, as Triton hands them over; empty for none.
 
         Raises:
-            InvalidArgumentError: what can be seen to be wrong before anything is parsed.
+            InvalidArgumentError: something is wrong that can be seen before anything is parsed.
         """
         self._tensors = tensors
         self._parameters_json = parameters_json
@@ -80,7 +80,7 @@ def submit(
     parameters_json: str,
     arrived_s: float,
 ) -> None:
-    """Begin a request of Triton's. Never raises: whatever is wrong goes to the responder.
+    """Begin a request from Triton. Never raises: whatever is wrong goes to the responder.
 
     Args:
         arrived_s: on the monotonic clock; deadlines count from it.

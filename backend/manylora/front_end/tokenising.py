@@ -1,6 +1,6 @@
-"""From a request's prompt to token ids, within what the model can take.
+"""From a request's prompt to token ids, within the model's limits.
 
-Sizes are checked before anything is read: a prompt that cannot fit costs nobody anything.
+Sizes are checked before anything is read, so that a prompt that cannot fit costs nothing.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from manylora.front_end.text import Tokenizer
 from manylora.messages import EngineInfo
 
 IDS_PER_CHAR = 16
-"""Ids that are read in the time in which one character is tokenised."""
+"""Ids that can be read in the time that tokenising one character takes."""
 _CHAR_BYTES = 4
 """Of a character in UTF-8, at most."""
 _JSON_CHAR_BYTES = 12
 """Of a character in JSON, where each half of a surrogate pair may be an escape."""
 _JSON_MESSAGE_BYTES = 256
-"""Of what a message has in JSON besides its texts."""
+"""Of a message's JSON besides its texts."""
 
 
 def size_of(prompt: Prompt) -> int:
@@ -35,11 +35,11 @@ def size_of(prompt: Prompt) -> int:
 
 
 def check_size(prompt: Prompt, tokenizer: Tokenizer, info: EngineInfo) -> None:
-    """Refuse a prompt that is too large whatever it turns out to hold.
+    """Refuse a prompt that is too large whatever its content.
 
     Raises:
-        InvalidArgumentError: `max_model_len` ids or messages or more, or so many bytes that they cannot be
-            fewer tokens.
+        InvalidArgumentError: so many ids, messages or bytes that they cannot be fewer than `max_model_len`
+            tokens.
     """
     if prompt.input_ids is not None:
         token_checks.check_num_tokens(len(prompt.input_ids), info)
@@ -72,7 +72,7 @@ def tokenise(prompt: Prompt, tokenizer: Tokenizer, info: EngineInfo) -> list[int
         input_ids = tokenizer.encode_chat(_messages(prompt, info), _max_chars(tokenizer, info))
     else:
         text = read_text(prompt)
-        # To tokenise a text that cannot fit would hold up others in vain.
+        # Tokenising a text that cannot fit would delay others for nothing.
         _require_size(len(text), _max_chars(tokenizer, info), "characters", info)
         input_ids = tokenizer.encode(text, add_special_tokens=prompt.add_special_tokens)
     token_checks.check_input_ids(input_ids, info)
@@ -80,7 +80,7 @@ def tokenise(prompt: Prompt, tokenizer: Tokenizer, info: EngineInfo) -> list[int
 
 
 def echo(prompt: Prompt, input_ids: list[int], tokenizer: Tokenizer) -> str:
-    """The prompt as an answer begins with it."""
+    """The prompt as text, for the beginning of an answer."""
     if prompt.text is None or prompt.is_chat:
         return tokenizer.decode(input_ids)
     return read_text(prompt)
