@@ -55,7 +55,7 @@ class AsyncClient(BaseClient):
         Args:
             max_connections: most connections at once over HTTP, where each request in flight needs one;
                 further ones wait for theirs, within their timeout. Each is an open file, of which a process
-                may often have no more than 1024. None is no bound. gRPC needs one for all requests.
+                may often have no more than 1024. None: no limit. gRPC needs one for all requests.
 
         Other Args and Raises: as Client.
         """

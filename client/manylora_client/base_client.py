@@ -38,7 +38,7 @@ class BaseClient:
                 to 8000 for http, 8001 for grpc and 443 for the encrypted two. A path in an HTTP URL comes
                 before Triton's own.
             protocol: `http` or `grpc`. None is the scheme's, or http.
-            timeout: seconds that a call may take as a whole, up to a stream's last chunk. None is no bound.
+            timeout: seconds that a call may take as a whole, up to a stream's last chunk. None: no limit.
             headers: sent with each request, such as a gateway's authorization.
             tls: settings for https. None is Python's default, which checks the certificate. For grpcs,
                 gRPC's environment variable GRPC_DEFAULT_SSL_ROOTS_FILE_PATH names other authorities.

@@ -145,7 +145,7 @@ class Client(BaseClient):
         reached.
 
         Args:
-            timeout: seconds to wait for the answer. None is no bound.
+            timeout: seconds to wait for the answer. None: no limit.
         """
         deadline = Deadline(timeout)
         try:

@@ -74,7 +74,7 @@ BY_CODE: dict[str, type[ManyloraClientError]] = {
 
 _TAG = re.compile(rf"\[({'|'.join(BY_CODE)})\]\s?(.*)", re.DOTALL)
 
-# Triton's own words where its code says another thing, or is lost.
+# Triton's own words where its code means something else, or is lost.
 _TRITON_UNAVAILABLE = re.compile(r"Stub process '.*' is not healthy|is not ready|no available versions")
 _TRITON_CLOSED = re.compile(r"This (API|protocol) is restricted")
 # It names the server's shared memory, and gives advice for whoever started the server.

@@ -86,7 +86,7 @@ class Deadline:
         """Start the clock.
 
         Args:
-            timeout_s: seconds from now, above 0; None is no bound.
+            timeout_s: seconds from now, above 0; None: no limit.
 
         Raises:
             InvalidArgument: `timeout_s` is not above 0.

@@ -19,7 +19,7 @@ from manylora.adapters.load_queue import LoadQueue
 from manylora.adapters.loader import Job, Loader
 from manylora.adapters.verdicts import MAX_SETTLE_S, Verdicts
 from manylora.adapters.versions import Versions
-from manylora.adapters.watch import Watch
+from manylora.adapters.watch import Watch, Watches
 from manylora.errors import NotFoundError
 
 log = logging.getLogger(__name__)
@@ -52,48 +52,44 @@ class Lookout:
         self._look = look
         self._looker = looker
         self._versions = versions
+        self._watches = Watches(versions)
         self._verdicts = Verdicts(
-            loads, versions, failures, has_slots, self._note, clock=clock, settle_s=settle_s
+            self._watches, loads, versions, failures, has_slots, clock=clock, settle_s=settle_s
         )
         self._clock = clock
         self._settle_s = settle_s
         self._check_s = check_s
-        self._watches: dict[str, Watch] = {}
-        self._num_to_sweep = 0
-        """Number of watches at which those that nobody needs are dropped."""
-        self._todo: dict[Watch, None] = {}
-        """Those whose files are to be looked at, now or later."""
         self._looking: dict[Job[Sight], Watch] = {}
 
     @property
     def next_s(self) -> float:
         """When `poll` has something to do even if no look has ended; infinity: never."""
-        return min((watch.relook_s for watch in self._todo), default=math.inf)
+        return min((watch.relook_s for watch in self._watches.scheduled), default=math.inf)
 
     @property
     def is_looking(self) -> bool:
         """Whether looks are in progress or about to begin."""
-        return bool(self._looking) or any(watch.is_due for watch in self._todo)
+        return bool(self._looking) or any(watch.is_due for watch in self._watches.scheduled)
 
     def fault_of(self, name: str) -> str:
         """Why the current files cannot be served, while an older version is. Empty: they can."""
-        watch = self._watches.get(name)
+        watch = self._watches.find(name)
         return watch.fault if watch is not None else ""
 
     def names_looked_for(self) -> list[str]:
         """Absent adapters that leases wait for."""
-        names = [watch.name for watch in self._watches.values() if watch.leases]
+        names = [watch.name for watch in self._watches if watch.leases]
         return [name for name in names if name not in self._versions.current]
 
     def look_for(self, lease: Lease) -> None:
         """Have an absent adapter looked for."""
-        watch = self._watch(lease.adapter_id)
+        watch = self._watches.get(lease.adapter_id)
         watch.for_next_look[lease.number] = lease
-        self._note(watch)
+        self._watches.reschedule(watch)
 
     def refresh(self, lease: Lease) -> None:
         """Have the files of a loaded adapter looked at, if that is due."""
-        watch = self._watch(lease.adapter_id)
+        watch = self._watches.get(lease.adapter_id)
         if self._check_s < 0 or (watch.job is not None and watch.job.is_stalled):
             return
         if self._check_s == 0:
@@ -101,15 +97,15 @@ class Lookout:
             watch.for_next_look[lease.number] = lease
         elif self._clock() - watch.looked_s > self._check_s and watch.job is None:
             watch.is_wanted = True
-        self._note(watch)
+        self._watches.reschedule(watch)
 
     def forget(self, lease: Lease) -> None:
         """A lease has ended."""
-        watch = self._watches.get(lease.adapter_id)
+        watch = self._watches.find(lease.adapter_id)
         if watch is not None:
             watch.forget(lease)
-            self._note(watch)
-            self._drop_if_idle(watch)
+            self._watches.reschedule(watch)
+            self._watches.drop_if_idle(watch)
 
     def poll(self) -> None:
         """Process the looks that have ended and begin those that are due. Called in each turn of the engine's
@@ -121,14 +117,15 @@ class Lookout:
             if job.is_stalled or is_blocked:
                 self._let_go(watch)
         now_s = self._clock()
-        for watch in list(self._todo):
+        for watch in self._watches.scheduled:
             if watch.job is None and (watch.is_due or watch.relook_s <= now_s):
                 self._begin(watch)
 
     def check(self) -> list[str]:
         """Broken invariants."""
-        wrong = []
-        for name, watch in self._watches.items():
+        wrong = self._watches.check()
+        for watch in self._watches:
+            name = watch.name
             current = self._versions.current.get(name)
             wrong += [
                 f"lease {lease.number} waits for a look at {name} and has ended"
@@ -140,8 +137,6 @@ class Lookout:
             wrong += [f"lease {n} waits for no look at {name}" for n in self._left_waiting(watch)]
             if watch.settling and watch.job is None and watch.relook_s == math.inf:
                 wrong.append(f"{name} is waited for and is not looked at again")
-            if (watch.is_due or watch.relook_s < math.inf) != (watch in self._todo):
-                wrong.append(f"{name} is to be looked at or not")
             if (watch.job is not None) != (watch in self._looking.values()):
                 wrong.append(f"{name} has lost its look")
         return wrong
@@ -157,55 +152,33 @@ class Lookout:
 
     def on_loaded(self, adapter: Adapter) -> None:
         """See `Reported`."""
-        watch = self._watch(adapter.name)
+        watch = self._watches.get(adapter.name)
         watch.looked_s = self._clock()
         self._verdicts.set_clear(watch, adapter)
 
     def on_invalid(self, loaded: Loaded, name: str) -> None:
         """See `Reported`."""
         assert loaded.error is not None, "files are invalid for no reason"
-        self._verdicts.mark(self._watch(name), loaded.error)
+        self._verdicts.mark(self._watches.get(name), loaded.error)
 
     def on_torn(self, loaded: Loaded, name: str, leases: list[Lease]) -> None:
         """See `Reported`."""
-        watch = self._watch(name)
+        watch = self._watches.get(name)
         watch.seen = None
         watch.settling |= {lease.number: lease for lease in leases}
         for lease in leases:
             lease.give_up_s = min(lease.give_up_s, self._clock() + self._settle_s + MAX_SETTLE_S)
-        self._verdicts.look_again(watch, self._clock())
-        self._drop_if_idle(watch)
+        self._watches.look_again(watch, self._clock())
+        self._watches.drop_if_idle(watch)
 
     # From here on: a look, from its start to its consequences.
-
-    def _watch(self, name: str) -> Watch:
-        watch = self._watches.get(name)
-        if watch is None:
-            if len(self._watches) >= self._num_to_sweep:
-                for idle in list(self._watches.values()):
-                    self._drop_if_idle(idle)
-                self._num_to_sweep = 2 * len(self._watches) + 64
-            watch = self._watches[name] = Watch(name)
-        return watch
-
-    def _drop_if_idle(self, watch: Watch) -> None:
-        if watch.job is None and not watch.leases and watch.name not in self._versions.current:
-            del self._watches[watch.name]
-            self._todo.pop(watch, None)
-
-    def _note(self, watch: Watch) -> None:
-        """Add the watch to those to be looked at, or remove it."""
-        if watch.is_due or watch.relook_s < math.inf:
-            self._todo[watch] = None
-        else:
-            self._todo.pop(watch, None)
 
     def _begin(self, watch: Watch) -> None:
         name = watch.name
         watch.for_this_look, watch.for_next_look = watch.for_next_look, {}
         watch.is_wanted = False
         watch.relook_s = math.inf
-        self._note(watch)
+        self._watches.reschedule(watch)
         watch.job = Job(name, lambda: self._look(name))
         self._looking[watch.job] = watch
         self._looker.submit(watch.job)
@@ -217,7 +190,7 @@ class Lookout:
         watch.for_this_look |= watch.for_next_look
         watch.for_next_look = {}
         watch.is_wanted = False
-        self._note(watch)
+        self._watches.reschedule(watch)
         if watch.name in self._versions.current:
             self._verdicts.release_waiting(watch)
         elif watch.job.is_hung:
@@ -247,4 +220,4 @@ class Lookout:
                 self._verdicts.judge_present(watch, job.value)
             else:
                 self._verdicts.judge_absent(watch, job.value)
-        self._drop_if_idle(watch)
+        self._watches.drop_if_idle(watch)

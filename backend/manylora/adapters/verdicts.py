@@ -12,7 +12,7 @@ from manylora.adapters.failures import Failures
 from manylora.adapters.load import named
 from manylora.adapters.load_queue import LoadQueue
 from manylora.adapters.versions import Versions
-from manylora.adapters.watch import Watch
+from manylora.adapters.watch import Watch, Watches
 from manylora.errors import ManyloraError, UnavailableError, from_code
 
 log = logging.getLogger(__name__)
@@ -28,32 +28,26 @@ class Verdicts:
 
     Args:
         has_slots: whether an adapter could be loaded; otherwise every host slot is pinned by others.
-        note: called when the time of a watch's next look has changed.
     """
 
     def __init__(
         self,
+        watches: Watches,
         loads: LoadQueue,
         versions: Versions,
         failures: Failures,
         has_slots: Callable[[str], bool],
-        note: Callable[[Watch], None],
         *,
         clock: Callable[[], float],
         settle_s: float,
     ) -> None:
+        self._watches = watches
         self._loads = loads
         self._versions = versions
         self._failures = failures
         self._has_slots = has_slots
-        self._note = note
         self._clock = clock
         self._settle_s = settle_s
-
-    def look_again(self, watch: Watch, at_s: float) -> None:
-        """Have the files looked at again at a certain time, whether or not a request arrives."""
-        watch.relook_s = at_s
-        self._note(watch)
 
     def set_gone(self, watch: Watch, error: ManyloraError) -> None:
         """The directory is gone: fail those who wait for it; the loaded version ends with its leases."""
@@ -104,7 +98,7 @@ class Verdicts:
                 for lease in waiting:
                     watch.forget(lease)
                 self._loads.enter(name, sight, [*leases, *waiting])
-            self._note(watch)
+            self._watches.reschedule(watch)
         else:
             self._wait_on(watch)
 
@@ -142,7 +136,7 @@ class Verdicts:
             # The log and the status report it already.
             return
         elif not self._loads.try_update(name, sight):
-            self.look_again(watch, self._clock() + RETRY_S)
+            self._watches.look_again(watch, self._clock() + RETRY_S)
 
     def _is_settled(self, watch: Watch, sight: Sight, *, age_s: float) -> bool:
         """Whether the files have stayed the same for `settle_s`; if not, they are looked at again.
@@ -157,7 +151,7 @@ class Verdicts:
             watch.seen, watch.settled_s = sight.stamp, now_s + (self._settle_s - age_s)
         if now_s >= watch.settled_s:
             return True
-        self.look_again(watch, watch.settled_s)
+        self._watches.look_again(watch, watch.settled_s)
         return False
 
     def set_clear(self, watch: Watch, current: Adapter | None) -> None:
@@ -165,7 +159,7 @@ class Verdicts:
         watch.seen = None
         watch.fault = ""
         watch.relook_s = math.inf
-        self._note(watch)
+        self._watches.reschedule(watch)
         if current is not None:
             current.is_stale = False
 
