@@ -3,8 +3,8 @@
 .PHONY: help setup demo test test-all check bench serve clean
 PYTHON_FILES := backend kernels client examples scripts tests bench model_repository
 VENV := .venv/bin
-# On two workers; tests that share a server, and those of one file, stay together (tests/conftest.py).
-PYTEST := $(VENV)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder --durations=20
+# On two workers, which tests/conftest.py hands whole files, and one of them all that start servers.
+PYTEST := $(VENV)/python -m pytest -n 2 --durations=20
 
 help: ## say what there is
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-8s %s\n", $$1, $$2}'

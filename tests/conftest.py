@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Generator, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -18,20 +19,27 @@ FOLDERS = ("server", "kernels", "backend", "bench", "client")
 """Those with long groups first, so that workers end together."""
 
 
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: FOLDERS.index(folder_of(item.nodeid)))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> object:
     """Keep together, on one of several workers, the tests of a file, and all those that start servers: no two
     servers share the processors."""
-    items.sort(key=lambda item: FOLDERS.index(folder_of(item)))
-    if not config.pluginmanager.hasplugin("xdist"):
-        return
-    for item in items:
-        group = "servers" if folder_of(item) == "server" else item.path.stem
-        item.add_marker(pytest.mark.xdist_group(group))
+    from xdist.scheduler import LoadScopeScheduling  # tests run without it, too
+
+    class Files(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return "server" if folder_of(nodeid) == "server" else nodeid.partition("::")[0]
+
+    config.option.loadscopereorder = False
+    return Files(config, log)
 
 
-def folder_of(item: pytest.Item) -> str:
+def folder_of(nodeid: str) -> str:
     """Of those in tests/."""
-    return item.path.relative_to(Path(__file__).parent).parts[0]
+    return nodeid.split("/")[1]
 
 
 @contextmanager
