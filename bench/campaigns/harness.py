@@ -14,7 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+import peft
 import torch
+import transformers
 from manylora import run_dir
 from manylora.ipc import query_status
 from manylora.messages import Status
@@ -36,6 +38,8 @@ PROMPTS = (
     "In 1969, the first man on the Moon said: \"That's one small",
     "Recipe for bread: take flour, water,",
 )
+VERSIONS = [torch.__version__, transformers.__version__, peft.__version__]
+"""What PEFT's answers depend on, besides the files."""
 DONE_S = 300
 """Longest that anything may take."""
 TIE = 1e-3
@@ -130,7 +134,7 @@ class Peft:
         adapter = _content_hash(self._adapter_root / adapter_id) if adapter_id else ""
         found = []
         for prompt in prompts:
-            key = json.dumps([self._base_hash, adapter, list(prompt), max_tokens])
+            key = json.dumps([VERSIONS, self._base_hash, adapter, list(prompt), max_tokens])
             path = self._cache / f"{hashlib.sha256(key.encode()).hexdigest()}.json"
             if not path.exists():
                 wanted = self._generate(adapter_id, prompt, max_tokens)
