@@ -52,10 +52,15 @@ def add_lora(
     row_slots: Sequence[int],
     row_scales: Sequence[float],
     pages: Sequence[Sequence[int]],
+    vectors: Sequence[Sequence[int]] | None = None,
 ) -> None:
     """Add the adapters' term of one site in place: `y[t, s] += scale[t] * (x[t] A_s^T) B_s^T`.
 
-    Rows without an adapter (slot -1), or whose adapter has no pages here, are neither read nor written.
+    Rows whose adapter has vectors then become `y[t] * scale_v + offset_v`, of its page v; a row's own scale
+    does not multiply these. y has the base's bias in it: an adapter whose factors are not to reach the bias
+    has `(1 - scale_v) * bias` in its offset. All is computed in float32 and rounded once.
+
+    Rows without an adapter (slot -1), or whose adapter has nothing here, are neither read nor written.
 
     Args:
         y: [T, N].
@@ -63,12 +68,21 @@ def add_lora(
         row_slots: [T], -1 .. D-1.
         row_scales: [T].
         pages: the pages of each slot in this kind of site.
+        vectors: for each slot its page of vectors, if it has one.
     """
     for t, slot in enumerate(row_slots):
-        if slot >= 0 and pages[slot]:
+        if slot < 0:
+            continue
+        row = y[t].float()
+        if pages[slot]:
             mine = list(pages[slot])
             term = expand(shrink(x[t : t + 1], pool.a[mine]), pool.b[mine], pool.widths)
-            y[t] = (y[t].float() + row_scales[t] * term[0]).to(y.dtype)
+            row = row + row_scales[t] * term[0]
+        for page in vectors[slot] if vectors else ():
+            assert pool.vectors is not None, "the pool has no vectors"
+            row = row * pool.vectors.scale[page].float() + pool.vectors.offset[page].float()
+        if pages[slot] or (vectors and vectors[slot]):
+            y[t] = row.to(y.dtype)
 
 
 def silu_mul(y: torch.Tensor) -> torch.Tensor:

@@ -54,6 +54,8 @@ class ServedShapes:
     """Of the adapters."""
     batch_invariant: bool = False
     """As of the mixes."""
+    has_vectors: bool = False
+    """Whether adapters may have vectors, which are options of the kernels."""
 
     def __post_init__(self) -> None:
         if not self.row_counts or min(self.row_counts) < 1:

@@ -48,6 +48,7 @@ STEPS = {"decode": 32, "chunk": 300, "prefill": 2048}
 FLOATS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 SERVED = (
     "x_ptr", "y_ptr", "a_ptr", "b_ptr", "q_ptr", "k_ptr", "v_ptr", "keys_ptr", "values_ptr", "out_ptr",
+    "vector_scale_ptr", "vector_offset_ptr",
 )  # fmt: skip
 """Pointers to the dtype that is served."""
 FLOAT32 = ("h_ptr", "scales_ptr", "sums_ptr", "parts_ptr", "sinks_ptr")
@@ -67,9 +68,12 @@ class Variant:
     batch_invariant: bool = False
     chained: bool = True
     """Whether expand may start early, where the device can; not for a shrink beside the base product."""
+    vectors: bool = False
+    """Whether adapters of the step have vectors."""
 
     def name(self, kernel: str) -> str:
         more = ("-invariant" if self.batch_invariant else "") + ("" if self.chained else "-unchained")
+        more += "-vectors" if self.vectors else ""
         return f"{kernel}-{self.step}-{self.site}-{self.floats}-{self.max_pages}_pages{more}"
 
 
@@ -86,8 +90,10 @@ def variants(target: str) -> list[Variant]:
             for step in ("decode", "chunk")
             for site, max_pages in (("qkv", 4), ("gate_up", 4), ("down", 1))
         ]
+        found += [Variant(step, "gate_up", "bf16", vectors=True) for step in STEPS]
+        found += [Variant("decode", "gate_up", "bf16", chained=False, vectors=True)]
     else:
-        found += [Variant("prefill", "gate_up", "bf16")]
+        found += [Variant("prefill", "gate_up", "bf16"), Variant("prefill", "gate_up", "bf16", vectors=True)]
     if target == "sm_80":
         found += [Variant(step, "qkv", "fp32") for step in ("decode", "prefill")]
     return found
@@ -123,6 +129,12 @@ def source(kernel: Any, floats: str, constexprs: dict[str, Any], unaligned: Sequ
     return ASTSource(kernel, signature, constexprs, attrs)
 
 
+def vector_constexprs(vectors: bool) -> dict[str, Any]:
+    """What the launcher takes for constant: pointers that are None, too."""
+    names = ("vectors_ptr", "vector_scale_ptr", "vector_offset_ptr")
+    return {"READS_VECTORS": vectors, **({} if vectors else dict.fromkeys(names))}
+
+
 def sources(target: str) -> Sources:
     """Every kernel with the launch options that go with it."""
     blocks = {"BLOCK_D": 64, "BLOCK_T": 64}
@@ -139,11 +151,13 @@ def sources(target: str) -> Sources:
         of_shrink = {"NUM_INPUTS": site.num_inputs, "NUM_LINEARS": site.num_linears, **common}
         of_shrink |= {"BLOCK_K": chosen.shrink.width, "PAGES": chosen.shrink.pages}
         of_expand = {"WIDTHS": site.widths, "BLOCK_N": chosen.expand.width, **common}
-        of_expand["PAGES"] = chosen.expand.pages
+        of_expand |= {"PAGES": chosen.expand.pages, **vector_constexprs(variant.vectors)}
         kernels = {
             "shrink": (shrink._shrink_kernel, of_shrink, chosen.shrink),
             "expand": (expand._expand_kernel, of_expand, chosen.expand),
         }
+        if variant.vectors:
+            del kernels["shrink"]
         if site.is_gate_up:
             fused = {name: value for name, value in of_expand.items() if name != "WIDTHS"}
             tile = expand_silu_mul.halved(chosen.expand)
@@ -159,7 +173,7 @@ def sources(target: str) -> Sources:
     if target == "sm_90":
         # What the test for narrow accesses must find, or it finds nothing anywhere.
         loose = {"WIDTHS": (1003, 501), "NUM_SPLITS": 1, "MAX_PAGES": 1, "BLOCK_T": 16, "BLOCK_N": 128}
-        loose |= {"PAGES": 1, "CHAINED": False}
+        loose |= {"PAGES": 1, "CHAINED": False, **vector_constexprs(False)}
         found["unaligned"] = (source(expand._expand_kernel, "bf16", loose), {"num_warps": 4, "num_stages": 2})
     return found
 

@@ -58,6 +58,7 @@ class Case:
     slots: npt.NDArray[np.int32]
     scales: npt.NDArray[np.float32]
     pages: tuple[tuple[int, ...], ...]
+    vectors: tuple[tuple[int, ...], ...]
     pool: SitePool
     x: torch.Tensor
     y: torch.Tensor
@@ -70,15 +71,19 @@ class Case:
         )
 
         device = self.x.device
+        options.setdefault("vectors", [self.vectors])
         return RoutedMix.build(self.slots, self.scales, [self.pages], MAX_SLOTS, MAX_PAGES, device, **options)
 
     def expected(self) -> torch.Tensor:
         """What y becomes, in float32, by the reference."""
         y = self.y.clone().float()
-        reference.add_lora(
-            y, self.x, self.pool, self.slots.tolist(), self.scales.tolist(), [list(p) for p in self.pages]
-        )
+        self.change(y)
         return y
+
+    def change(self, y: torch.Tensor) -> None:
+        """What the reference does to any y of these rows."""
+        slots, scales, pages = self.slots.tolist(), self.scales.tolist(), [list(p) for p in self.pages]
+        reference.add_lora(y, self.x, self.pool, slots, scales, pages, self.vectors)
 
 
 # name: (slot of each row, pages of each slot, rank of each slot, K, widths)
@@ -102,7 +107,20 @@ STEPS: dict[str, tuple[list[int], tuple[tuple[int, ...], ...], tuple[int, ...], 
     "gate_and_up": ([1, 0, -1, 1], ((1,), (2, 0)), (16, 24), 32, (40, 40)),
     "20_rows_of_one_adapter": ([0] * 20, ((1, 2),), (32,), 32, (48, 16)),
     "17_and_2_rows_interleaved": ([0, 1, 0, 1] + [0] * 15, ((5, 1), (2,)), (32, 16), 32, (48, 16)),
+    "vectors_of_some": ([0, 1, -1, 2, 0, 3, 2, 1], ((1,), (0, 5), (), ()), (16, 32, 0, 0), 32, (32, 16)),
+    "vectors_and_no_pages": ([1, 0, -1], ((), ()), (0, 0), 32, (48,)),
+    "vectors_of_widths_not_a_multiple_of_16": ([1, 0, 1, -1], ((1,), (0,)), (16, 8), 30, (21, 7, 3)),
+    "vectors_of_20_rows": ([0] * 20, ((1, 2),), (32,), 32, (48, 16)),
+    "vectors_of_gate_and_up": ([1, 0, -1, 2, 1], ((1,), (2, 0), ()), (16, 24, 0), 32, (40, 40)),
 }
+VECTORS: dict[str, tuple[tuple[int, ...], ...]] = {
+    "vectors_of_some": ((2,), (), (0,), ()),
+    "vectors_and_no_pages": ((1,), (3,)),
+    "vectors_of_widths_not_a_multiple_of_16": ((), (3,)),
+    "vectors_of_20_rows": ((2,),),
+    "vectors_of_gate_and_up": ((), (1,), (3,)),
+}
+"""The page of each slot's vectors, in the steps that have some."""
 
 TOLERANCE = {
     # Sums of at most 120 products of values about 1, in another order.
@@ -115,6 +133,7 @@ TOLERANCE = {
 
 def build_case(name: str, dtype: torch.dtype, device: str) -> Case:
     slots, pages, ranks, num_inputs, widths = STEPS[name]
+    vectors = VECTORS.get(name, ((),) * len(pages))
     generator = torch.Generator().manual_seed(7)
     num_rows, num_outputs, num_pages = len(slots), sum(widths), 8
 
@@ -128,8 +147,13 @@ def build_case(name: str, dtype: torch.dtype, device: str) -> Case:
             true_rows = (torch.arange(16) < ranks[slot] - 16 * nth).float()
             a[page] = randn(len(widths), 16, num_inputs) / num_inputs**0.5 * true_rows[:, None]
             b[page] = randn(16, num_outputs) / 4 * true_rows[:, None]
-    served = torch.tensor([slot >= 0 and bool(pages[slot]) for slot in slots])
-    x = torch.where(served[:, None], randn(num_rows, num_inputs), torch.nan)
+    scale, offset = (torch.full((4, num_outputs), torch.nan) for _ in range(2))
+    for slot in set(slots) - {-1}:
+        for page in vectors[slot]:
+            scale[page], offset[page] = 1 + randn(num_outputs) / 4, randn(num_outputs)
+    has_pages = torch.tensor([slot >= 0 and bool(pages[slot]) for slot in slots])
+    served = has_pages | torch.tensor([slot >= 0 and bool(vectors[slot]) for slot in slots])
+    x = torch.where(has_pages[:, None], randn(num_rows, num_inputs), torch.nan)
     y = torch.full((num_rows, num_outputs + 16), torch.nan)
     y[:, :num_outputs] = torch.where(served[:, None], randn(num_rows, num_outputs), torch.nan)
     y = y.to(device, dtype)
@@ -137,7 +161,10 @@ def build_case(name: str, dtype: torch.dtype, device: str) -> Case:
         slots=np.array(slots, dtype=np.int32),
         scales=np.linspace(0.5, 2.0, num_rows, dtype=np.float32),
         pages=pages,
-        pool=SitePool(a.to(device, dtype), b.to(device, dtype), widths),
+        vectors=vectors,
+        pool=SitePool(
+            *(t.to(device, dtype) for t in (a, b)), widths, *(t.to(device, dtype) for t in (scale, offset))
+        ),
         x=x.to(device, dtype),
         y=y[:, :num_outputs],
     )

@@ -29,8 +29,10 @@ SHAPES = {
     "max_pages": 3,
     "dtype": torch.bfloat16,
     "pool_dtype": torch.bfloat16,
+    "has_vectors": True,
 }
 PAGES = [(1,), (), (2, 3), (0, 4, 5)]
+VECTORS = [(), (3,), (), (0,)]
 MOST_ROWS = 700
 
 
@@ -78,7 +80,7 @@ def steps() -> list[tuple[int, list[int]]]:
     return found
 
 
-def serve(num_rows: int, slots: list[int], batch_invariant: bool) -> None:
+def serve(num_rows: int, slots: list[int], batch_invariant: bool, has_vectors: bool = False) -> None:
     step = routed.RoutedMix.build(
         np.array(slots, dtype=np.int32),
         np.ones(num_rows, np.float32),
@@ -87,12 +89,14 @@ def serve(num_rows: int, slots: list[int], batch_invariant: bool) -> None:
         3,
         CPU,
         batch_invariant,
+        [VECTORS] * 4 if has_vectors else (),
     )
     for kind, site in enumerate(SITES):
         # Views of a pool of all layers, and x and y as a model makes them.
         a = torch.empty(6, 3, site.num_linears, 16, site.num_inputs, dtype=torch.bfloat16)[:, 1]
         b = torch.empty(6, 3, 16, site.num_outputs, dtype=torch.bfloat16)[:, 1]
-        pool = SitePool(a, b, site.widths)
+        vectors = (torch.empty(3, 5, site.num_outputs, dtype=torch.bfloat16)[1] for _ in range(2))
+        pool = SitePool(a, b, site.widths, *vectors)
         x = torch.empty(num_rows, site.num_inputs, dtype=torch.bfloat16)
         y = torch.empty(num_rows, site.num_outputs, dtype=torch.bfloat16)
         if num_rows == 1:
@@ -100,7 +104,7 @@ def serve(num_rows: int, slots: list[int], batch_invariant: bool) -> None:
         TRITON.add_lora(y, x, pool, step, kind)
         plan = step.plan_for(pool.shape, pool.a.dtype)
         h = shrink(x, pool.a, step, kind, plan)
-        expand(y, h, pool.b, pool.widths, step, kind, plan)
+        expand(y, h, pool.b, pool.widths, step, kind, plan, vectors=pool.vectors)
         if site.is_gate_up:
             TRITON.add_lora_silu_mul(torch.empty_like(y[:, : site.widths[0]]), y, x, pool, step, kind)
             TRITON.silu_mul(y)
@@ -117,7 +121,8 @@ def count(batch_invariant: bool) -> dict[str, int]:
     before = len(compiled)
     compiled.clear()
     for num_rows, slots in steps():
-        serve(num_rows, slots, batch_invariant)
+        for has_vectors in (False, True):
+            serve(num_rows, slots, batch_invariant, has_vectors)
     return {"before": before, "while_serving": len(compiled)}
 
 

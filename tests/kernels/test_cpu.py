@@ -31,7 +31,7 @@ def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
 def test_agrees_with_the_reference(step: str, dtype: torch.dtype, make_case: Any, agrees: Any) -> None:
     case = make_case(step, dtype, "cpu")
     expected = case.expected()
-    mix = Mix.build(case.slots, case.scales, [case.pages], max_slots=4, max_pages=3, device="cpu")
+    mix = Mix.build(case.slots, case.scales, [case.pages], 4, 3, "cpu", vectors=[case.vectors])
     add_lora(case.y, case.x, case.pool, mix, 0)
     agrees(case.y, expected)
     beyond = case.y._base
@@ -50,7 +50,7 @@ def test_takes_a_pool_of_another_dtype(make_case: Any, agrees: Any) -> None:
 
 
 @st.composite
-def steps(draw: st.DrawFn) -> tuple[list[int], list[tuple[int, ...]]]:
+def steps(draw: st.DrawFn) -> tuple[list[int], list[tuple[int, ...]], list[tuple[int, ...]]]:
     """Rows in any order over adapters with any pages, so that every way of grouping is taken."""
     num_slots = draw(st.integers(1, 6))
     free = draw(st.permutations(range(24)))
@@ -59,34 +59,55 @@ def steps(draw: st.DrawFn) -> tuple[list[int], list[tuple[int, ...]]]:
         count = draw(st.integers(0, 4))
         pages.append(tuple(free[:count]))
         free = free[count:]
+    with_vectors = draw(st.lists(st.booleans(), min_size=num_slots, max_size=num_slots))
+    vectors = [(5 - slot,) if has else () for slot, has in enumerate(with_vectors)]
     runs = draw(st.lists(st.tuples(st.integers(-1, num_slots - 1), st.integers(1, 24)), max_size=12))
     slots = [slot for slot, length in runs for _ in range(length)]
-    return (slots if draw(st.booleans()) else list(draw(st.permutations(slots)))), pages
+    return (slots if draw(st.booleans()) else list(draw(st.permutations(slots)))), pages, vectors
 
 
 @settings(max_examples=80, deadline=None)
 @given(steps())
 def test_any_order_of_rows_and_pages_agrees_with_the_reference(
-    drawn: tuple[list[int], list[tuple[int, ...]]],
+    drawn: tuple[list[int], list[tuple[int, ...]], list[tuple[int, ...]]],
 ) -> None:
-    slots, pages = drawn
+    slots, pages, vectors = drawn
     generator = torch.Generator().manual_seed(1)
     pool = SitePool(
         torch.randn(24, 2, 16, 12, generator=generator) / 4,
         torch.randn(24, 16, 10, generator=generator) / 4,
         (7, 3),
+        torch.randn(6, 10, generator=generator),
+        torch.randn(6, 10, generator=generator),
     )
     x = torch.randn(len(slots), 12, generator=generator)
     y = torch.randn(len(slots), 10, generator=generator)
     scales = np.linspace(-1, 1, len(slots), dtype=np.float32)
     expected = y.clone()
-    reference.add_lora(expected, x, pool, slots, scales.tolist(), pages)
-    mix = Mix.build(np.array(slots, dtype=np.int32), scales, [pages], max_slots=6, max_pages=4, device="cpu")
+    reference.add_lora(expected, x, pool, slots, scales.tolist(), pages, vectors)
+    mix = Mix.build(np.array(slots, dtype=np.int32), scales, [pages], 6, 4, "cpu", vectors=[vectors])
     add_lora(y, x, pool, mix, 0)
     torch.testing.assert_close(y, expected, rtol=2e-5, atol=2e-5)
     for t, slot in enumerate(slots):
-        if slot < 0 or not pages[slot]:
+        if slot < 0 or not (pages[slot] or vectors[slot]):
             assert torch.equal(y[t], expected[t])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_neighbour_with_vectors_changes_no_bit_of_others(dtype: torch.dtype, make_case: Any) -> None:
+    """The adapter itself is another with vectors and without."""
+    results = []
+    for has_vectors in (False, True):
+        case = make_case("vectors_of_some", dtype, "cpu")
+        vectors = [case.vectors] if has_vectors else []
+        mix = Mix.build(case.slots, case.scales, [case.pages], 4, 3, "cpu", vectors=vectors)
+        add_lora(case.y, case.x, case.pool, mix, 0)
+        results.append(case.y)
+    for t, slot in enumerate(case.slots):
+        if slot >= 0 and case.vectors[slot]:
+            assert not torch.equal(results[0][t], results[1][t])
+        else:
+            assert torch.equal(results[0][t].nan_to_num(7.0), results[1][t].nan_to_num(7.0))
 
 
 def test_the_worked_example_of_the_segments_page() -> None:

@@ -41,7 +41,7 @@ def test_agrees_with_the_reference(
     chosen = mix.plan_for(case.pool.shape, triton_dtype)
     chosen = replace(chosen, num_splits=num_splits, expand=replace(chosen.expand, width=32, pages=pages))
     h = intermediate(case, num_splits)
-    expand(case.y, h, case.pool.b, case.pool.widths, mix, 0, chosen)
+    expand(case.y, h, case.pool.b, case.pool.widths, mix, 0, chosen, vectors=case.pool.vectors)
     agrees(case.y, expected)
     beyond = case.y._base
     assert beyond is not None

@@ -22,11 +22,11 @@ def with_base_rows(case: Any) -> torch.Tensor:
 
 def expected_of(case: Any, y: torch.Tensor) -> torch.Tensor:
     y = y.clone().float()
-    reference.add_lora(y, case.x, case.pool, case.slots.tolist(), case.scales.tolist(), case.pages)
+    case.change(y)
     return reference.silu_mul(y)
 
 
-GATE_UP_STEPS = ["gate_and_up", "empty_segment"]
+GATE_UP_STEPS = ["gate_and_up", "empty_segment", "vectors_of_gate_and_up"]
 
 
 @pytest.mark.parametrize("step", GATE_UP_STEPS)
@@ -40,6 +40,22 @@ def test_agrees_with_the_reference(
     TRITON.add_lora_silu_mul(out, y, case.x, case.pool, case.routed(), 0)
     agrees(out, expected_of(case, y))
     assert torch.equal(y, untouched)
+
+
+def test_a_neighbour_with_vectors_changes_no_bit_of_others(
+    triton_device: str, triton_dtype: torch.dtype, make_case: Any
+) -> None:
+    """Neither of rows of the base, nor of an adapter without."""
+    results = []
+    for options in ({"vectors": []}, {}):
+        case = make_case("vectors_of_gate_and_up", triton_dtype, triton_device)
+        y = with_base_rows(case)
+        out = torch.full((len(y), case.pool.widths[0]), torch.nan, dtype=triton_dtype, device=triton_device)
+        TRITON.add_lora_silu_mul(out, y, case.x, case.pool, case.routed(**options), 0)
+        results.append(out)
+    for t, slot in enumerate(case.slots):
+        has_vectors = slot >= 0 and bool(case.vectors[slot])
+        assert torch.equal(results[0][t], results[1][t]) != has_vectors
 
 
 def test_takes_a_shrink_that_ran_by_itself(triton_device: str, make_case: Any, agrees: Any) -> None:

@@ -69,7 +69,7 @@ def test_a_linear_has_the_bits_of_product_and_term_one_after_the_other(
     assert torch.equal(TRITON.linear_lora(x, product, case.pool, mix, 0), expected)
 
 
-@pytest.mark.parametrize("step", ["gate_and_up", "empty_segment"])
+@pytest.mark.parametrize("step", ["gate_and_up", "empty_segment", "vectors_of_gate_and_up"])
 def test_gate_and_up_have_the_bits_of_product_and_term_one_after_the_other(
     step: str, triton_dtype: torch.dtype, triton_device: str, make_case: Any
 ) -> None:

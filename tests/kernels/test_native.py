@@ -34,10 +34,11 @@ def term(pool: SitePool, x: torch.Tensor, slots: list[int]) -> torch.Tensor:
 def test_the_worked_example_of_the_page() -> None:
     slots = np.array([1, 0, 1, -1, 1], dtype=np.int32)
     found = build_native_segments(slots, np.arange(5, dtype=np.float32), [(4,), (7, 5)])
-    rows, scales, row_starts, page_starts, pages, entry_starts = (a.tolist() for a in found.arrays)
+    rows, scales, row_starts, page_starts, pages, entry_starts, vectors = (a.tolist() for a in found.arrays)
     assert (rows, scales) == ([1, 0, 2, 4], [1.0, 0.0, 2.0, 4.0])
     assert (row_starts, page_starts, pages) == ([0, 1, 4], [0, 1, 3], [4, 7, 5])
     assert entry_starts[:2] == [0, 1]
+    assert vectors == [-1, -1]
     assert found.num_entries == 7
 
 

@@ -52,7 +52,9 @@ def long_step(device: str, dtype: torch.dtype) -> tuple[SitePool, torch.Tensor, 
     def randn(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, generator=generator).to(device, dtype)
 
-    pool = SitePool(randn(4, 2, 16, 40) / 6, randn(4, 16, 36) / 4, (24, 12))
+    pool = SitePool(
+        randn(4, 2, 16, 40) / 6, randn(4, 16, 36) / 4, (24, 12), 1 + randn(3, 36) / 4, randn(3, 36)
+    )
     num_rows = LEAST + 5
     slots = np.array([-1] * 2 + [1] * LEAST + [-1] * 3, dtype=np.int32)
     x, y = randn(num_rows, 40), randn(num_rows, 36)
@@ -72,6 +74,21 @@ def test_agrees_with_the_reference(triton_device: str, triton_dtype: torch.dtype
     assert torch.equal(y.nan_to_num(7.0), untouched.nan_to_num(7.0)), "no pages in this kind"
     TRITON.add_lora(y, x, pool, mix, 0)
     agrees(y, expected)
+
+
+def test_vectors_agree_with_the_reference(triton_device: str, triton_dtype: torch.dtype, agrees: Any) -> None:
+    """In the first kind beside pages, in the second alone, in the third none."""
+    pool, x, y, slots, scales = long_step(triton_device, triton_dtype)
+    pages = [[(0,), (3, 1)], [(), ()], [(0,), (3, 1)]]
+    vectors = [[(), (2,)], [(), (1,)], [(), ()]]
+    mix = RoutedMix.build(slots, scales, pages, 2, 2, torch.device(triton_device), vectors=vectors)
+    assert mix.one_adapter is not None
+    assert mix.reads_vectors == (True, True, False)
+    for kind in range(3):
+        found, expected = y.clone(), y.float()
+        reference.add_lora(expected, x, pool, slots.tolist(), scales.tolist(), pages[kind], vectors[kind])
+        TRITON.add_lora(found, x, pool, mix, kind)
+        agrees(found, expected)
 
 
 def test_leaves_a_pool_of_another_dtype_to_the_kernels() -> None:

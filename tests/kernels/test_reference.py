@@ -10,7 +10,8 @@ from manylora_kernels import reference
 
 
 def loops(case: Any) -> torch.Tensor:
-    """`y[t, s, n] += scale[t] * sum over r of (sum over k of x[t, k] A_s[r, k]) B_s[n, r]`."""
+    """`y[t, s, n] += scale[t] * sum over r of (sum over k of x[t, k] A_s[r, k]) B_s[n, r]`, then scaled and
+    offset where the adapter has vectors."""
     y: torch.Tensor = case.y.double()
     a, b, x = case.pool.a.double(), case.pool.b.double(), case.x.double()
     for t, slot in enumerate(case.slots.tolist()):
@@ -25,11 +26,23 @@ def loops(case: Any) -> torch.Tensor:
                         float(case.scales[t]) * h * b[page, r, begin : begin + width]
                     )
             begin += width
+        for page in case.vectors[slot]:
+            for n in range(y.shape[1]):
+                scale, offset = (float(vector[page, n]) for vector in (case.pool.scale, case.pool.offset))
+                y[t, n] = y[t, n] * scale + offset
     return y
 
 
 @pytest.mark.parametrize(
-    "name", ["one_row", "rank_24_and_40", "some_rows_without_adapter", "widths_not_a_multiple_of_16"]
+    "name",
+    [
+        "one_row",
+        "rank_24_and_40",
+        "some_rows_without_adapter",
+        "widths_not_a_multiple_of_16",
+        "vectors_of_some",
+        "vectors_and_no_pages",
+    ],
 )
 def test_agrees_with_loops_over_the_formula(name: str, make_case: Any) -> None:
     case = make_case(name, torch.float32, "cpu")

@@ -82,11 +82,13 @@ def test_rows_that_pad_write_nothing(triton_device: str, make_paged_case: Any) -
 def graph_mix(case: Any, num_kinds: int = 1) -> Mix:
     """A blank mix for the rows of a case."""
     limits = [case.pool.a.shape[0]] * num_kinds
-    return Mix.blank(len(case.slots), limits, 4, 3, case.x.device, form=TRITON)
+    vector_limits = [case.pool.num_vectors] * num_kinds
+    return Mix.blank(len(case.slots), limits, 4, 3, case.x.device, form=TRITON, vector_limits=vector_limits)
 
 
 def mix_of(case: Any, **changes: Any) -> Mix:
     arguments = {"row_slots": case.slots, "row_scales": case.scales, "pages": [case.pages]} | changes
+    arguments.setdefault("vectors", [case.vectors] * len(arguments["pages"]))
     return Mix.build(**arguments, max_slots=4, max_pages=3, device=case.x.device, form=TRITON)
 
 
@@ -156,6 +158,8 @@ def test_what_a_mix_does_not_become(triton_device: str, make_case: Any) -> None:
         static.copy_from(mix_of(case, pages=[[(8,)]]))
     with pytest.raises(ValueError, match=r"pages below \(4, 4\) by kind, allowed below \(8,\)"):
         static.copy_from(mix_of(case, pages=[case.pages, case.pages]))
+    with pytest.raises(ValueError, match=r"asked to copy one of pages of vectors below \(5,\) by kind"):
+        static.copy_from(mix_of(case, vectors=[[(4,)]]))
     products = Mix.build(case.slots, case.scales, [case.pages], 4, 3, "cpu", form=CPU)
     with pytest.raises(ValueError, match="asked to copy one of CpuForm, allowed TritonForm"):
         static.copy_from(products)

@@ -65,8 +65,24 @@ def test_halves_give_the_bits_of_the_whole(
     TRITON.add_lora(whole.y, whole.x, whole.pool, mix, 0)
     pool, plan = halves.pool, mix.plan_for(halves.pool.shape, halves.pool.a.dtype)
     h = shrink(halves.x, pool.a, mix, 0, plan)
-    expand(halves.y, h, pool.b, pool.widths, mix, 0, plan)
+    expand(halves.y, h, pool.b, pool.widths, mix, 0, plan, vectors=pool.vectors)
     assert torch.equal(whole.y.nan_to_num(7.0), halves.y.nan_to_num(7.0))
+
+
+@pytest.mark.parametrize("step", ["vectors_of_some", "vectors_of_widths_not_a_multiple_of_16"])
+def test_a_neighbour_with_vectors_changes_no_bit_of_others(
+    step: str, triton_device: str, triton_dtype: torch.dtype, make_case: Any
+) -> None:
+    """The adapter itself is another with vectors and without; where nobody has some the option may be on."""
+    results = []
+    for options in ({"vectors": []}, {"vectors": [], "reads_vectors": [True]}, {}):
+        case = make_case(step, triton_dtype, triton_device)
+        TRITON.add_lora(case.y, case.x, case.pool, case.routed(**options), 0)
+        results.append(case.y.nan_to_num(7.0))
+    assert torch.equal(results[0], results[1])
+    for t, slot in enumerate(case.slots):
+        has_vectors = slot >= 0 and bool(case.vectors[slot])
+        assert torch.equal(results[0][t], results[2][t]) != has_vectors
 
 
 def test_a_mix_becomes_another_of_the_same_shapes(triton_device: str, make_case: Any, agrees: Any) -> None:

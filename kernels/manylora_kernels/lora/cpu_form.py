@@ -37,6 +37,7 @@ class KindRows:
         row_slots: npt.NDArray[np.int32],
         row_scales: npt.NDArray[np.float32],
         pages: Sequence[Sequence[int]],
+        vectors: Sequence[Sequence[int]] = (),
     ) -> None:
         """Note them; a form groups them when it is first used.
 
@@ -44,8 +45,9 @@ class KindRows:
             row_slots: [T], -1 for no adapter.
             row_scales: [T].
             pages: the pages of each slot; empty where the adapter has nothing in this kind.
+            vectors: the page of each slot's vectors, or nothing; empty: no slot has any.
         """
-        self._given = (row_slots, row_scales, pages)
+        self._given = (row_slots, row_scales, pages, vectors)
 
     @functools.cached_property
     def native(self) -> native.NativeSegments:
@@ -85,11 +87,16 @@ class CpuForm:
         max_pages: int,
         device: torch.device,
         batch_invariant: bool,
+        vectors: Sequence[PageTable],
+        reads_vectors: Sequence[bool],
     ) -> GroupedMix:
         """Only notes the step: rows are grouped at the first site of a kind."""
         # Kinds usually have the same pages, and what is equal is grouped once.
-        keys = [tuple(tuple(slot) for slot in table) for table in pages]
-        distinct = {key: KindRows(row_slots, row_scales, key) for key in dict.fromkeys(keys)}
+        keys = [
+            tuple(tuple(tuple(slot) for slot in table) for table in tables)
+            for tables in zip(pages, vectors or [()] * len(pages), strict=True)
+        ]
+        distinct = {key: KindRows(row_slots, row_scales, *key) for key in dict.fromkeys(keys)}
         return GroupedMix(tuple(distinct[key] for key in keys))
 
     def add_lora(self, y: torch.Tensor, x: torch.Tensor, pool: SitePool, step: GroupedMix, kind: int) -> None:
@@ -147,6 +154,10 @@ def add_lora_by_products(y: torch.Tensor, x: torch.Tensor, pool: SitePool, kind:
         _add_batch(y, x, pool, batch)
     for segment in kind.segments:
         _add_segment(y, x, pool, segment)
+    for rows, page in kind.vectors:
+        assert pool.vectors is not None, "the step has vectors, the pool has none"
+        scale, offset = pool.vectors.scale[page].float(), pool.vectors.offset[page].float()
+        y[rows] = torch.addcmul(offset, y[rows].float(), scale).to(y.dtype)
 
 
 def _add_batch(y: torch.Tensor, x: torch.Tensor, pool: SitePool, batch: SegmentBatch) -> None:

@@ -1,7 +1,7 @@
 """The second product of all linears of a site: add the term of each row's adapter to y.
 
 Shape key: T rows, G blocks, P' most pages of an adapter, S linears, N outputs of all S, R = 16 * P' rank
-rows, Z splits.
+rows, Z splits, V pages of vectors.
 
 One launch for the site. A program updates one tile of columns, which lies in one linear, for one block of
 rows. It adds up the Z parts of h in a fixed order and reads and writes its part of y once. Launched right
@@ -10,11 +10,14 @@ behind shrink it starts early and has B and y in registers when h is complete.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 
 from manylora_kernels.lora.plan import Plan
+from manylora_kernels.lora.pool import Vectors
 from manylora_kernels.lora.routed import RoutedMix, row_stride
 
 
@@ -27,8 +30,12 @@ def expand(
     kind: int,
     plan: Plan,
     chained: bool = False,
+    vectors: Vectors | None = None,
 ) -> None:
     """Multiply by B and add in place: `y[order[i], s] += scale[order[i]] * (sum over z of h[z, i, s]) B_s^T`.
+
+    In a step that reads vectors in this kind, rows whose adapter has some become `y * scale_v + offset_v`
+    after that, before they are rounded; others get the same bits as without.
 
     Args:
         y: [T, N], columns contiguous. Rows without an adapter are neither read nor written.
@@ -39,6 +46,7 @@ def expand(
         kind: the kind of the site.
         plan: tile sizes; its block_rows are the route's.
         chained: whether shrink was the very last launch on the stream and was itself chained.
+        vectors: of the pool: [V, N] each.
 
     Raises:
         ValueError: a plan for other blocks than the route's.
@@ -56,6 +64,7 @@ def expand(
         num_rows=h.shape[1],
         stride_yt=row_stride(y),
         stride_bp=b.stride(0),
+        **vector_arguments(vectors, mix, kind),
         WIDTHS=widths,
         NUM_SPLITS=h.shape[0],
         MAX_PAGES=mix.max_pages,
@@ -69,10 +78,23 @@ def expand(
     )
 
 
+def vector_arguments(vectors: Vectors | None, mix: RoutedMix, kind: int) -> dict[str, Any]:
+    """What the kernel is handed of vectors: nothing in a step that reads none in this kind."""
+    if vectors is None or not mix.reads_vectors[kind]:
+        names = ("vectors_ptr", "vector_scale_ptr", "vector_offset_ptr")
+        return {"READS_VECTORS": False, **dict.fromkeys(names)}
+    return {
+        "READS_VECTORS": True,
+        "vectors_ptr": mix.vectors[kind],
+        "vector_scale_ptr": vectors.scale,
+        "vector_offset_ptr": vectors.offset,
+    }
+
+
 @triton.jit(
     do_not_specialize=["num_rows"],
     # Parts of an upload, whose alignment changes with T.
-    do_not_specialize_on_alignment=["table_ptr", "scales_ptr"],
+    do_not_specialize_on_alignment=["table_ptr", "scales_ptr", "vectors_ptr"],
 )
 def _expand_kernel(
     y_ptr,
@@ -84,6 +106,9 @@ def _expand_kernel(
     num_rows,
     stride_yt,
     stride_bp,
+    vectors_ptr,
+    vector_scale_ptr,
+    vector_offset_ptr,
     WIDTHS: tl.constexpr,
     NUM_SPLITS: tl.constexpr,
     MAX_PAGES: tl.constexpr,
@@ -91,6 +116,7 @@ def _expand_kernel(
     BLOCK_N: tl.constexpr,
     PAGES: tl.constexpr,
     CHAINED: tl.constexpr,
+    READS_VECTORS: tl.constexpr,
 ):
     tile = tl.program_id(0)
     block = tl.program_id(1).to(tl.int64)
@@ -100,7 +126,11 @@ def _expand_kernel(
         return
     pages_ptr = table_ptr + slot * (1 + MAX_PAGES)
     num_pages = tl.load(pages_ptr)
-    if num_pages == 0:
+    is_idle = num_pages == 0
+    if READS_VECTORS:
+        vector = tl.load(vectors_ptr + slot).to(tl.int64)
+        is_idle &= vector < 0
+    if is_idle:
         return
     pages_ptr += 1
     start = tl.load(block_ptr + 1).to(tl.int64)
@@ -122,6 +152,11 @@ def _expand_kernel(
         WIDTHS, NUM_SPLITS, MAX_PAGES, BLOCK_T, BLOCK_N, PAGES, CHAINED,
     )  # fmt: skip
     y = y.to(tl.float32) + acc * scale[:, None]
+    if READS_VECTORS:
+        begin = vector * num_outputs(WIDTHS)
+        # A branch and not a factor of one: rows of others keep their bits.
+        if vector >= 0:
+            y = apply_vectors(y, vector_scale_ptr, vector_offset_ptr, begin, offs_n, mask_n)
     tl.store(y_ptrs, y.to(y_ptr.dtype.element_ty), mask=mask_y)
 
 
@@ -141,6 +176,23 @@ def _place_of(tile, WIDTHS: tl.constexpr, BLOCK_N: tl.constexpr):
         begin += WIDTHS[s]
         first_tile += (WIDTHS[s] + BLOCK_N - 1) // BLOCK_N
     return linear, column, column_end
+
+
+@triton.jit
+def apply_vectors(y, scale_ptr, offset_ptr, start, offs_n, mask_n):
+    """`scale * y + offset` of one tile in float32, of the vectors that begin at `start`."""
+    scale = tl.load(scale_ptr + start + offs_n, mask=mask_n, other=0.0).to(tl.float32)
+    offset = tl.load(offset_ptr + start + offs_n, mask=mask_n, other=0.0).to(tl.float32)
+    return y * scale[None, :] + offset[None, :]
+
+
+@triton.jit
+def num_outputs(WIDTHS: tl.constexpr):
+    """N."""
+    total = 0
+    for s in tl.static_range(len(WIDTHS)):
+        total += WIDTHS[s]
+    return total
 
 
 @triton.jit
@@ -233,14 +285,11 @@ def _load_b(
     WIDTHS: tl.constexpr,
     PAGES: tl.constexpr,
 ):
-    num_outputs = 0
-    for s in tl.static_range(len(WIDTHS)):
-        num_outputs += WIDTHS[s]
     offs_r = tl.arange(0, 16 * PAGES)
     nth_page = first + offs_r // 16
     mask_r = nth_page < num_pages
     page = tl.load(pages_ptr + nth_page, mask=mask_r, other=0).to(tl.int64)
-    b_ptrs = b_ptr + (page * stride_bp + (offs_r % 16) * num_outputs)[:, None] + offs_n[None, :]
+    b_ptrs = b_ptr + (page * stride_bp + (offs_r % 16) * num_outputs(WIDTHS))[:, None] + offs_n[None, :]
     return tl.load(b_ptrs, mask=mask_r[:, None] & mask_n[None, :], other=0.0)
 
 

@@ -16,8 +16,9 @@ import triton
 import triton.language as tl
 
 from manylora_kernels.lora.activation import silu_times
-from manylora_kernels.lora.expand import lora_term
+from manylora_kernels.lora.expand import apply_vectors, lora_term, vector_arguments
 from manylora_kernels.lora.plan import Plan, Tile
+from manylora_kernels.lora.pool import Vectors
 from manylora_kernels.lora.routed import RoutedMix, row_stride
 
 
@@ -30,11 +31,12 @@ def expand_silu_mul(
     kind: int,
     plan: Plan,
     chained: bool = False,
+    vectors: Vectors | None = None,
 ) -> None:
     """Add the adapters' term to gate and up and multiply: `out = silu(gate + lora_gate) * (up + lora_up)`.
 
-    `gate, up = y[:, :N], y[:, N:]`; the terms are expand's, zero for rows without an adapter. Sums and
-    activation are in float32 and rounded once.
+    `gate, up = y[:, :N], y[:, N:]`; the terms are expand's, zero for rows without an adapter, and so are
+    vectors, which come before the activation. Sums and activation are in float32 and rounded once.
 
     Args:
         out: [T, N], columns contiguous; every row is written.
@@ -45,6 +47,7 @@ def expand_silu_mul(
         kind: the kind of the site.
         plan: tile sizes; its block_rows are the route's.
         chained: whether shrink was the very last launch on the stream and was itself chained.
+        vectors: of the pool: [V, 2 * N] each.
 
     Raises:
         ValueError: a plan for other blocks than the route's.
@@ -64,6 +67,7 @@ def expand_silu_mul(
         stride_ot=row_stride(out),
         stride_yt=row_stride(y),
         stride_bp=b.stride(0),
+        **vector_arguments(vectors, mix, kind),
         WIDTH=width,
         NUM_SPLITS=h.shape[0],
         MAX_PAGES=mix.max_pages,
@@ -85,7 +89,7 @@ def halved(tile: Tile) -> Tile:
 @triton.jit(
     do_not_specialize=["num_rows"],
     # Parts of an upload, whose alignment changes with T.
-    do_not_specialize_on_alignment=["table_ptr", "scales_ptr"],
+    do_not_specialize_on_alignment=["table_ptr", "scales_ptr", "vectors_ptr"],
 )
 def _expand_silu_mul_kernel(
     out_ptr,
@@ -99,6 +103,9 @@ def _expand_silu_mul_kernel(
     stride_ot,
     stride_yt,
     stride_bp,
+    vectors_ptr,
+    vector_scale_ptr,
+    vector_offset_ptr,
     WIDTH: tl.constexpr,
     NUM_SPLITS: tl.constexpr,
     MAX_PAGES: tl.constexpr,
@@ -106,6 +113,7 @@ def _expand_silu_mul_kernel(
     BLOCK_N: tl.constexpr,
     PAGES: tl.constexpr,
     CHAINED: tl.constexpr,
+    READS_VECTORS: tl.constexpr,
 ):
     column = tl.program_id(0) * BLOCK_N
     block = tl.program_id(1).to(tl.int64)
@@ -143,6 +151,12 @@ def _expand_silu_mul_kernel(
 
     gate = gate.to(tl.float32) + gate_term * scale[:, None]
     up = up.to(tl.float32) + up_term * scale[:, None]
+    if READS_VECTORS:
+        vector = tl.load(vectors_ptr + slot, mask=slot >= 0, other=-1).to(tl.int64)
+        if vector >= 0:
+            begin = vector * (2 * WIDTH)
+            gate = apply_vectors(gate, vector_scale_ptr, vector_offset_ptr, begin, offs_n, mask_n)
+            up = apply_vectors(up, vector_scale_ptr, vector_offset_ptr, begin + WIDTH, offs_n, mask_n)
     out = silu_times(gate, up)
     out_ptrs = out_ptr + (row * stride_ot)[:, None] + offs_n[None, :]
     tl.store(out_ptrs, out.to(out_ptr.dtype.element_ty), mask=mask_y)

@@ -50,8 +50,16 @@ class LoraForm(Protocol[StepT]):
         max_pages: int,
         device: torch.device,
         batch_invariant: bool,
+        vectors: Sequence[PageTable],
+        reads_vectors: Sequence[bool],
     ) -> StepT:
-        """Lay out a step for the other operations, once for all sites. Arguments as of `Mix.build`."""
+        """Lay out a step for the other operations, once for all sites. Arguments as of `Mix.build`.
+
+        Args:
+            vectors: for each kind, or empty.
+            reads_vectors: by kind, whether an adapter has some, or may have some in a step that this one
+                becomes.
+        """
 
     def add_lora(self, y: torch.Tensor, x: torch.Tensor, pool: SitePool, step: StepT, kind: int) -> None:
         """Add the adapters' term of one site to y in place."""

@@ -1,4 +1,5 @@
-/* The adapters' term of one site on a CPU: y[t, s] += scale[t] * (x[t] A_s^T) B_s^T.
+/* The adapters' term of one site on a CPU: y[t, s] += scale[t] * (x[t] A_s^T) B_s^T. Rows whose adapter has vectors
+   become y * scale_v + offset_v after that, before they are rounded; [V, N] each.
 
    Shape key: T rows in segment order, G segments, S linears, K inputs, N outputs of all S, P pages, R = 16 rank rows
    of a page. a is [P, S, R, K], b is [P, R, N]; h is scratch, [entry, S, R] with one entry for each page of each row.
@@ -18,6 +19,7 @@ struct site {
     int64_t a_page, b_page; /* elements from page to page */
     int64_t num_inputs, num_outputs, num_linears;
     const int64_t *ends; /* [S] where each linear's outputs end */
+    const void *scale, *offset; /* vectors, NULL in a pool without */
 };
 
 struct routing {
@@ -28,6 +30,12 @@ struct routing {
     const int32_t *page_starts; /* [G + 1] into pages */
     const int32_t *pages;
     const int32_t *entry_starts; /* [G] first entry of h: one for each row of each page, page after page */
+    const int32_t *vectors;      /* [G] page of the segment's vectors, -1 for none */
+};
+
+/* The vectors of one segment, NULL without. */
+struct vectors {
+    const void *scale, *offset;
 };
 
 /* One page of one linear for all rows of a segment. */
@@ -44,9 +52,10 @@ INLINE void shrink_task(const void *a, const void *x, int64_t x_row, const int32
     }
 }
 
-/* y[r, n .. n + 16 V) += sum over pages and rank rows of h * b, for `count` rows. */
-INLINE void expand_block(const struct site *site, const int32_t *pages, int64_t num_pages, int64_t n, const float *h,
-                         int64_t h_row, int64_t h_page, void *const *y, int count, int vectors, int type) {
+/* y[r, n .. n + 16 V) += sum over pages and rank rows of h * b, then scaled and offset, for `count` rows. */
+INLINE void expand_block(const struct site *site, const int32_t *pages, int64_t num_pages, struct vectors of, int64_t n,
+                         const float *h, int64_t h_row, int64_t h_page, void *const *y, int count, int vectors,
+                         int type) {
     vec acc[ROWS][ACROSS];
     UNROLLED
     for (int r = 0; r < count; r++)
@@ -70,13 +79,18 @@ INLINE void expand_block(const struct site *site, const int32_t *pages, int64_t 
     UNROLLED
     for (int r = 0; r < count; r++)
         UNROLLED
-        for (int v = 0; v < vectors; v++)
-            store(y[r], n + v * LANES, load(y[r], n + v * LANES, type) + acc[r][v], type);
+        for (int v = 0; v < vectors; v++) {
+            int64_t at_v = n + v * LANES;
+            vec sum = load(y[r], at_v, type) + acc[r][v];
+            if (of.scale) sum = sum * load(of.scale, at_v, type) + load(of.offset, at_v, type);
+            store(y[r], at_v, sum, type);
+        }
 }
 
 /* Columns that fill no vector. */
-INLINE void expand_rest(const struct site *site, const int32_t *pages, int64_t num_pages, int64_t n, int64_t end,
-                        const float *h, int64_t h_row, int64_t h_page, void *const *y, int count, int type) {
+INLINE void expand_rest(const struct site *site, const int32_t *pages, int64_t num_pages, struct vectors of, int64_t n,
+                        int64_t end, const float *h, int64_t h_row, int64_t h_page, void *const *y, int count,
+                        int type) {
     for (; n < end; n++)
         for (int r = 0; r < count; r++) {
             float total = 0;
@@ -84,21 +98,24 @@ INLINE void expand_rest(const struct site *site, const int32_t *pages, int64_t n
                 for (int j = 0; j < RANK_ROWS; j++)
                     total += h[p * h_page + r * h_row + j] *
                              load1(site->b, pages[p] * site->b_page + j * site->num_outputs + n, type);
-            store1(y[r], n, load1(y[r], n, type) + total, type);
+            total = load1(y[r], n, type) + total;
+            if (of.scale) total = total * load1(of.scale, n, type) + load1(of.offset, n, type);
+            store1(y[r], n, total, type);
         }
 }
 
 /* A run of columns of one linear for all rows of a segment. */
-INLINE void expand_task(const struct site *site, const int32_t *pages, int64_t num_pages, int64_t start, int64_t end,
-                        const float *h, int64_t h_row, int64_t h_page, void *y, int64_t y_row, const int32_t *rows,
-                        int64_t num_rows, int type) {
+INLINE void expand_task(const struct site *site, const int32_t *pages, int64_t num_pages, struct vectors of,
+                        int64_t start, int64_t end, const float *h, int64_t h_row, int64_t h_page, void *y,
+                        int64_t y_row, const int32_t *rows, int64_t num_rows, int type) {
     for (int64_t first = 0; first < num_rows; first += ROWS) {
         void *row[ROWS];
         int count = num_rows - first < ROWS ? (int)(num_rows - first) : ROWS;
         for (int r = 0; r < count; r++) row[r] = (void *)at(y, rows[first + r] * y_row, type);
         const float *h_part = h + first * h_row;
         int64_t n = start;
-#define EXPAND(COUNT, VECTORS) expand_block(site, pages, num_pages, n, h_part, h_row, h_page, row, COUNT, VECTORS, type)
+#define EXPAND(COUNT, VECTORS)                                                                                        \
+    expand_block(site, pages, num_pages, of, n, h_part, h_row, h_page, row, COUNT, VECTORS, type)
         for (; n + ACROSS * LANES <= end; n += ACROSS * LANES) switch (count) {
             case 4: EXPAND(4, ACROSS); break;
             case 3: EXPAND(3, ACROSS); break;
@@ -112,7 +129,7 @@ INLINE void expand_task(const struct site *site, const int32_t *pages, int64_t n
             default: EXPAND(1, 1);
             }
 #undef EXPAND
-        expand_rest(site, pages, num_pages, n, end, h_part, h_row, h_page, row, count, type);
+        expand_rest(site, pages, num_pages, of, n, end, h_part, h_row, h_page, row, count, type);
     }
 }
 
@@ -158,8 +175,12 @@ INLINE void add_lora(const struct site *site, const struct routing *routing, con
             int64_t first = routing->row_starts[g], num_rows = routing->row_starts[g + 1] - first;
             int64_t first_page = routing->page_starts[g], num_pages = routing->page_starts[g + 1] - first_page;
             const float *part = h + routing->entry_starts[g] * h_row + s * RANK_ROWS;
-            expand_task(site, routing->pages + first_page, num_pages, start, end, part, h_row, num_rows * h_row, y, y_row,
-                        routing->rows + first, num_rows, type);
+            int64_t vector = routing->vectors[g] * site->num_outputs;
+            struct vectors of = {NULL, NULL};
+            if (routing->vectors[g] >= 0)
+                of = (struct vectors){at(site->scale, vector, type), at(site->offset, vector, type)};
+            expand_task(site, routing->pages + first_page, num_pages, of, start, end, part, h_row, num_rows * h_row, y,
+                        y_row, routing->rows + first, num_rows, type);
         }
     }
 }

@@ -1,6 +1,6 @@
 """Which adapter each row of a step uses, prepared once for all sites of the step.
 
-Shape key: T rows, D adapters of the step, P pages.
+Shape key: T rows, D adapters of the step, P pages, V pages of vectors.
 """
 
 from __future__ import annotations
@@ -28,6 +28,8 @@ class Mix:
     """T."""
     page_limits: tuple[int, ...]
     """For each kind the highest page in use plus one, 0 for none: a pool must have so many."""
+    vector_limits: tuple[int, ...]
+    """The same of pages of vectors."""
     device: torch.device
     """Where the operations run."""
     form: LoraForm[Any]
@@ -37,8 +39,12 @@ class Mix:
 
     @property
     def is_empty(self) -> bool:
-        """Whether no row has an adapter with pages, so that there is no term to add."""
-        return not any(self.page_limits)
+        """Whether no row has an adapter that changes anything."""
+        return not any(map(self.is_used_at, range(len(self.page_limits))))
+
+    def is_used_at(self, kind: int) -> bool:
+        """Whether a row has an adapter that changes something at sites of this kind."""
+        return self.page_limits[kind] > 0 or self.vector_limits[kind] > 0
 
     @classmethod
     def build(
@@ -51,6 +57,7 @@ class Mix:
         device: torch.device | str,
         batch_invariant: bool = False,
         form: LoraForm[Any] | None = None,
+        vectors: Sequence[PageTable] = (),
     ) -> Mix:
         """Prepare a step.
 
@@ -65,6 +72,8 @@ class Mix:
                 speed on CUDA. Without it they also depend on T and on whether one adapter has all rows. The
                 compiled form of a CPU is invariant either way, torch's products are not.
             form: what computes; None: the device's own.
+            vectors: `vectors[kind][slot]`, the page of an adapter's vectors, or nothing. Empty: no adapter
+                has any.
 
         Raises:
             ValueError: arrays of different lengths, a slot that `pages` does not have, more slots or pages
@@ -73,12 +82,27 @@ class Mix:
         row_slots = np.ascontiguousarray(row_slots, dtype=np.int32)
         row_scales = np.ascontiguousarray(row_scales, dtype=np.float32)
         _check(row_slots, row_scales, pages, max_slots, max_pages)
+        _check_vectors(vectors, pages)
         used = [slot for slot in np.unique(row_slots).tolist() if slot >= 0]
-        limits = tuple(max((page + 1 for slot in used for page in table[slot]), default=0) for table in pages)
+        limits, vector_limits = (
+            tuple(max((page + 1 for slot in used for page in table[slot]), default=0) for table in tables)
+            for tables in (pages, vectors)
+        )
+        vector_limits = vector_limits or (0,) * len(pages)
         device = torch.device(device)
         form = form_of(device) if form is None else form
-        step = form.prepare(row_slots, row_scales, pages, max_slots, max_pages, device, batch_invariant)
-        return cls(num_rows=len(row_slots), page_limits=limits, device=device, form=form, step=step)
+        step = form.prepare(
+            row_slots,
+            row_scales,
+            pages,
+            max_slots,
+            max_pages,
+            device,
+            batch_invariant,
+            vectors,
+            [limit > 0 for limit in vector_limits],
+        )
+        return cls(len(row_slots), limits, vector_limits, device, form, step)
 
     @classmethod
     def blank(
@@ -90,6 +114,7 @@ class Mix:
         device: torch.device | str,
         batch_invariant: bool = False,
         form: LoraForm[Any] | None = None,
+        vector_limits: Sequence[int] = (),
     ) -> Mix:
         """Prepare a step in which no row has an adapter, for a graph that is captured with it: it can
         become any mix.
@@ -105,13 +130,26 @@ class Mix:
             device: as of `build`.
             batch_invariant: as of `build`.
             form: as of `build`.
+            vector_limits: the pages of vectors of the pool, for each kind; empty: no mix with vectors is
+                ever copied.
         """
         device = torch.device(device)
         form = form_of(device) if form is None else form
         nobody, scales = np.full(num_rows, -1, dtype=np.int32), np.zeros(num_rows, dtype=np.float32)
         tables: list[PageTable] = [[]] * len(page_limits)
-        step = form.prepare(nobody, scales, tables, max_slots, max_pages, device, batch_invariant)
-        return cls(num_rows=num_rows, page_limits=tuple(page_limits), device=device, form=form, step=step)
+        vector_limits = tuple(vector_limits) or (0,) * len(page_limits)
+        step = form.prepare(
+            nobody,
+            scales,
+            tables,
+            max_slots,
+            max_pages,
+            device,
+            batch_invariant,
+            [],
+            [limit > 0 for limit in vector_limits],
+        )
+        return cls(num_rows, tuple(page_limits), vector_limits, device, form, step)
 
     def copy_from(self, other: Mix) -> None:
         """Become another step's mix, in place: a graph captured with this one then serves it.
@@ -124,13 +162,14 @@ class Mix:
             raise ValueError(
                 f"mix: asked to copy one of {type(other.form).__name__}, allowed {type(self.form).__name__}"
             )
-        if len(self.page_limits) != len(other.page_limits) or any(
-            theirs > mine for mine, theirs in zip(self.page_limits, other.page_limits, strict=True)
+        for what, mine, theirs in (
+            ("pages", self.page_limits, other.page_limits),
+            ("pages of vectors", self.vector_limits, other.vector_limits),
         ):
-            raise ValueError(
-                f"mix: asked to copy one of pages below {other.page_limits} by kind, allowed below "
-                f"{self.page_limits}"
-            )
+            if len(mine) != len(theirs) or any(t > m for m, t in zip(mine, theirs, strict=True)):
+                raise ValueError(
+                    f"mix: asked to copy one of {what} below {theirs} by kind, allowed below {mine}"
+                )
         self.step.copy_from(other.step)
 
 
@@ -161,4 +200,19 @@ def _check(
                 raise ValueError(
                     f"pages of slot {slot}, kind {kind}: found {tuple(mine)}, allowed at most "
                     f"max_pages={max_pages}, none negative"
+                )
+
+
+def _check_vectors(vectors: Sequence[PageTable], pages: Sequence[PageTable]) -> None:
+    if vectors and [len(table) for table in vectors] != [len(table) for table in pages]:
+        raise ValueError(
+            f"vectors: found {[len(table) for table in vectors]} slots by kind, allowed those of pages, "
+            f"{[len(table) for table in pages]}"
+        )
+    for kind, table in enumerate(vectors):
+        for slot, mine in enumerate(table):
+            if len(mine) > 1 or any(page < 0 for page in mine):
+                raise ValueError(
+                    f"vectors of slot {slot}, kind {kind}: found {tuple(mine)}, allowed one page or none, "
+                    "not negative"
                 )

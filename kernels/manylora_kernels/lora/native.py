@@ -30,6 +30,8 @@ class _Site(ctypes.Structure):
         ("num_outputs", ctypes.c_int64),
         ("num_linears", ctypes.c_int64),
         ("ends", ctypes.c_void_p),
+        ("scale", ctypes.c_void_p),
+        ("offset", ctypes.c_void_p),
     )
 
 
@@ -43,6 +45,7 @@ class _Routing(ctypes.Structure):
         ("page_starts", ctypes.c_void_p),
         ("pages", ctypes.c_void_p),
         ("entry_starts", ctypes.c_void_p),
+        ("vectors", ctypes.c_void_p),
     )
 
 
@@ -61,7 +64,10 @@ class NativeSegments:
 
 
 def build_native_segments(
-    row_slots: npt.NDArray[np.int32], row_scales: npt.NDArray[np.float32], pages: Sequence[Sequence[int]]
+    row_slots: npt.NDArray[np.int32],
+    row_scales: npt.NDArray[np.float32],
+    pages: Sequence[Sequence[int]],
+    vectors: Sequence[Sequence[int]] = (),
 ) -> NativeSegments:
     """Group the rows of a step for one kind of site.
 
@@ -69,17 +75,20 @@ def build_native_segments(
         row_slots: [T], -1 for no adapter.
         row_scales: [T].
         pages: the pages of each slot; empty where the adapter has nothing in this kind.
+        vectors: the page of each slot's vectors, or nothing.
 
     Example: slots [1, 0, 1, -1, 1] with pages {0: (4,), 1: (7, 5)} give
 
         rows         1 0 2 4     row_starts   0 1 4
         pages        4 7 5       page_starts  0 1 3
         entry_starts 0 1         and 7 entries: 1 row x 1 page, 3 rows x 2 pages
+        vectors      -1 -1
     """
-    has_pages = np.array([bool(mine) for mine in pages], dtype=bool)
+    vectors = vectors or [()] * len(pages)
+    is_used = np.array([bool(mine or its) for mine, its in zip(pages, vectors, strict=True)], dtype=bool)
     order = np.argsort(row_slots, kind="stable")
     order = order[np.searchsorted(row_slots[order], 0) :]
-    order = order[has_pages[row_slots[order]]]
+    order = order[is_used[row_slots[order]]]
     slots, num_rows = np.unique(row_slots[order], return_counts=True)
     mine = [pages[slot] for slot in slots.tolist()]
     num_pages = np.array([len(table) for table in mine], dtype=np.int64)
@@ -91,6 +100,7 @@ def build_native_segments(
         _starts(num_pages),
         np.array([page for table in mine for page in table], dtype=np.int32),
         _starts(num_entries),
+        np.array([vectors[slot][0] if vectors[slot] else -1 for slot in slots.tolist()], dtype=np.int32),
     )
     addresses = [array.ctypes.data for array in arrays]
     return NativeSegments(arrays, _Routing(len(slots), int(num_entries.sum()), *addresses))
@@ -134,6 +144,8 @@ def _site(pool: SitePool) -> _Site:
             pool.num_outputs,
             len(pool.widths),
             ends.ctypes.data,
+            None if pool.scale is None else pool.scale.data_ptr(),
+            None if pool.offset is None else pool.offset.data_ptr(),
         )
         found = pool.derived["native"] = (site, ends)  # `site` points into `ends`
     return found[0]

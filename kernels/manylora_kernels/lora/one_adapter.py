@@ -31,6 +31,8 @@ class OneAdapter:
     """Of all its rows."""
     pages: tuple[torch.Tensor | None, ...]
     """For each kind its pages on the device, int64; None where it has none."""
+    vectors: tuple[int | None, ...]
+    """For each kind the page of its vectors; None where it has none."""
 
     @classmethod
     def of(
@@ -40,6 +42,7 @@ class OneAdapter:
         pages: Sequence[Sequence[Sequence[int]]],
         min_rows: int,
         device: torch.device,
+        vectors: Sequence[Sequence[Sequence[int]]] = (),
     ) -> OneAdapter | None:
         """The only adapter of a step, if it has `min_rows` rows in one run and of one scale, else None."""
         rows = np.flatnonzero(row_slots >= 0)
@@ -54,7 +57,13 @@ class OneAdapter:
             key = tuple(table[slot])
             if key not in tables:
                 tables[key] = upload(np.array(key, dtype=np.int64), device)
-        return cls(mine, scale, tuple(tables[tuple(table[slot])] for table in pages))
+        mine_of_kinds = [table[slot] for table in vectors] or [()] * len(pages)
+        return cls(
+            mine,
+            scale,
+            tuple(tables[tuple(table[slot])] for table in pages),
+            tuple(found[0] if found else None for found in mine_of_kinds),
+        )
 
     def serves(self, y: torch.Tensor, x: torch.Tensor, pool: SitePool) -> bool:
         """Whether this may be used now: one dtype throughout, and nothing is recorded."""
@@ -62,9 +71,15 @@ class OneAdapter:
 
     def add_lora(self, y: torch.Tensor, x: torch.Tensor, pool: SitePool, kind: int) -> None:
         """Add the adapter's term of one site in place, as `manylora_kernels.add_lora` says."""
-        pages = self.pages[kind]
-        if pages is None:
-            return
+        pages, vector = self.pages[kind], self.vectors[kind]
+        if pages is not None:
+            self._add_term(y, x, pool, pages)
+        if vector is not None:
+            assert pool.vectors is not None, "the step has vectors, the pool has none"
+            rows = y[self.rows]
+            torch.addcmul(pool.vectors.offset[vector], rows, pool.vectors.scale[vector], out=rows)
+
+    def _add_term(self, y: torch.Tensor, x: torch.Tensor, pool: SitePool, pages: torch.Tensor) -> None:
         num_ranks = len(pages) * PAGE_ROWS
         a = pool.a[pages].transpose(0, 1).reshape(-1, pool.num_inputs)  # [S * R, K]
         b = pool.b[pages].reshape(num_ranks, pool.num_outputs)

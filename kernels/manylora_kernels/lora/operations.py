@@ -19,8 +19,9 @@ from manylora_kernels.shapes import ServedShapes
 def add_lora(y: torch.Tensor, x: torch.Tensor, pool: SitePool, mix: Mix, kind: int) -> None:
     """Add the adapters' term of one site in place.
 
-    `y[t, s] += scale[t] * (x[t] A_s^T) B_s^T`, A and B of the adapter of row t. A row without an adapter, or
-    whose adapter has no pages in this kind, is neither read nor written.
+    `y[t, s] += scale[t] * (x[t] A_s^T) B_s^T`, A and B of the adapter of row t. A row whose adapter has
+    vectors in this kind then becomes `y[t] * scale_v + offset_v`. A row without an adapter, or whose adapter
+    has nothing in this kind, is neither read nor written.
 
     Args:
         y: [T, N], rows may be further apart than N.
@@ -34,7 +35,7 @@ def add_lora(y: torch.Tensor, x: torch.Tensor, pool: SitePool, mix: Mix, kind: i
     """
     _check_x(x, pool, mix, kind)
     _check_rows("y", y, pool.num_outputs, pool, mix)
-    if mix.page_limits[kind]:
+    if mix.is_used_at(kind):
         mix.form.add_lora(y, x, pool, mix.step, kind)
 
 
@@ -44,7 +45,8 @@ def add_lora_silu_mul(
     """Add the adapters' term to a gate/up site and compute the activation behind it.
 
     `out = silu(gate + lora_gate) * (up + lora_up)` with `gate, up = y[:, :N // 2], y[:, N // 2:]`. Rows
-    without an adapter have a term of zero. On CUDA sums and activation are in float32 and rounded once, and y
+    without an adapter have a term of zero; vectors come before the activation. On CUDA sums and activation
+    are in float32 and rounded once, and y
     is left as it was; on a CPU the term is added to y first.
 
     Args:
@@ -62,7 +64,7 @@ def add_lora_silu_mul(
     _check_x(x, pool, mix, kind)
     _check_rows("y", y, pool.num_outputs, pool, mix)
     _check_rows("out", out, pool.widths[0], pool, mix)
-    if mix.page_limits[kind]:
+    if mix.is_used_at(kind):
         mix.form.add_lora_silu_mul(out, y, x, pool, mix.step, kind)
     else:
         mix.form.silu_mul(y, out)
@@ -89,7 +91,7 @@ def linear_lora(x: torch.Tensor, product: Product, pool: SitePool, mix: Mix, kin
     """
     _check_x(x, pool, mix, kind)
     product = _checked(product, pool, mix)
-    if not mix.page_limits[kind]:
+    if not mix.is_used_at(kind):
         return product(x)
     return mix.form.linear_lora(x, product, pool, mix.step, kind)
 
@@ -116,7 +118,7 @@ def gate_up_lora(x: torch.Tensor, product: Product, pool: SitePool, mix: Mix, ki
     _check_gate_up(pool)
     _check_x(x, pool, mix, kind)
     product = _checked(product, pool, mix)
-    if not mix.page_limits[kind]:
+    if not mix.is_used_at(kind):
         return mix.form.silu_mul(product(x))
     return mix.form.gate_up_lora(x, product, pool, mix.step, kind)
 
@@ -168,6 +170,10 @@ def _check_x(x: torch.Tensor, pool: SitePool, mix: Mix, kind: int) -> None:
     if mix.page_limits[kind] > pool.a.shape[0]:
         raise ValueError(
             f"pages: the mix uses page {mix.page_limits[kind] - 1}, the pool has {pool.a.shape[0]}"
+        )
+    if mix.vector_limits[kind] > pool.num_vectors:
+        raise ValueError(
+            f"vectors: the mix uses page {mix.vector_limits[kind] - 1}, the pool has {pool.num_vectors}"
         )
     if not mix.is_empty and mix.device.type != x.device.type:
         raise ValueError(f"mix: found one built for {mix.device.type}, x is on {x.device}")

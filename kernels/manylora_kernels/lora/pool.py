@@ -1,7 +1,7 @@
 """One site of one layer in the device pool.
 
 Shape key: P pages, S linears of the site, K inputs, N outputs of all S linears together, 16 rank rows of a
-page.
+page, V pages of vectors.
 """
 
 from __future__ import annotations
@@ -15,6 +15,16 @@ from manylora_kernels.shapes import SiteShape
 
 PAGE_ROWS = 16
 """Rank rows of one page."""
+
+
+@dataclass(frozen=True, slots=True)
+class Vectors:
+    """What adapters have once for each output of a site: `y = scale * (base output + term) + offset`."""
+
+    scale: torch.Tensor
+    """[V, N], each page contiguous."""
+    offset: torch.Tensor
+    """[V, N], the same strides."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -35,6 +45,10 @@ class SitePool:
     """[P, 16, N], each page contiguous: the outputs of the linears side by side."""
     widths: tuple[int, ...]
     """Outputs of each of the S linears; their sum is N."""
+    scale: torch.Tensor | None = None
+    """[V, N], each page contiguous; None in a pool without vectors."""
+    offset: torch.Tensor | None = None
+    """[V, N], the same."""
     derived: dict[str, Any] = field(default_factory=dict, init=False, repr=False)
     """What a form has made of these tensors once, under its own name."""
 
@@ -59,6 +73,42 @@ class SitePool:
                 raise ValueError(
                     f"{name}: found page strides {tensor.stride()[1:]}, allowed contiguous pages"
                 )
+
+        self._check_vectors()
+
+    def _check_vectors(self) -> None:
+        a, num_outputs = self.a, self.num_outputs
+        if self.scale is None and self.offset is None:
+            return
+        for name, vector in (("scale", self.scale), ("offset", self.offset)):
+            if vector is None or vector.dim() != 2 or vector.shape[1] != num_outputs:
+                found = None if vector is None else list(vector.shape)
+                raise ValueError(f"{name}: found {found}, allowed [V, {num_outputs}], or neither of the two")
+            if vector.dtype != a.dtype or vector.device != a.device:
+                raise ValueError(
+                    f"{name}: found {vector.dtype} on {vector.device}, allowed {a.dtype} on {a.device}"
+                )
+            if vector.stride() != (num_outputs, 1):
+                raise ValueError(f"{name}: found strides {vector.stride()}, allowed {(num_outputs, 1)}")
+        assert self.scale is not None
+        assert self.offset is not None
+        if self.scale.shape != self.offset.shape:
+            raise ValueError(
+                f"scale and offset: found {list(self.scale.shape)} and {list(self.offset.shape)}, "
+                "allowed the same"
+            )
+
+    @property
+    def vectors(self) -> Vectors | None:
+        """Scale and offset; None in a pool without them."""
+        if self.scale is None or self.offset is None:
+            return None
+        return Vectors(self.scale, self.offset)
+
+    @property
+    def num_vectors(self) -> int:
+        """V; 0 in a pool without vectors."""
+        return 0 if self.scale is None else self.scale.shape[0]
 
     @property
     def shape(self) -> SiteShape:

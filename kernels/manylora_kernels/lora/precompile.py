@@ -5,6 +5,7 @@ Shape key: T rows, K inputs, N outputs of all linears of a site.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 
 import numpy as np
@@ -37,6 +38,7 @@ def precompile(device: torch.device, shapes: ServedShapes) -> None:
                 shapes.max_pages,
                 device,
                 shapes.batch_invariant,
+                reads_vectors=[shapes.has_vectors],
             )
         _launch(site, num_rows, mixes[num_rows], device, shapes)
 
@@ -62,19 +64,32 @@ def _launch(
     x = torch.empty(num_rows, site.num_inputs, dtype=shapes.dtype, device=device)
     y = torch.empty(num_rows, site.num_outputs, dtype=shapes.dtype, device=device)
     out = torch.empty(num_rows, site.widths[0], dtype=shapes.dtype, device=device)
-    pool = SitePool(
-        torch.empty(1, site.num_linears, PAGE_ROWS, site.num_inputs, dtype=shapes.pool_dtype, device=device),
-        torch.empty(1, PAGE_ROWS, site.num_outputs, dtype=shapes.pool_dtype, device=device),
-        site.widths,
-    )
+    pool = _pool(site, device, shapes)
     chosen = mix.plan_for(site, shapes.pool_dtype)
+    # Steps whose adapters have none read no vectors.
+    options = [None, pool.vectors] if pool.vectors else [None]
     # Chained, and apart: a recorded step launches shrink on a stream of its own.
-    for chained in sorted({False, mix.device.has_dependent_launch}):
+    for chained, vectors in itertools.product(sorted({False, mix.device.has_dependent_launch}), options):
         h = shrink(x, pool.a, mix, 0, chosen, chained)
-        expand(y, h, pool.b, pool.widths, mix, 0, chosen, chained)
+        expand(y, h, pool.b, pool.widths, mix, 0, chosen, chained, vectors)
         if site.is_gate_up:
             # Of a shrink of its own: a chained launch starts before the one in front of it has ended.
             h = shrink(x, pool.a, mix, 0, chosen, chained)
-            expand_silu_mul(out, y, h, pool.b, mix, 0, chosen, chained)
+            expand_silu_mul(out, y, h, pool.b, mix, 0, chosen, chained, vectors)
     if site.is_gate_up:
         silu_mul(out, y)
+
+
+def _pool(site: SiteShape, device: torch.device, shapes: ServedShapes) -> SitePool:
+    """A pool of one page."""
+
+    def empty(*shape: int) -> torch.Tensor:
+        return torch.empty(*shape, dtype=shapes.pool_dtype, device=device)
+
+    vectors = [empty(1, site.num_outputs) for _ in range(2 if shapes.has_vectors else 0)]
+    return SitePool(
+        empty(1, site.num_linears, PAGE_ROWS, site.num_inputs),
+        empty(1, PAGE_ROWS, site.num_outputs),
+        site.widths,
+        *vectors,
+    )

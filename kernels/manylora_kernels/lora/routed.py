@@ -27,11 +27,16 @@ class RoutedMix:
     """The adapters of one step on the device. All shapes depend on T, max_slots and max_pages only."""
 
     packed: torch.Tensor
-    """[2 * T + C * D * (1 + P')], int32: the slots of the rows, their scales, the tables of all kinds."""
+    """[2 * T + C * D * (1 + P') + C * D], int32: the slots of the rows, their scales, the tables and the
+    vectors of all kinds."""
     tables: torch.Tensor
     """[C, D, 1 + P'], int32, a view: how many pages a slot has, then the pages; the rest is 0."""
     scales: torch.Tensor
     """[T], float32, a view."""
+    vectors: torch.Tensor
+    """[C, D], int32, a view: the page of a slot's vectors, -1 for none."""
+    reads_vectors: tuple[bool, ...]
+    """By kind, whether the kernels look at that."""
     route: Route
     device: Device
     batch_invariant: bool = False
@@ -54,8 +59,14 @@ class RoutedMix:
         max_pages: int,
         device: torch.device,
         batch_invariant: bool = False,
+        vectors: Sequence[PageTable] = (),
+        reads_vectors: Sequence[bool] | None = None,
     ) -> RoutedMix:
-        """Upload a step and sort its rows, as `Mix.build` says, which checks the arguments."""
+        """Upload a step and sort its rows, as `Mix.build` says, which checks the arguments.
+
+        Args:
+            reads_vectors: by kind; None: where a slot has some.
+        """
         num_rows, num_kinds = len(row_slots), len(pages)
         tables = np.zeros((num_kinds, max_slots, 1 + max_pages), dtype=np.int32)
         for kind, table in enumerate(pages):
@@ -65,16 +76,27 @@ class RoutedMix:
             for slot, mine in enumerate(table):
                 tables[kind, slot, 0] = len(mine)
                 tables[kind, slot, 1 : 1 + len(mine)] = mine
-        packed = upload(np.concatenate((row_slots, row_scales.view(np.int32), tables.reshape(-1))), device)
+        places = np.full((num_kinds, max_slots), -1, dtype=np.int32)
+        for kind, table in enumerate(vectors):
+            for slot, mine in enumerate(table):
+                if mine:
+                    places[kind, slot] = mine[0]
+        if reads_vectors is None:
+            reads_vectors = [bool((kind >= 0).any()) for kind in places]
+        host = (row_slots, row_scales.view(np.int32), tables.reshape(-1), places.reshape(-1))
+        packed = upload(np.concatenate(host), device)
         found = facts(device)
         one_adapter = None
         if not batch_invariant:
-            one_adapter = OneAdapter.of(row_slots, row_scales, pages, planner.one_adapter_rows(found), device)
+            least = planner.one_adapter_rows(found)
+            one_adapter = OneAdapter.of(row_slots, row_scales, pages, least, device, vectors)
         block_rows = planner.block_rows(num_rows, found, batch_invariant)
         return cls(
             packed=packed,
-            tables=packed[2 * num_rows :].view(num_kinds, max_slots, 1 + max_pages),
+            tables=packed[2 * num_rows :][: tables.size].view(tables.shape),
             scales=packed[num_rows : 2 * num_rows].view(torch.float32),
+            vectors=packed[2 * num_rows + tables.size :].view(places.shape),
+            reads_vectors=tuple(reads_vectors),
             route=route(packed[:num_rows], max_slots, block_rows),
             device=found,
             batch_invariant=batch_invariant,

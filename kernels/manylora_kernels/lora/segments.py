@@ -76,10 +76,15 @@ class KindSegments:
 
     segments: tuple[Segment, ...]
     batches: tuple[SegmentBatch, ...]
+    vectors: tuple[tuple[Rows, int], ...] = ()
+    """Rows of an adapter that has vectors, and their page: behind all terms."""
 
 
 def build_segments(
-    row_slots: npt.NDArray[np.int32], row_scales: FloatArray, pages: Sequence[Sequence[int]]
+    row_slots: npt.NDArray[np.int32],
+    row_scales: FloatArray,
+    pages: Sequence[Sequence[int]],
+    vectors: Sequence[Sequence[int]] = (),
 ) -> KindSegments:
     """Group the rows of a step for one kind of site.
 
@@ -87,10 +92,11 @@ def build_segments(
         row_slots: [T], -1 for no adapter.
         row_scales: [T].
         pages: the pages of each slot; empty where the adapter has nothing in this kind.
+        vectors: the page of each slot's vectors, or nothing.
     """
     order = np.argsort(row_slots, kind="stable").astype(np.int64)
     slots, starts = np.unique(row_slots[order], return_index=True)
-    groups = zip(slots.tolist(), np.split(order, starts[1:]), strict=True)
+    groups = list(zip(slots.tolist(), np.split(order, starts[1:]), strict=True))
     members = [(rows, pages[slot]) for slot, rows in groups if slot >= 0 and pages[slot]]
     segments: list[Segment] = []
     batches: list[SegmentBatch] = []
@@ -103,7 +109,13 @@ def build_segments(
             batches.append(_batch(alike, row_scales))
         low = limit
     segments += [_segment(*member, row_scales) for member in members if len(member[0]) > low]
-    return KindSegments(segments=tuple(segments), batches=tuple(batches))
+    return KindSegments(
+        segments=tuple(segments),
+        batches=tuple(batches),
+        vectors=tuple(
+            (_choice(rows), page) for slot, rows in groups if slot >= 0 and vectors for page in vectors[slot]
+        ),
+    )
 
 
 def _segment(rows: IntArray, pages: Sequence[int], row_scales: FloatArray) -> Segment:

@@ -41,9 +41,21 @@ class TritonForm:
         max_pages: int,
         device: torch.device,
         batch_invariant: bool,
+        vectors: Sequence[PageTable],
+        reads_vectors: Sequence[bool],
     ) -> RoutedMix:
         """One upload, and a sort on the device."""
-        return RoutedMix.build(row_slots, row_scales, pages, max_slots, max_pages, device, batch_invariant)
+        return RoutedMix.build(
+            row_slots,
+            row_scales,
+            pages,
+            max_slots,
+            max_pages,
+            device,
+            batch_invariant,
+            vectors,
+            reads_vectors,
+        )
 
     def add_lora(self, y: torch.Tensor, x: torch.Tensor, pool: SitePool, step: RoutedMix, kind: int) -> None:
         """Shrink and expand, or the vendor's products where the step's one adapter has rows enough."""
@@ -53,7 +65,7 @@ class TritonForm:
         plan = step.plan_for(pool.shape, pool.a.dtype)
         chained = step.device.has_dependent_launch
         h = shrink(x, pool.a, step, kind, plan, chained)
-        expand(y, h, pool.b, pool.widths, step, kind, plan, chained)
+        expand(y, h, pool.b, pool.widths, step, kind, plan, chained, pool.vectors)
 
     def add_lora_silu_mul(
         self,
@@ -68,7 +80,7 @@ class TritonForm:
         plan = step.plan_for(pool.shape, pool.a.dtype)
         chained = step.device.has_dependent_launch
         h = shrink(x, pool.a, step, kind, plan, chained)
-        expand_silu_mul(out, y, h, pool.b, step, kind, plan, chained)
+        expand_silu_mul(out, y, h, pool.b, step, kind, plan, chained, pool.vectors)
 
     def linear_lora(
         self,
@@ -90,7 +102,7 @@ class TritonForm:
             return y
         plan = step.plan_for(pool.shape, pool.a.dtype)
         y, h = _product_and_shrink(x, product, pool, step, kind, plan, side)
-        expand(y, h, pool.b, pool.widths, step, kind, plan)
+        expand(y, h, pool.b, pool.widths, step, kind, plan, vectors=pool.vectors)
         return y
 
     def gate_up_lora(
@@ -111,7 +123,7 @@ class TritonForm:
         plan = step.plan_for(pool.shape, pool.a.dtype)
         y, h = _product_and_shrink(x, product, pool, step, kind, plan, side)
         out = y.new_empty(y.shape[0], pool.widths[0])
-        expand_silu_mul(out, y, h, pool.b, step, kind, plan)
+        expand_silu_mul(out, y, h, pool.b, step, kind, plan, vectors=pool.vectors)
         return out
 
     def silu_mul(self, y: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
