@@ -102,14 +102,17 @@ def test_a_plan_reads_well_on_a_narrow_terminal(run: Run) -> None:
 
 
 def test_a_plan_for_cuda_has_room_to_copy_through(run: Run) -> None:
-    """As much as the largest adapter takes, and what aligns its eight tensors."""
+    """As much as the largest adapter takes, and what aligns its sixteen tensors."""
     words = ("plan", f"--base-model={BASE_MODEL}", "--set=max_lora_rank=40")
     on_cpu, on_cuda = (
         json.loads(run(*words, "--json", f"--set=device={device}")[1]) for device in ("cpu", "cuda")
     )
-    largest = on_cpu["adapter_bytes"]["40"]
+    largest = on_cpu["adapter_bytes"]["40"] + on_cpu["vector_bytes"] // on_cpu["max_loras"]
     assert on_cpu["staging_bytes"] == 0
-    assert largest <= on_cuda["staging_bytes"] < largest + 8 * 256
+    assert largest <= on_cuda["staging_bytes"] < largest + 16 * 256
+    pages = sum(kind["pages"] * kind["page_bytes"] for kind in on_cpu["kinds"])
+    assert on_cpu["pool_bytes"] == pages + on_cpu["vector_bytes"]
+    assert 0 < on_cpu["vector_bytes"] < 0.05 * pages
     for total in ("pool_bytes", "device_bytes"):
         assert on_cuda[total] - on_cpu[total] == on_cuda["staging_bytes"]
     block = on_cuda["host_cache_bytes"] // on_cuda["max_cpu_loras"]

@@ -20,8 +20,14 @@ def test_a_page_is_of_16_rank_rows_as_the_kernels_have_it() -> None:
 
 
 def test_pages_have_the_shapes_that_the_kernels_read() -> None:
-    assert {part.name: KIND.page_shape(part) for part in PARTS} == {"a": (2, 16, 10), "b": (16, 8)}
+    assert {part.name: KIND.page_shape(part) for part in PARTS} == {
+        "a": (2, 16, 10),
+        "b": (16, 8),
+        "scale": (8,),
+        "offset": (8,),
+    }
     assert KIND.page_elements() == 16 * 3 * (2 * 10 + 8)
+    assert KIND.page_elements(PagedBy.ADAPTER) == 3 * 2 * 8
 
 
 def test_files_have_the_shapes_that_peft_writes() -> None:
@@ -76,7 +82,8 @@ class Adapter:
         return x @ parts["a"].T @ parts["b"].T
 
     def whole(self) -> Array:
-        return self.x @ self.weight.T + self.term(self.parts, self.x)
+        y = self.x @ self.weight.T + self.term(self.parts, self.x)
+        return y * self.parts["scale"] + self.parts["offset"]
 
 
 def share(length: int, rank: int, size: int) -> slice:
@@ -101,7 +108,8 @@ def test_column_parallel_ranks_make_the_whole_output_side_by_side(
     found = np.zeros((T, N))
     for rank, (h, parts) in enumerate(zip(gathered, held, strict=True)):
         mine = share(N, rank, size)
-        found[:, mine] = (adapter.x @ adapter.weight.T + h @ parts["b"].T)[:, mine]
+        y = adapter.x @ adapter.weight.T + h @ parts["b"].T
+        found[:, mine] = (y * parts["scale"] + parts["offset"])[:, mine]
     np.testing.assert_allclose(found, adapter.whole(), rtol=1e-12, atol=1e-12)
 
 
@@ -121,7 +129,10 @@ def test_row_parallel_ranks_make_addends_of_the_whole_output(
         held.append(parts)
     # Fully sharded, an all-reduce of what A gives; the base product's own finishes both.
     reduced = [sum(shrunk)] * size if fully_sharded else shrunk
-    found = sum(addend + h @ parts["b"].T for addend, h, parts in zip(addends, reduced, held, strict=True))
+    found = sum(
+        (addend + h @ parts["b"].T) * parts["scale"] + parts["offset"]
+        for addend, h, parts in zip(addends, reduced, held, strict=True)
+    )
     np.testing.assert_allclose(found, adapter.whole(), rtol=1e-12, atol=1e-12)
 
 

@@ -14,7 +14,7 @@ from manylora.engine.schedule import Schedule
 from manylora.engine.scheduler import Scheduler
 from manylora.engine.sequence import Sequence, State
 from manylora.engine.step import NewTokens, StepResult
-from manylora.errors import ManyloraError, NotFoundError, UnavailableError
+from manylora.errors import InvalidArgumentError, ManyloraError, NotFoundError, UnavailableError
 from manylora.messages import SamplingParams
 
 EOS = 2
@@ -27,9 +27,14 @@ class FakeLease:
     error: ManyloraError | None = None
     version: str = ""
     active: int = 0
+    scales: tuple[float, ...] = (1.0,)
+    """Strengths with which the adapter can be applied."""
 
     def __post_init__(self) -> None:
         self.version = f"hash of {self.name}"
+
+    def refusal_of(self, adapter_scale: float) -> ManyloraError | None:
+        return None if adapter_scale in self.scales else InvalidArgumentError(f"not with {adapter_scale}")
 
     @property
     def adapter(self) -> str:
@@ -140,6 +145,16 @@ def test_with_nothing_else_to_do_a_step_waits_for_the_copy() -> None:
     scheduler.add(sequence(0, adapter="coming"))
     assert step(scheduler) == [(0, 3)]
     assert registry.awaited == ["coming"]
+
+
+def test_a_strength_that_the_adapter_does_not_have_fails_its_sequence_alone() -> None:
+    scheduler = make()
+    half, whole = sequence(0, adapter="a"), sequence(1, adapter="a")
+    half.adapter_scale = 0.5
+    for s in (half, whole):
+        scheduler.add(s)
+    assert step(scheduler) == [(1, 3)]
+    assert [s.state for s in (half, whole)] == [State.ENDED, State.RUNNING]
 
 
 def test_eos_ends_a_sequence_unless_it_is_ignored_or_too_early() -> None:

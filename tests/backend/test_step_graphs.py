@@ -314,7 +314,7 @@ def toy(steps: list[StepTensors]) -> StepGraphs:
             rows.append(step.mix.step.packed[: step.mix.num_rows])
         return torch.nn.functional.pad(torch.stack(rows, 1).float(), (0, 5 - len(rows)))
 
-    graphs = StepGraphs(forward, uploader, 8, 32, [3], PlainRecorder())
+    graphs = StepGraphs(forward, uploader, 8, 32, [3], [2], PlainRecorder())
     graphs.capture()
     return graphs
 

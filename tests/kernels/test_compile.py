@@ -23,6 +23,8 @@ CAPS = {
     "shrink-decode": (80, 75 << 10),
     "expand-decode": (64, 24 << 10),
     "silu_mul-decode": (64, 24 << 10),
+    # The same with six programs by registers.
+    "silu_mul-decode-vectors": (80, 24 << 10),
     # Four programs by registers, three by shared memory.
     "shrink-chunk": (128, 75 << 10),
     "expand-chunk": (128, 32 << 10),
@@ -83,6 +85,8 @@ def test_every_kernel_compiles_for(target: str, compiled: Rows) -> None:
         for step in ("decode", "chunk", "prefill")
     ]
     assert kernels >= {"route", "base_silu_mul-bf16", "silu_mul-prefill-gate_up-bf16-4_pages", *steps}
+    with_vectors = {f"{kernel}-prefill-gate_up-bf16-4_pages-vectors" for kernel in ("expand", "silu_mul")}
+    assert kernels >= with_vectors
 
 
 def test_nothing_spills(shipped: Rows) -> None:
@@ -99,7 +103,9 @@ def test_registers_and_shared_memory_stay_under_their_caps(shipped: Rows) -> Non
         if "invariant" in row["kernel"] or "fp32" in row["kernel"]:
             continue  # One set of tiles for every step, or no tensor cores: slower, and known to be.
         kind = "-".join(row["kernel"].split("-")[:2])
-        registers, shared = (AMD_CAPS if row["target"] == "gfx942" else CAPS)[kind]
+        caps = AMD_CAPS if row["target"] == "gfx942" else CAPS
+        with_vectors = f"{kind}-vectors" if row["kernel"].endswith("-vectors") else kind
+        registers, shared = caps.get(with_vectors, caps[kind])
         if row["reg"] > registers or row["shared"] > shared:
             wrong.append(row)
     assert wrong == []
@@ -119,7 +125,10 @@ def test_every_load_of_a_weight_is_of_128_bits(shipped: Rows) -> None:
 
 def test_16_bit_kernels_move_no_single_elements(shipped: Rows) -> None:
     assert all("narrow_loads" in row and "narrow_stores" in row for row in shipped)
-    assert [row for row in shipped if row["narrow_loads"] or row["narrow_stores"]] == []
+    # A tile of scale and of offset is as wide as the program has threads: one element each, side by side.
+    allowed = {row["kernel"]: 2 if row["kernel"].endswith("-vectors") else 0 for row in shipped}
+    wrong = [row for row in shipped if row["narrow_loads"] > allowed[row["kernel"]] or row["narrow_stores"]]
+    assert wrong == []
 
 
 def test_dependent_launch_is_used_where_the_card_has_it(shipped: Rows) -> None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from manylora.adapters.adapter_files import Sight
 from manylora.adapters.placement import AdapterUse, Placement
-from manylora.errors import ManyloraError
+from manylora.errors import InvalidArgumentError, ManyloraError
 
 if TYPE_CHECKING:
     from manylora.adapters.weights import AdapterWeights
@@ -84,6 +84,20 @@ class Adapter:
         assert self.weights is not None, f"{self} is not loaded"
         assert self.placement is not None, f"{self} is not on the device"
         return AdapterUse(self.version, self.weights.scale, self.placement.pages)
+
+    def refusal_of(self, adapter_scale: float) -> ManyloraError | None:
+        """Why the adapter cannot be applied with this strength; None if it can. Only while it is loaded.
+
+        Scale and offset hold at strength 1: PEFT scales what they were derived from, magnitudes of a sum of
+        base and term, in a way that no blend of the vectors gives. At 0 the base model answers.
+        """
+        assert self.weights is not None, f"{self} is not loaded"
+        if adapter_scale in (0.0, 1.0) or not self.weights.has_vectors:
+            return None
+        return InvalidArgumentError(
+            f"adapter {self.name!r} has factors or addends of outputs, which hold as they were trained: "
+            f"adapter_scale={adapter_scale:g} cannot be applied to it, allowed are 0 and 1"
+        )
 
     @property
     def is_idle(self) -> bool:
@@ -170,6 +184,11 @@ class Lease:
     def version(self) -> str:
         """Content hash of the adapter; empty unless ready or used before."""
         return self.used_version or (self.weights.version if self.weights is not None else "")
+
+    def refusal_of(self, adapter_scale: float) -> ManyloraError | None:
+        """As of the adapter. Only when ready."""
+        assert self.adapter is not None, "the adapter is not loaded"
+        return self.adapter.refusal_of(adapter_scale)
 
     @property
     def scale(self) -> float:

@@ -45,7 +45,9 @@ class Plan:
     weight_bytes: int
     kinds: list[Kind]
     pool_bytes: int
-    """With `staging_bytes`."""
+    """With `vector_bytes` and `staging_bytes`."""
+    vector_bytes: int
+    """Of what adapters have once for each output, room for `max_loras` of them."""
     staging_bytes: int
     """Of the buffer on a CUDA device that adapters are copied through; 0 on a CPU."""
     adapters_that_fit: dict[int, int]
@@ -55,8 +57,8 @@ class Plan:
     max_loras: int
     max_cpu_loras: int
     host_cache_bytes: int
-    """With an adapter of max_lora_rank on all linears in every slot. For CUDA in blocks of a power of two,
-    which is how torch allocates page-locked memory."""
+    """With the largest adapter, of max_lora_rank on all linears and with vectors, in every slot. For CUDA in
+    blocks of a power of two, which is how torch allocates page-locked memory."""
     kv_bytes: int
     kv_tokens: int
     kv_bytes_per_token: int
@@ -113,7 +115,7 @@ def make_plan(config: EngineConfig, model: ModelOutline, device_bytes: int = 0) 
     """
     from manylora.adapters.pool_tensors import pool_dtype, staging_elements
     from manylora.engine.start_up import capacity
-    from manylora.model.parts import num_pages_of
+    from manylora.model.parts import PagedBy, num_pages_of
 
     lora_dtype = pool_dtype(config, model.dtype)
     largest = num_pages_of(config.max_lora_rank)
@@ -127,7 +129,8 @@ def make_plan(config: EngineConfig, model: ModelOutline, device_bytes: int = 0) 
     ranks = sorted({*(r for r in RANKS if r <= config.max_lora_rank), config.max_lora_rank})
     staging = staging_elements(model.spec.kinds, config.max_lora_rank, lora_dtype)
     staging_bytes = itemsize * staging if device_bytes or _is_cuda(config.device) else 0
-    host_bytes = 1 << (staging_bytes - 1).bit_length() if staging_bytes else largest * page_set
+    vectors = itemsize * sum(kind.page_elements(PagedBy.ADAPTER) for kind in model.spec.kinds)
+    host_bytes = 1 << (staging_bytes - 1).bit_length() if staging_bytes else largest * page_set + vectors
     pool_bytes = capacity.pool_bytes(model.spec.kinds, config, itemsize) + staging_bytes
     step_bytes = capacity.step_bytes(model.spec.kinds, config, model.dtype.itemsize, model.vocab_size)
     limits = (config, model.max_model_len, model.cache_bytes_per_token)
@@ -151,6 +154,7 @@ def make_plan(config: EngineConfig, model: ModelOutline, device_bytes: int = 0) 
         weight_bytes=model.weight_bytes,
         kinds=kinds,
         pool_bytes=pool_bytes,
+        vector_bytes=config.max_loras * vectors,
         staging_bytes=staging_bytes,
         adapters_that_fit={rank: num_pages // num_pages_of(rank) for rank in ranks},
         adapter_bytes={rank: num_pages_of(rank) * page_set for rank in ranks},
@@ -185,6 +189,7 @@ def describe(plan: Plan) -> str:
     totals: list[tuple[Any, ...]] = [
         ("base model weights", size(plan.weight_bytes), plan.dtype),
         ("device pool", size(plan.pool_bytes), f"{plan.lora_dtype}, {plan.max_loras} adapters in one step"),
+        ("  scales and offsets", size(plan.vector_bytes), "of it, for adapters that have them"),
         *([("  to copy through", size(plan.staging_bytes), "of it")] if plan.staging_bytes else []),
         ("KV cache", size(plan.kv_bytes), f"{plan.kv_tokens} tokens: {', '.join(sequences)} tokens"),
         ("on the device", size(plan.device_bytes), f"and about {size(plan.step_bytes)} for a step"),

@@ -219,6 +219,10 @@ class Scheduler:
                     continue
                 if lease.state == "loading":
                     continue
+                refusal = lease.refusal_of(sequence.adapter_scale) if lease.state == "ready" else None
+                if refusal is not None:
+                    self.fail(sequence, refusal)
+                    continue
                 if not self._may_pass(sequence, blocked) or not self._active.try_activate(sequence):
                     blocked.append(sequence)
                     continue

@@ -78,7 +78,8 @@ class StepGraphs:
         uploader: makes the tensors of the steps that will be run.
         max_rows: of the largest bucket.
         max_context: no sequence is longer.
-        page_limits: the pages of the device pool, by kind.
+        page_limits: the pages of rank rows of the device pool, by kind.
+        vector_limits: its pages of vectors, by kind.
         recorder: of the same device.
     """
 
@@ -89,11 +90,13 @@ class StepGraphs:
         max_rows: int,
         max_context: int,
         page_limits: Sequence[int],
+        vector_limits: Sequence[int],
         recorder: Recorder,
     ) -> None:
         self._forward = forward
         self._uploader = uploader
         self._page_limits = tuple(page_limits)
+        self._vector_limits = tuple(vector_limits)
         self._recorder = recorder
         self.buckets = buckets(max_rows)
         self.replays: Counter[tuple[int, bool]] = Counter()
@@ -191,4 +194,5 @@ class StepGraphs:
             uploader.max_pages,
             uploader.device,
             form=uploader.form,
+            vector_limits=self._vector_limits,
         )

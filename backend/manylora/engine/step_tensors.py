@@ -156,11 +156,12 @@ class Uploader:
         return Mix.build(
             np.pad(slots, padding, constant_values=-1),
             np.pad(scales, padding),
-            step.pages,
+            step.pages[: self.num_kinds],
             self.max_loras,
             self.max_pages,
             self.device,
             form=self.form,
+            vectors=step.pages[self.num_kinds :],
         )
 
     def _tensor(self, array: IntArray) -> torch.Tensor:

@@ -123,8 +123,26 @@ PARTS = (
         # and each rank adds its outputs to its addend of the base product.
         row=(Cut.WHOLE, Cut.WIDTH),
     ),
+    Part(
+        name="scale",
+        peft=None,
+        spans=Spans.OUTPUTS,
+        paged_by=PagedBy.ADAPTER,
+        column=(Cut.WIDTH, Cut.WIDTH),
+        # Each rank multiplies its whole addend.
+        row=(Cut.WHOLE, Cut.WHOLE),
+    ),
+    Part(
+        name="offset",
+        peft=None,
+        spans=Spans.OUTPUTS,
+        paged_by=PagedBy.ADAPTER,
+        column=(Cut.WIDTH, Cut.WIDTH),
+        row=(Cut.FIRST, Cut.FIRST),
+    ),
 )
-"""The parts of a linear's adapter: y += x A^T B^T."""
+"""The parts of a linear's adapter: `scale * (y + x A^T B^T) + offset`, where y is the base's output with its
+bias. Those that are one per adapter are its *vectors*."""
 
 PAGINGS = tuple(by for by in PagedBy if any(part.paged_by is by for part in PARTS))
 """Those that occur in the table."""

@@ -48,9 +48,10 @@ def make_weights(
     dtype: torch.dtype = torch.float32,
     spec: ModelSpec = SPEC,
     pin: bool = False,
+    has_vectors: Sequence[bool] = (),
 ) -> AdapterWeights:
-    """An adapter of these ranks by kind (0: not targeted), random, and NaN between its tensors."""
-    buffer, kinds = allocate(spec.kinds, ranks, dtype, pin=pin)
+    """An adapter of these ranks by kind (0: without A and B), random, and NaN between its tensors."""
+    buffer, kinds = allocate(spec.kinds, ranks, dtype, pin=pin, has_vectors=has_vectors)
     buffer.fill_(math.nan)
     generator = torch.Generator().manual_seed(seed)
     for kind in kinds:
@@ -65,7 +66,7 @@ def fragment(pool: DevicePool, held: Sequence[int]) -> None:
     fillers = [pool.try_place(single) for _ in range(pool.num_pages)]
     for page, filler in enumerate(fillers):
         assert filler is not None
-        assert filler.pages == ((page,),) * len(pool.tensors.kinds)
+        assert filler.pages == ((page,),) * len(pool.tensors.kinds) + ((),) * len(pool.tensors.kinds)
         pool.tensors.await_copy(filler)
     for kind in pool.tensors.kinds:
         for part in kind.values():
@@ -84,19 +85,24 @@ def bits(tensor: torch.Tensor) -> torch.Tensor:
 def holds(pool: DevicePool, placement: Placement, weights: AdapterWeights) -> bool:
     pool.tensors.await_copy(placement)
     return all(
-        torch.equal(bits(kind[name][:, list(pages)]), bits(part))
-        for kind, source, pages in zip(pool.tensors.kinds, weights.kinds, placement.pages, strict=True)
-        if source is not None
-        for name, part in source.parts.items()
+        torch.equal(bits(kind[part.name][:, list(pages)]), bits(source.parts[part.name]))
+        for (kind, source), (group, pages) in zip(
+            2 * [*zip(pool.tensors.kinds, weights.kinds, strict=True)],
+            zip(pool.tensors.groups, placement.pages, strict=True),
+            strict=True,
+        )
+        if source is not None and pages
+        for part in group.parts
     )
 
 
 def is_poisoned(pool: DevicePool, placements: Sequence[Placement]) -> bool:
     """Whether all pages but those of `placements` are NaN."""
-    for index, kind in enumerate(pool.tensors.kinds):
+    for index, group in enumerate(pool.tensors.groups):
         taken = {page for placement in placements for page in placement.pages[index]}
-        others = [page for page in range(pool.num_pages) if page not in taken]
-        if not all(part[:, others].isnan().all() for part in kind.values()):
+        others = [page for page in range(pool.max_pages[index]) if page not in taken]
+        kind = pool.tensors.kinds[index % pool.num_kinds]
+        if not all(kind[part.name][:, others].isnan().all() for part in group.parts):
             return False
     return True
 
@@ -108,7 +114,9 @@ def is_poisoned(pool: DevicePool, placements: Sequence[Placement]) -> bool:
 def test_pages_are_the_same_through_the_buffer_and_from_the_host(
     ranks: tuple[int, ...], dtype: torch.dtype, held: tuple[int, ...], device: str
 ) -> None:
-    weights = make_weights(ranks, 7, dtype, pin=device == "cuda")
+    # With vectors where its first rank is odd, some of them beside no A and B.
+    has_vectors = (ranks[0] % 2 == 1, ranks[0] % 2 == 1, False)
+    weights = make_weights(ranks, 7, dtype, pin=device == "cuda", has_vectors=has_vectors)
     pools, placements = [], []
     for staged in (True, False):
         pool = make_pool(SPEC, 3, 64, dtype, torch.device(device), staged=staged)
@@ -191,7 +199,7 @@ def test_an_adapter_leaves_the_host_in_one_transfer_that_waits_for_no_step(
 def test_only_cuda_has_a_buffer_unless_one_is_asked_for() -> None:
     plain, staged = (make_pool(SPEC, 2, 40, torch.bfloat16, CPU, staged=s) for s in (None, True))
     assert plain.tensors.staging_bytes == 0
-    largest = make_weights((40, 40, 40), 0, torch.bfloat16)
+    largest = make_weights((40, 40, 40), 0, torch.bfloat16, has_vectors=(True,) * 3)
     assert staged.tensors.staging_bytes == largest.buffer.numel() * 2
     assert staged.tensors.num_bytes == plain.tensors.num_bytes + staged.tensors.staging_bytes
 
@@ -202,7 +210,7 @@ def test_an_adapter_above_max_lora_rank_is_a_mistake() -> None:
         pool.try_place(make_weights((17, 17, 17), 0))
 
 
-PAGES = st.tuples(*[st.integers(0, 5)] * 3)
+PAGES = st.tuples(*[st.integers(0, 5)] * 3, *[st.integers(0, 1)] * 3)
 
 
 @given(pages=PAGES, more=PAGES, dtype=st.sampled_from(DTYPES))
@@ -233,7 +241,8 @@ def test_an_adapter_that_is_read_lies_in_one_buffer(
     layout = AdapterLayout.of(page_groups(llama_spec.kinds), weights.num_pages, dtype)
     assert weights.buffer.shape == (layout.num_elements,)
     assert weights.buffer.dtype == dtype
-    for kind, places in zip(weights.kinds, layout.groups, strict=True):
+    assert not any(layout.groups[len(weights.kinds) :])
+    for kind, places in zip(weights.kinds, layout.groups[: len(weights.kinds)], strict=True):
         assert (kind is None) == (not places)
         if kind is not None:
             assert list(kind.parts) == list(places)
@@ -268,12 +277,15 @@ class Machine(RuleBasedStateMachine):
         self.placed: list[tuple[list[Placement], AdapterWeights]] = []
         self.count = 0
 
-    @rule(ranks=st.tuples(*[st.sampled_from([0, 1, 16, 17, 33, 64])] * 3))
-    def place(self, ranks: tuple[int, int, int]) -> None:
-        if not any(ranks):
+    @rule(
+        ranks=st.tuples(*[st.sampled_from([0, 1, 16, 17, 33, 64])] * 3),
+        has_vectors=st.one_of(st.just((False,) * 3), st.tuples(*[st.booleans()] * 3)),
+    )
+    def place(self, ranks: tuple[int, int, int], has_vectors: tuple[bool, bool, bool]) -> None:
+        if not any((*ranks, *has_vectors)):
             return
         self.count += 1
-        weights = make_weights(ranks, self.count, self.dtype)
+        weights = make_weights(ranks, self.count, self.dtype, has_vectors=has_vectors)
         found = [pool.try_place(weights) for pool in self.pools]
         placements = [placement for placement in found if placement is not None]
         assert len(placements) in (0, 2)
@@ -287,9 +299,9 @@ class Machine(RuleBasedStateMachine):
         placements, _ = self.placed.pop(data.draw(st.integers(0, len(self.placed) - 1)))
         for pool, placement in zip(self.pools, placements, strict=True):
             pool.free(placement)
-            for kind, pages in zip(pool.tensors.kinds, placement.pages, strict=True):
-                for part in kind.values():
-                    part[:, list(pages)] = math.nan
+            for index, (group, pages) in enumerate(zip(pool.tensors.groups, placement.pages, strict=True)):
+                for part in group.parts:
+                    pool.tensors.kinds[index % len(pool.tensors.kinds)][part.name][:, list(pages)] = math.nan
 
     @invariant()
     def every_adapter_is_whole_and_nothing_else_is_written(self) -> None:

@@ -33,17 +33,23 @@ SPEC = ModelSpec(
 
 
 def make_weights(
-    ranks: tuple[int, ...], value: float = 1.0, dtype: torch.dtype = torch.float32
+    ranks: tuple[int, ...],
+    value: float = 1.0,
+    dtype: torch.dtype = torch.float32,
+    has_vectors: tuple[bool, ...] = (),
 ) -> AdapterWeights:
-    """An adapter of these ranks by kind (0: not targeted), every element `value`."""
-    buffer, kinds = allocate(SPEC.kinds, ranks, dtype, pin=False)
+    """An adapter of these ranks by kind (0: without A and B), every element `value`."""
+    buffer, kinds = allocate(SPEC.kinds, ranks, dtype, pin=False, has_vectors=has_vectors)
     buffer.fill_(value)
     return AdapterWeights(version=str(value), scale=1.0, max_rank=max(ranks), buffer=buffer, kinds=kinds)
 
 
-def make_adapter(name: str, ranks: tuple[int, ...], value: float = 1.0) -> Adapter:
+def make_adapter(
+    name: str, ranks: tuple[int, ...], value: float = 1.0, has_vectors: tuple[bool, ...] = ()
+) -> Adapter:
     """One of these weights, on host."""
-    return Adapter(name, SIGHT, Stage.READY, weights=make_weights(ranks, value))
+    weights = make_weights(ranks, value, has_vectors=has_vectors)
+    return Adapter(name, SIGHT, Stage.READY, weights=weights)
 
 
 def names(residents: Residents) -> list[str]:
@@ -63,7 +69,51 @@ def test_bytes_are_what_the_design_computes(ranks: tuple[int, ...], dtype: torch
     pool = make_pool(SPEC, 8, 64, dtype, CPU)
     weights = make_weights(ranks, dtype=dtype)
     assert weights.num_bytes == expected
-    assert pool.tensors.num_bytes == make_weights((512, 512, 512), dtype=dtype).num_bytes
+    vectors = 2 * dtype.itemsize * sum(n * sum(w) for n, w in zip(layers, outputs, strict=True))
+    pages = make_weights((512, 512, 512), dtype=dtype).num_bytes
+    assert pool.tensors.num_bytes == pages + 8 * vectors
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_vectors_are_counted_once_and_leave_what_has_none_as_it_was(dtype: torch.dtype) -> None:
+    plain, scaled = (make_weights((16, 0, 3), dtype=dtype, has_vectors=v) for v in ((), (True, True, False)))
+    assert plain.num_pages == (1, 0, 1, 0, 0, 0)
+    assert scaled.num_pages == (1, 0, 1, 1, 1, 0)
+    assert plain.kinds[1] is None
+    assert scaled.kinds[1] is not None
+    assert scaled.kinds[1].rank == 0
+    more = dtype.itemsize * 2 * (2 * 10 + 2 * 6)
+    assert scaled.num_bytes == plain.num_bytes + more
+    # What an adapter without them has is where it was: vectors lie behind all A and B.
+    assert scaled.buffer.numel() > plain.buffer.numel()
+    for mine, other in zip(plain.kinds, scaled.kinds, strict=True):
+        for name, part in mine.parts.items() if mine else ():
+            assert other is not None
+            assert other.parts[name].storage_offset() == part.storage_offset()
+            assert other.parts[name].shape == part.shape
+
+
+def test_as_many_adapters_with_vectors_as_a_step_may_mix_are_resident() -> None:
+    residents = Residents(make_pool(SPEC, 2, 64, torch.float32, CPU))
+    vectors = (True, False, True)
+    adapters = [make_adapter(str(n), (16, 0, 0), n, vectors) for n in range(4)]
+    plain = make_adapter("plain", (16, 16, 16), 9)
+    for adapter in (*adapters[:2], plain):
+        assert residents.try_place(adapter)
+        assert adapter.placement is not None
+    assert [adapter.placement.pages[3:] for adapter in adapters[:2] if adapter.placement] == [
+        ((0,), (), (0,)),
+        ((1,), (), (1,)),
+    ]
+    assert residents.pool.num_free == (5, 7, 7, 0, 2, 0)
+    residents.use(adapters[0])
+    # The idle one with vectors gives way, the plain one would not help.
+    assert residents.try_place(adapters[2])
+    assert names(residents) == ["plain", "0", "2"]
+    residents.use(adapters[2])
+    assert not residents.try_place(adapters[3])
+    assert all(holds(residents.pool, adapters[n].placement, n) for n in (0, 2))
+    assert residents.check() == []
 
 
 def test_32_adapters_of_rank_16_are_resident_where_8_of_rank_64_are_reserved() -> None:
@@ -74,7 +124,7 @@ def test_32_adapters_of_rank_16_are_resident_where_8_of_rank_64_are_reserved() -
     for adapter in adapters:
         assert residents.try_place(adapter)
         residents.use(adapter)
-    assert pool.num_free == (0, 0, 0)
+    assert pool.num_free == (0, 0, 0, 8, 8, 8)
     assert not residents.try_place(make_adapter("one more", (1, 0, 0)))
     for number, adapter in enumerate(adapters):
         assert holds(pool, adapter.placement, number)
@@ -86,7 +136,7 @@ def test_placing_is_all_or_nothing() -> None:
     assert pool.try_place(make_weights((0, 32, 0), 1.0)) is not None
     before = [kind["a"].clone() for kind in pool.tensors.kinds]
     assert pool.try_place(make_weights((16, 16, 16), 2.0)) is None
-    assert pool.num_free == (2, 0, 2)
+    assert pool.num_free == (2, 0, 2, 1, 1, 1)
     assert all(torch.equal(one, kind["a"]) for one, kind in zip(before, pool.tensors.kinds, strict=True))
 
 
@@ -132,8 +182,9 @@ def test_check_sees_pages_that_are_given_back_too_early() -> None:
 
 def holds(pool: DevicePool, placement: Placement | None, value: float) -> bool:
     return placement is not None and all(
-        all(bool((part[:, list(pages)] == value).all()) for part in kind.values())
-        for kind, pages in zip(pool.tensors.kinds, placement.pages, strict=True)
+        bool((pool.tensors.kinds[index % 3][part.name][:, list(pages)] == value).all())
+        for index, (group, pages) in enumerate(zip(pool.tensors.groups, placement.pages, strict=True))
+        for part in group.parts
         if pages
     )
 
@@ -148,14 +199,18 @@ class Machine(RuleBasedStateMachine):
         self.uses: list[Adapter] = []
         self.count = 0
 
-    @rule(name=st.sampled_from("abcdefgh"), ranks=st.tuples(*[st.sampled_from([0, 1, 16, 17, 48])] * 3))
-    def place(self, name: str, ranks: tuple[int, int, int]) -> None:
-        if not any(ranks) or name in names(self.residents):
+    @rule(
+        name=st.sampled_from("abcdefgh"),
+        ranks=st.tuples(*[st.sampled_from([0, 1, 16, 17, 48])] * 3),
+        has_vectors=st.one_of(st.just((False,) * 3), st.tuples(*[st.booleans()] * 3)),
+    )
+    def place(self, name: str, ranks: tuple[int, int, int], has_vectors: tuple[bool, bool, bool]) -> None:
+        if not any((*ranks, *has_vectors)) or name in names(self.residents):
             return
         self.count += 1
         before = list(self.residents)
         free = self.residents.pool.num_free
-        adapter = make_adapter(name, ranks, self.count)
+        adapter = make_adapter(name, ranks, self.count, has_vectors)
         if self.residents.try_place(adapter):
             self.values[adapter] = self.count
         else:

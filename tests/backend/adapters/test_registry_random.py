@@ -358,9 +358,10 @@ class Machine(RuleBasedStateMachine):
             if lease.is_active:
                 placement = lease.placement
                 assert placement is not None
-                for kind, pages in zip(pool.tensors.kinds, placement.pages, strict=True):
-                    for part in kind.values():
-                        assert bool((part[:, list(pages)] == float(lease.version)).all())
+                assert not any(placement.pages[pool.num_kinds :]), "no vectors"
+                for kind, pages in zip(pool.tensors.kinds, placement.pages[: pool.num_kinds], strict=True):
+                    for name in ("a", "b"):
+                        assert bool((kind[name][:, list(pages)] == float(lease.version)).all())
 
     @property
     def whole(self) -> list[str]:

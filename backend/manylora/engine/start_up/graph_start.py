@@ -51,6 +51,7 @@ def record_graphs(runner: Runner, config: EngineConfig) -> None:
             config.max_num_seqs,
             model.max_model_len,
             _page_limits(model.sites),
+            _vector_limits(model.sites),
             recorder,
         )
         graphs.capture()
@@ -73,8 +74,14 @@ def record_graphs(runner: Runner, config: EngineConfig) -> None:
 
 
 def _page_limits(sites: Sequence[Site]) -> list[int]:
-    """Pages of the pool by kind."""
+    """Pages of rank rows of the pool by kind."""
     limits = {site.kind: site.pool.a.shape[0] for site in sites if site.pool is not None}
+    return [limits[kind] for kind in sorted(limits)]
+
+
+def _vector_limits(sites: Sequence[Site]) -> list[int]:
+    """Its pages of vectors by kind."""
+    limits = {site.kind: site.pool.num_vectors for site in sites if site.pool is not None}
     return [limits[kind] for kind in sorted(limits)]
 
 
@@ -94,7 +101,7 @@ def _differences(runner: Runner, graphs: StepGraphs) -> list[str]:
         count = min(_MOST_ADAPTERS, max(1, num_seqs - 1), uploader.max_loras, *_page_limits(model.sites))
         slots = _turns(count, num_seqs)
         with trial_adapter([site.pool for site in model.sites if site.pool is not None], count):
-            tensors.mix = _mix_of(uploader, slots, count, num_rows)
+            tensors.mix = _mix_of(uploader, slots, count, num_rows, min(_vector_limits(model.sites)))
             wanted = runner.forward(tensors)[:num_seqs].float()
             replayed = graphs.run(tensors)[:num_seqs]
         what = f"{count} adapter{'s' if count > 1 else ''}, {num_rows} rows"
@@ -138,8 +145,10 @@ def _turns(count: int, num_seqs: int) -> IntArray:
     return np.where(turns < count, turns, np.int32(-1))
 
 
-def _mix_of(uploader: Uploader, slots: IntArray, count: int, num_rows: int) -> Mix:
-    """Each adapter in the page of its number; rows that pad have none."""
+def _mix_of(uploader: Uploader, slots: IntArray, count: int, num_rows: int, max_vectors: int) -> Mix:
+    """Each adapter in the page of its number, the first and every other one with vectors; rows that pad have
+    none."""
+    vectors = [(page,) if page % 2 == 0 and page < max_vectors else () for page in range(count)]
     return Mix.build(
         np.pad(slots, (0, num_rows - len(slots)), constant_values=-1),
         np.ones(num_rows, dtype=np.float32),
@@ -148,4 +157,5 @@ def _mix_of(uploader: Uploader, slots: IntArray, count: int, num_rows: int) -> M
         uploader.max_pages,
         uploader.device,
         form=uploader.form,
+        vectors=[vectors] * uploader.num_kinds,
     )

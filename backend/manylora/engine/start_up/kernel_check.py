@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
+from itertools import product
 
 import numpy as np
 import torch
@@ -21,7 +22,7 @@ from manylora.engine.step_tensors import Uploader
 from manylora.errors import UnsupportedError
 from manylora.model.loading import LoadedModel
 
-_SLOTS = (0, -1, 0, 0, -1)
+_SLOTS = (0, -1, 1, 0, -1)
 _SCALES = (1.0, 1.0, 0.5, 2.0, 1.0)
 _MOST_PAGES = 2
 _ALLOWED = {torch.float32: 1e-4, torch.float16: 4e-3, torch.bfloat16: 3e-2}
@@ -47,18 +48,20 @@ def prove_kernels(model: LoadedModel, uploader: Uploader) -> None:
         forms = {"add_lora": _add, "linear_lora": _linear}
         if pool.shape.is_gate_up:
             forms["gate_up_lora"] = _gate_up
-        for name, form in forms.items():
-            # Inside of graphs shrink runs beside the base product, by other kernels.
-            for where, context in (("", nullcontext()), (" as in graphs", as_recorded())):
-                with context:
-                    error = _error(form, pool, kind, uploader, model.dtype)
-                if error <= _ALLOWED[model.dtype]:
-                    continue
-                raise UnsupportedError(
-                    f"the kernels compute the adapters' term of {spec.name} wrongly on {model.device} with "
-                    f"{model.dtype}: found an error of {error:.2g} of the term by {name}{where}, allowed "
-                    f"{_ALLOWED[model.dtype]:g}"
-                )
+        # Inside of graphs shrink runs beside the base product, by other kernels; each may read vectors.
+        options = sorted({False, pool.vectors is not None})
+        for name, is_recorded, has_vectors in product(forms, (False, True), options):
+            where = " as in graphs" if is_recorded else ""
+            with as_recorded() if is_recorded else nullcontext():
+                error = _error(forms[name], pool, kind, uploader, model.dtype, has_vectors)
+            if error <= _ALLOWED[model.dtype]:
+                continue
+            what = " and vectors" if has_vectors else ""
+            raise UnsupportedError(
+                f"the kernels compute the adapters' term{what} of {spec.name} wrongly on {model.device} with "
+                f"{model.dtype}: found an error of {error:.2g} of the term by {name}{where}, allowed "
+                f"{_ALLOWED[model.dtype]:g}"
+            )
 
 
 def _add(y: torch.Tensor, x: torch.Tensor, pool: SitePool, mix: Mix, kind: int) -> torch.Tensor:
@@ -75,8 +78,13 @@ def _gate_up(y: torch.Tensor, x: torch.Tensor, pool: SitePool, mix: Mix, kind: i
     return gate_up_lora(x, lambda _: y.clone(), pool, mix, kind)
 
 
-def _error(form: Form, pool: SitePool, kind: int, uploader: Uploader, dtype: torch.dtype) -> float:
-    """Of what the adapters change, as a share of it."""
+def _error(
+    form: Form, pool: SitePool, kind: int, uploader: Uploader, dtype: torch.dtype, has_vectors: bool
+) -> float:
+    """Of what the adapters change, as a share of it. With vectors one of two adapters has some."""
+    num_slots = min(2, uploader.max_loras)
+    slots = np.minimum(_SLOTS, num_slots - 1).astype(np.int32)
+    vectors: list[tuple[int, ...]] = [(0,), ()] if has_vectors else [(), ()]
     pages = tuple(range(min(_MOST_PAGES, uploader.max_pages, pool.a.shape[0])))
     generator = torch.Generator(pool.a.device).manual_seed(kind)
 
@@ -85,22 +93,23 @@ def _error(form: Form, pool: SitePool, kind: int, uploader: Uploader, dtype: tor
         return numbers.to(dtype)
 
     x, y = randn(pool.num_inputs), randn(pool.num_outputs)
-    without = torch.tensor(_SLOTS, device=pool.a.device) < 0
+    without = torch.from_numpy(slots).to(pool.a.device) < 0
     # NaN where nothing is to be read or written.
     y[without] = torch.nan
     mix = Mix.build(
-        np.array(_SLOTS, dtype=np.int32),
+        slots,
         np.array(_SCALES, dtype=np.float32),
-        [[pages]] * uploader.num_kinds,
+        [[pages] * num_slots] * uploader.num_kinds,
         uploader.max_loras,
         uploader.max_pages,
         uploader.device,
         form=uploader.form,
+        vectors=[vectors[:num_slots]] * uploader.num_kinds,
     )
     with trial_adapter([pool], len(pages)):
         found = form(y, x, pool, mix, kind)
         base, whole = (y.to(torch.float32, copy=True) for _ in range(2))
-        reference.add_lora(whole, x, pool, _SLOTS, _SCALES, [pages])
+        reference.add_lora(whole, x, pool, slots.tolist(), _SCALES, [pages] * num_slots, vectors)
     if found.shape != whole.shape:
         base, whole = _activated(base), _activated(whole)
     if not found[without].isnan().all():

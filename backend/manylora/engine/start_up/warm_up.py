@@ -10,7 +10,7 @@ from manylora_kernels import ServedAttention, ServedShapes, SiteShape, warmup, w
 
 from manylora.config import EngineConfig
 from manylora.model.loading import LoadedModel
-from manylora.model.parts import num_pages_of
+from manylora.model.parts import PAGINGS, PagedBy, num_pages_of
 
 log = logging.getLogger(__name__)
 
@@ -45,6 +45,7 @@ def served_shapes(model: LoadedModel, config: EngineConfig, pool_dtype: torch.dt
         max_pages=num_pages_of(config.max_lora_rank),
         dtype=model.dtype,
         pool_dtype=pool_dtype,
+        has_vectors=PagedBy.ADAPTER in PAGINGS,
     )
 
 
