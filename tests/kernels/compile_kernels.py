@@ -20,7 +20,7 @@ from typing import Any
 import torch
 import triton
 from manylora_kernels.device import Device
-from manylora_kernels.lora import activation, expand, expand_silu_mul, planner, route, shrink
+from manylora_kernels.lora import activation, expand, expand_silu_mul, planner, route, shrink, tile
 from manylora_kernels.shapes import SiteShape
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -181,7 +181,7 @@ def sources(target: str) -> Sources:
 def weight_lines() -> dict[str, set[int]]:
     """The lines of each file on which A or B is loaded."""
     found = {}
-    for module, pattern in ((shrink, r"\ba = tl\.load\("), (expand, r"return tl\.load\(b_ptrs")):
+    for module, pattern in ((shrink, r"\ba = tl\.load\("), (tile, r"return tl\.load\(b_ptrs")):
         lines = inspect.getsource(module).splitlines()
         found[Path(module.__file__).name] = {n for n, line in enumerate(lines, 1) if re.search(pattern, line)}
     return found

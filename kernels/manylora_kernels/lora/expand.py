@@ -19,6 +19,7 @@ import triton.language as tl
 from manylora_kernels.lora.plan import Plan
 from manylora_kernels.lora.pool import Vectors
 from manylora_kernels.lora.routed import RoutedMix, row_stride
+from manylora_kernels.lora.tile import block_rows, lora_term, num_outputs, slot_pages
 
 
 def expand(
@@ -124,25 +125,19 @@ def _expand_kernel(
     slot = tl.load(block_ptr).to(tl.int64)
     if slot < 0:
         return
-    pages_ptr = table_ptr + slot * (1 + MAX_PAGES)
-    num_pages = tl.load(pages_ptr)
+    num_pages, pages_ptr = slot_pages(table_ptr, slot, MAX_PAGES)
     is_idle = num_pages == 0
     if READS_VECTORS:
         vector = tl.load(vectors_ptr + slot).to(tl.int64)
         is_idle &= vector < 0
     if is_idle:
         return
-    pages_ptr += 1
-    start = tl.load(block_ptr + 1).to(tl.int64)
-    rows = tl.load(block_ptr + 2)
+    start, mask_t, row = block_rows(route_ptr, block_ptr, tl.load(block_ptr + 2), BLOCK_T)
 
     linear, column, column_end = _place_of(tile, WIDTHS, BLOCK_N)
-    offs_t = tl.arange(0, BLOCK_T)
     offs_n = column + tl.arange(0, BLOCK_N)
-    mask_t = offs_t < rows
     mask_n = offs_n < column_end
     mask_y = mask_t[:, None] & mask_n[None, :]
-    row = tl.load(route_ptr + start + offs_t, mask=mask_t, other=0).to(tl.int64)
     scale = tl.load(scales_ptr + row, mask=mask_t, other=0.0)
     y_ptrs = y_ptr + (row * stride_yt)[:, None] + offs_n[None, :]
     y = tl.load(y_ptrs, mask=mask_y, other=0.0)
@@ -184,135 +179,3 @@ def apply_vectors(y, scale_ptr, offset_ptr, start, offs_n, mask_n):
     scale = tl.load(scale_ptr + start + offs_n, mask=mask_n, other=0.0).to(tl.float32)
     offset = tl.load(offset_ptr + start + offs_n, mask=mask_n, other=0.0).to(tl.float32)
     return y * scale[None, :] + offset[None, :]
-
-
-@triton.jit
-def num_outputs(WIDTHS: tl.constexpr):
-    """N."""
-    total = 0
-    for s in tl.static_range(len(WIDTHS)):
-        total += WIDTHS[s]
-    return total
-
-
-@triton.jit
-def lora_term(
-    h_ptr,
-    b_ptr,
-    pages_ptr,
-    num_pages,
-    num_rows,
-    start,
-    mask_t,
-    linear,
-    offs_n,
-    mask_n,
-    stride_bp,
-    WIDTHS: tl.constexpr,
-    NUM_SPLITS: tl.constexpr,
-    MAX_PAGES: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    PAGES: tl.constexpr,
-    CHAINED: tl.constexpr,
-):
-    """`(sum over z of h[z, start + t, linear]) B` of one tile, not yet scaled."""
-    h_ptrs = h_ptr + ((start + tl.arange(0, BLOCK_T)) * len(WIDTHS) + linear) * (MAX_PAGES * 16)
-    if PAGES == 1:
-        acc = _expand_pages(
-            h_ptrs, b_ptr, pages_ptr, num_pages, num_rows, mask_t, offs_n, mask_n, stride_bp,
-            WIDTHS, NUM_SPLITS, MAX_PAGES, MAX_PAGES, BLOCK_T, BLOCK_N, 1, CHAINED,
-        )  # fmt: skip
-    elif num_pages > 1:
-        acc = _expand_pages(
-            h_ptrs, b_ptr, pages_ptr, num_pages, num_rows, mask_t, offs_n, mask_n, stride_bp,
-            WIDTHS, NUM_SPLITS, MAX_PAGES, MAX_PAGES, BLOCK_T, BLOCK_N, PAGES, CHAINED,
-        )  # fmt: skip
-    else:
-        acc = _expand_pages(
-            h_ptrs, b_ptr, pages_ptr, num_pages, num_rows, mask_t, offs_n, mask_n, stride_bp,
-            WIDTHS, NUM_SPLITS, MAX_PAGES, 1, BLOCK_T, BLOCK_N, 1, CHAINED,
-        )  # fmt: skip
-    return acc
-
-
-@triton.jit
-def _expand_pages(
-    h_ptrs,
-    b_ptr,
-    pages_ptr,
-    num_pages,
-    num_rows,
-    mask_t,
-    offs_n,
-    mask_n,
-    stride_bp,
-    WIDTHS: tl.constexpr,
-    NUM_SPLITS: tl.constexpr,
-    MAX_PAGES: tl.constexpr,
-    MOST_HERE: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    PAGES: tl.constexpr,
-    CHAINED: tl.constexpr,
-):
-    acc = tl.zeros([BLOCK_T, BLOCK_N], dtype=tl.float32)
-    b = _load_b(b_ptr, pages_ptr, 0, num_pages, offs_n, mask_n, stride_bp, WIDTHS, PAGES)
-    if CHAINED:
-        # Up to here nothing of shrink's was read.
-        tl.extra.cuda.gdc_wait()
-    h = _load_h(h_ptrs, 0, num_pages, num_rows, mask_t, len(WIDTHS), NUM_SPLITS, MAX_PAGES, BLOCK_T, PAGES)
-    acc = tl.dot(h.to(b.dtype), b, acc=acc, input_precision="ieee")
-    if MOST_HERE > PAGES:
-        for first in range(PAGES, num_pages, PAGES):
-            b = _load_b(b_ptr, pages_ptr, first, num_pages, offs_n, mask_n, stride_bp, WIDTHS, PAGES)
-            h = _load_h(
-                h_ptrs, first, num_pages, num_rows, mask_t, len(WIDTHS), NUM_SPLITS, MAX_PAGES, BLOCK_T, PAGES
-            )
-            acc = tl.dot(h.to(b.dtype), b, acc=acc, input_precision="ieee")
-    return acc
-
-
-@triton.jit
-def _load_b(
-    b_ptr,
-    pages_ptr,
-    first,
-    num_pages,
-    offs_n,
-    mask_n,
-    stride_bp,
-    WIDTHS: tl.constexpr,
-    PAGES: tl.constexpr,
-):
-    offs_r = tl.arange(0, 16 * PAGES)
-    nth_page = first + offs_r // 16
-    mask_r = nth_page < num_pages
-    page = tl.load(pages_ptr + nth_page, mask=mask_r, other=0).to(tl.int64)
-    b_ptrs = b_ptr + (page * stride_bp + (offs_r % 16) * num_outputs(WIDTHS))[:, None] + offs_n[None, :]
-    return tl.load(b_ptrs, mask=mask_r[:, None] & mask_n[None, :], other=0.0)
-
-
-@triton.jit
-def _load_h(
-    h_ptrs,
-    first,
-    num_pages,
-    num_rows,
-    mask_t,
-    NUM_LINEARS: tl.constexpr,
-    NUM_SPLITS: tl.constexpr,
-    MAX_PAGES: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    PAGES: tl.constexpr,
-):
-    offs_r = tl.arange(0, 16 * PAGES)
-    mask_h = mask_t[:, None] & (first + offs_r // 16 < num_pages)[None, :]
-    stride_hz = num_rows.to(tl.int64) * (NUM_LINEARS * MAX_PAGES * 16)
-    h = tl.zeros([BLOCK_T, 16 * PAGES], dtype=tl.float32)
-    # As many parts at once as registers are free: a decode step has many and small ones.
-    UNROLL: tl.constexpr = min(NUM_SPLITS, 4) if BLOCK_T <= 32 else 1
-    for split in tl.range(0, NUM_SPLITS, num_stages=1, loop_unroll_factor=UNROLL):
-        part = h_ptrs[:, None] + split * stride_hz + first * 16 + offs_r[None, :]
-        h += tl.load(part, mask=mask_h, other=0.0)
-    return h

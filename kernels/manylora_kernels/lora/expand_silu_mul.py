@@ -16,10 +16,11 @@ import triton
 import triton.language as tl
 
 from manylora_kernels.lora.activation import silu_times
-from manylora_kernels.lora.expand import apply_vectors, lora_term, vector_arguments
+from manylora_kernels.lora.expand import apply_vectors, vector_arguments
 from manylora_kernels.lora.plan import Plan, Tile
 from manylora_kernels.lora.pool import Vectors
 from manylora_kernels.lora.routed import RoutedMix, row_stride
+from manylora_kernels.lora.tile import block_rows, lora_term, slot_pages
 
 
 def expand_silu_mul(
@@ -122,17 +123,12 @@ def _expand_silu_mul_kernel(
     if rows == 0:
         return
     slot = tl.load(block_ptr).to(tl.int64)
-    start = tl.load(block_ptr + 1).to(tl.int64)
-    pages_ptr = table_ptr + slot * (1 + MAX_PAGES)
-    num_pages = tl.load(pages_ptr, mask=slot >= 0, other=0)
-    pages_ptr += 1
+    num_pages, pages_ptr = slot_pages(table_ptr, slot, MAX_PAGES)
+    start, mask_t, row = block_rows(route_ptr, block_ptr, rows, BLOCK_T)
 
-    offs_t = tl.arange(0, BLOCK_T)
     offs_n = column + tl.arange(0, BLOCK_N)
-    mask_t = offs_t < rows
     mask_n = offs_n < WIDTH
     mask_y = mask_t[:, None] & mask_n[None, :]
-    row = tl.load(route_ptr + start + offs_t, mask=mask_t, other=0).to(tl.int64)
     scale = tl.load(scales_ptr + row, mask=mask_t, other=0.0)
     y_ptrs = y_ptr + (row * stride_yt)[:, None] + offs_n[None, :]
     gate = tl.load(y_ptrs, mask=mask_y, other=0.0)

@@ -19,6 +19,7 @@ import triton.language as tl
 from manylora_kernels.lora.plan import Plan
 from manylora_kernels.lora.pool import PAGE_ROWS
 from manylora_kernels.lora.routed import RoutedMix, row_stride
+from manylora_kernels.lora.tile import block_rows, slot_pages
 
 
 def empty_h(num_rows: int, num_linears: int, mix: RoutedMix, plan: Plan) -> torch.Tensor:
@@ -117,15 +118,10 @@ def _shrink_kernel(
     slot = tl.load(block_ptr).to(tl.int64)
     if slot < 0:
         return
-    pages_ptr = table_ptr + slot * (1 + MAX_PAGES)
-    num_pages = tl.load(pages_ptr)
-    pages_ptr += 1
-    start = tl.load(block_ptr + 1).to(tl.int64)
-    rows = tl.load(block_ptr + 2)
+    num_pages, pages_ptr = slot_pages(table_ptr, slot, MAX_PAGES)
+    start, mask_t, row = block_rows(route_ptr, block_ptr, tl.load(block_ptr + 2), BLOCK_T)
 
     offs_t = tl.arange(0, BLOCK_T)
-    mask_t = offs_t < rows
-    row = tl.load(route_ptr + start + offs_t, mask=mask_t, other=0).to(tl.int64)
     x_ptrs = x_ptr + row * stride_xt
     h_ptrs = h_ptr + (split.to(tl.int64) * num_rows + start + offs_t) * (NUM_LINEARS * MAX_PAGES * 16)
     if PAGES == 1:
