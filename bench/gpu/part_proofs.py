@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 
-import numpy as np
 import torch
 from manylora_kernels import SitePool
 from manylora_kernels.streams import side_stream
@@ -18,7 +17,7 @@ from bench.gpu.clock import Run, graph_of
 from bench.gpu.exposed_bed import Bed
 from bench.gpu.proof_attention import bits
 from bench.gpu.rows import Context, Row
-from bench.gpu.scene import SCALE, Scene, Term
+from bench.gpu.scene import Scene, Term
 from bench.gpu.shapes import MIXED, TINY_POINTS, Point
 
 POINTS = {
@@ -52,14 +51,8 @@ def num_proofs(context: Context) -> int:
 def _proofs(context: Context) -> Iterator[Proof]:
     points = _TINY if context.is_tiny else POINTS
     for name, point in points.items():
-        yield f"{name}: same bits", partial(_repeated, context, point, _routed), point
-        yield (
-            f"{name}, batch invariant: same bits",
-            partial(_repeated, context, point, batch_invariant),
-            point,
-        )
+        yield f"{name}: same bits", partial(_repeated, context, point, _ours), point
     point = next(iter(points.values()))
-    yield "batch invariant: a row alone", partial(_alone, context, point), point
     yield "shrink and expand by themselves", partial(_halves, context, point), point
     yield "shrink beside the base product: same bits", partial(_beside, context, point), point
     yield "fused with the activation: same bits", partial(_fused, context, point), point
@@ -68,15 +61,6 @@ def _proofs(context: Context) -> Iterator[Proof]:
     yield "in a replayed graph: same bits", partial(_repeated, context, point, _replayed), point
     yield "attention, decode: same bits", partial(proof_attention.prove, context, decodes=True), None
     yield "attention, prompts: same bits", partial(proof_attention.prove, context, decodes=False), None
-
-
-def _routed(scene: Scene) -> Term:
-    return _ours(scene, False)
-
-
-def batch_invariant(scene: Scene) -> Term:
-    """Our form in the setting in which a row's bits depend on no other row."""
-    return _ours(scene, True)
 
 
 def _one(scene: Scene) -> Term:
@@ -89,7 +73,7 @@ def _one(scene: Scene) -> Term:
 
 
 def _replayed(scene: Scene) -> Term:
-    term = _ours(scene, False)
+    term = _ours(scene)
 
     def build(y: torch.Tensor, x: torch.Tensor, pool: SitePool) -> Run:
         # What is recorded runs beforehand, and adds up.
@@ -101,7 +85,8 @@ def _replayed(scene: Scene) -> Term:
     return build
 
 
-def _ours(scene: Scene, batch_invariant: bool) -> Term:
+def _ours(scene: Scene) -> Term:
+    """Our kernels, also for a scene that the vendor's products would serve."""
     from manylora_kernels.lora.routed import RoutedMix
     from manylora_kernels.lora.triton_form import TRITON  # imports triton, after the interpreter was chosen
 
@@ -112,7 +97,6 @@ def _ours(scene: Scene, batch_invariant: bool) -> Term:
         scene.point.num_adapters,
         scene.max_pages,
         scene.device,
-        batch_invariant,
     )
     mix = replace(mix, one_adapter=None)
     return lambda y, x, pool: lambda: TRITON.add_lora(y, x, pool, mix, 0)
@@ -221,43 +205,6 @@ def _bed_repeated(context: Context, bed: Bed, form: Run) -> str:
     return f"{said}, replayed too, error {error:.1e}"
 
 
-def _alone(context: Context, point: Point) -> str:
-    """Every row by itself gives the bits that it gives in the batch.
-
-    Raises:
-        AssertionError: a row that does not.
-    """
-    scene = Scene(point, context.layer, context.device, context.dtype, num_layers=1)
-    whole = {
-        name: _once(scene, pool, name, scene.slots, slice(None)) for name, pool in scene.layers[0].items()
-    }
-    for t in range(point.num_rows):
-        for name, pool in scene.layers[0].items():
-            alone = _once(scene, pool, name, scene.slots[t : t + 1], slice(t, t + 1))
-            assert torch.equal(bits(alone[0]), bits(whole[name][t])), f"{name}: row {t} alone has other bits"
-    return f"same bits, {point.num_rows} rows"
-
-
-def _once(
-    scene: Scene, pool: SitePool, name: str, slots: np.ndarray[tuple[int], np.dtype[np.int32]], rows: slice
-) -> torch.Tensor:
-    from manylora_kernels.lora.routed import RoutedMix
-    from manylora_kernels.lora.triton_form import TRITON  # imports triton, after the interpreter was chosen
-
-    mix = RoutedMix.build(
-        slots,
-        np.full(len(slots), SCALE, dtype=np.float32),
-        [scene.pages],
-        scene.point.num_adapters,
-        scene.max_pages,
-        scene.device,
-        True,
-    )
-    y = scene.y[name][rows].clone()
-    TRITON.add_lora(y, scene.x[name][rows], pool, mix, 0)
-    return y
-
-
 def _halves(context: Context, point: Point) -> str:
     """The two halves by themselves are right, and give the bits of the whole.
 
@@ -279,7 +226,7 @@ def _halves(context: Context, point: Point) -> str:
         return run
 
     error = scene.check(halves)
-    whole = _ours(scene, False)
+    whole = _ours(scene)
     for name, pool in scene.layers[0].items():
         found, wanted = scene.y[name].clone(), scene.y[name].clone()
         halves(found, scene.x[name], pool)()

@@ -17,7 +17,7 @@ import torch
 from manylora_kernels import SitePool
 from manylora_kernels.streams import side_stream
 
-from bench.gpu import forms, part_model, part_proofs
+from bench.gpu import forms, part_model
 from bench.gpu.attempt import attempt
 from bench.gpu.clock import Run
 from bench.gpu.scene import Scene, Term
@@ -25,8 +25,7 @@ from bench.gpu.shapes import Layer, Point
 from bench.gpu.workers import KILLED_S, Workers
 
 BESIDE, FUSED, SILU_MUL = "beside the base product", "fused with the activation", "activation"
-BATCH_INVARIANT = "batch invariant"
-MORE = (BESIDE, FUSED, SILU_MUL, BATCH_INVARIANT)
+MORE = (BESIDE, FUSED, SILU_MUL)
 """What other parts launch beside the forms."""
 
 
@@ -109,7 +108,6 @@ def _launch(job: Job, device: torch.device) -> None:
         BESIDE: _beside,
         FUSED: _fused,
         SILU_MUL: _silu_mul,
-        BATCH_INVARIANT: part_proofs.batch_invariant,
     }
     scene.all_layers(makers[job.form](scene))()
 

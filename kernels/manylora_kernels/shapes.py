@@ -52,8 +52,6 @@ class ServedShapes:
     """Of x and y."""
     pool_dtype: torch.dtype
     """Of the adapters."""
-    batch_invariant: bool = False
-    """As of the mixes."""
     has_vectors: bool = False
     """Whether adapters may have vectors, which are options of the kernels."""
 

@@ -65,14 +65,13 @@ class Variant:
     site: str
     floats: str
     max_pages: int = 4
-    batch_invariant: bool = False
     chained: bool = True
     """Whether expand may start early, where the device can; not for a shrink beside the base product."""
     vectors: bool = False
     """Whether adapters of the step have vectors."""
 
     def name(self, kernel: str) -> str:
-        more = ("-invariant" if self.batch_invariant else "") + ("" if self.chained else "-unchained")
+        more = "" if self.chained else "-unchained"
         more += "-vectors" if self.vectors else ""
         return f"{kernel}-{self.step}-{self.site}-{self.floats}-{self.max_pages}_pages{more}"
 
@@ -83,7 +82,6 @@ def variants(target: str) -> list[Variant]:
     if target == "sm_90":
         found += [Variant(step, site, "bf16") for step in STEPS for site in ("gate_up", "down")]
         found += [Variant("decode", "qkv", "bf16", 1), Variant("decode", "qkv", "fp16")]
-        found += [Variant("decode", "qkv", "bf16", batch_invariant=True)]
         # Graphs have the base product between the two, in steps that are not prompts' alone.
         found += [
             Variant(step, site, "bf16", max_pages, chained=False)
@@ -142,9 +140,7 @@ def sources(target: str) -> Sources:
     for variant in variants(target):
         site, device = SITES[variant.site], DEVICES[target]
         dtype = FLOATS[variant.floats]
-        chosen = planner.choose(
-            STEPS[variant.step], site, variant.max_pages, dtype, device, variant.batch_invariant
-        )
+        chosen = planner.choose(STEPS[variant.step], site, variant.max_pages, dtype, device)
         chained = device.has_dependent_launch and variant.chained
         common = {"NUM_SPLITS": chosen.num_splits, "MAX_PAGES": variant.max_pages, "CHAINED": chained}
         common["BLOCK_T"] = chosen.block_rows

@@ -80,7 +80,7 @@ def steps() -> list[tuple[int, list[int]]]:
     return found
 
 
-def serve(num_rows: int, slots: list[int], batch_invariant: bool, has_vectors: bool = False) -> None:
+def serve(num_rows: int, slots: list[int], has_vectors: bool = False) -> None:
     step = routed.RoutedMix.build(
         np.array(slots, dtype=np.int32),
         np.ones(num_rows, np.float32),
@@ -88,7 +88,6 @@ def serve(num_rows: int, slots: list[int], batch_invariant: bool, has_vectors: b
         5,
         3,
         CPU,
-        batch_invariant,
         [VECTORS] * 4 if has_vectors else (),
     )
     for kind, site in enumerate(SITES):
@@ -112,17 +111,15 @@ def serve(num_rows: int, slots: list[int], batch_invariant: bool, has_vectors: b
         TRITON.linear_lora(x, lambda x, y=y: y, pool, step, kind)
 
 
-def count(batch_invariant: bool) -> dict[str, int]:
-    shapes = ServedShapes(
-        sites=SITES, row_counts=tuple(range(1, MOST_ROWS + 1)), batch_invariant=batch_invariant, **SHAPES
-    )
+def count() -> dict[str, int]:
+    shapes = ServedShapes(sites=SITES, row_counts=tuple(range(1, MOST_ROWS + 1)), **SHAPES)
     compiled.clear()
     precompile.precompile(CPU, shapes)
     before = len(compiled)
     compiled.clear()
     for num_rows, slots in steps():
         for has_vectors in (False, True):
-            serve(num_rows, slots, batch_invariant, has_vectors)
+            serve(num_rows, slots, has_vectors)
     return {"before": before, "while_serving": len(compiled)}
 
 
@@ -137,9 +134,9 @@ def main() -> None:
     for module in (precompile, routed):
         module.facts = lambda device: CARD
     cold = len(compiled)
-    serve(1, [0], False)
+    serve(1, [0])
     cold = len(compiled) - cold
-    print(json.dumps({"cold": cold, "by_rows": count(False), "batch_invariant": count(True)}))
+    print(json.dumps({"cold": cold, **count()}))
 
 
 if __name__ == "__main__":

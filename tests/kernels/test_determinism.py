@@ -30,7 +30,7 @@ class Site:
         self.pool = SitePool(randn(6, 2, 16, K), randn(6, 16, sum(WIDTHS)), WIDTHS)
         self.x, self.y = randn(600, K), randn(600, sum(WIDTHS))
 
-    def run(self, slots: list[int], row: int, rows: list[int], batch_invariant: bool) -> torch.Tensor:
+    def run(self, slots: list[int], row: int, rows: list[int]) -> torch.Tensor:
         """The result of one row: `rows` of x and y in this order, of the adapters `slots`."""
         mix = RoutedMix.build(
             np.array(slots, dtype=np.int32),
@@ -39,7 +39,6 @@ class Site:
             3,
             3,
             self.device,
-            batch_invariant,
         )
         y = self.y[rows]
         TRITON.add_lora(y, self.x[rows], self.pool, mix, 0)
@@ -60,13 +59,12 @@ def test_the_same_step_gives_the_same_bits(
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("batch_invariant", [False, True], ids=["by_rows", "batch_invariant"])
 @pytest.mark.parametrize(
     ("num_rows", "num_adapters"),
     [(8, 3), (200, 3), (600, 3), (2048, 3), (8, 1), (2048, 1)],
     ids=["decode", "chunk", "prefill", "long_prefill", "decode_of_one", "prefill_of_one"],
 )
-def test_a_thousand_runs_give_the_same_bits(num_rows: int, num_adapters: int, batch_invariant: bool) -> None:
+def test_a_thousand_runs_give_the_same_bits(num_rows: int, num_adapters: int) -> None:
     """Decodes, chunks and prompts of three adapters and of none, and of one that has all rows."""
     generator = torch.Generator(device="cuda").manual_seed(0)
     slots = np.arange(num_rows, dtype=np.int32) % (num_adapters + 1) - 1
@@ -80,7 +78,7 @@ def test_a_thousand_runs_give_the_same_bits(num_rows: int, num_adapters: int, ba
 
     pool = SitePool(randn(6, 3, 16, k) / 64, randn(6, 16, sum(widths)), widths)
     x, base = randn(num_rows, k), randn(num_rows, sum(widths))
-    mix = RoutedMix.build(slots, scales, [PAGES], 3, 3, torch.device("cuda"), batch_invariant)
+    mix = RoutedMix.build(slots, scales, [PAGES], 3, 3, torch.device("cuda"))
     first = base.clone()
     TRITON.add_lora(first, x, pool, mix, 0)
     assert not torch.equal(first, base)
@@ -92,38 +90,10 @@ def test_a_thousand_runs_give_the_same_bits(num_rows: int, num_adapters: int, ba
     assert differing.item() == 0
 
 
-@pytest.mark.parametrize("slot", [0, 1, 2], ids=["rank_16", "rank_32", "rank_48"])
-def test_a_batch_invariant_rows_bits_depend_on_the_row_alone(
-    slot: int, triton_device: str, triton_dtype: torch.dtype
-) -> None:
-    site = Site(triton_dtype, triton_device)
-    alone = site.run([slot], 0, [7], batch_invariant=True)
-    assert not torch.equal(alone, site.y[7])
-    neighbours = [
-        ([slot] * 40, [*range(10, 49), 7]),
-        ([-1, slot, (slot + 1) % 3, -1], [3, 7, 4, 5]),
-        ([(slot + 1) % 3] * 140 + [slot], [*range(100, 240), 7]),
-    ]
-    for slots, rows in neighbours:
-        at = rows.index(7)
-        assert torch.equal(site.run(slots, at, rows, batch_invariant=True), alone)
-
-
-def test_a_batch_invariant_plan_knows_no_number_of_rows(triton_device: str) -> None:
-    site = Site(torch.float32, triton_device)
-    plans = set()
-    for num_rows in (1, 33, 200, 600, 5000):
-        slots, scales = np.full(num_rows, -1, dtype=np.int32), np.ones(num_rows, dtype=np.float32)
-        mix = RoutedMix.build(slots, scales, [PAGES], 3, 3, site.device, batch_invariant=True)
-        plans.add(mix.plan_for(site.pool.shape, torch.bfloat16))
-        assert mix.one_adapter is None
-    assert len(plans) == 1
-
-
-def test_otherwise_a_rows_bits_depend_on_its_row_and_the_number_of_rows_alone(
+def test_a_rows_bits_depend_on_the_row_and_the_number_of_rows_alone(
     triton_device: str, triton_dtype: torch.dtype
 ) -> None:
     site = Site(triton_dtype, triton_device)
-    one = site.run([1, 0, -1, 1, 2], 3, [0, 1, 2, 7, 4], batch_invariant=False)
-    other = site.run([1, 1, 2, 2, 0], 0, [7, 9, 8, 20, 21], batch_invariant=False)
+    one = site.run([1, 0, -1, 1, 2], 3, [0, 1, 2, 7, 4])
+    other = site.run([1, 1, 2, 2, 0], 0, [7, 9, 8, 20, 21])
     assert torch.equal(one, other)

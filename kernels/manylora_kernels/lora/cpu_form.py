@@ -86,7 +86,6 @@ class CpuForm:
         max_slots: int,
         max_pages: int,
         device: torch.device,
-        batch_invariant: bool,
         vectors: Sequence[PageTable],
         reads_vectors: Sequence[bool],
     ) -> GroupedMix:

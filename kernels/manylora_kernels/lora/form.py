@@ -49,7 +49,6 @@ class LoraForm(Protocol[StepT]):
         max_slots: int,
         max_pages: int,
         device: torch.device,
-        batch_invariant: bool,
         vectors: Sequence[PageTable],
         reads_vectors: Sequence[bool],
     ) -> StepT:

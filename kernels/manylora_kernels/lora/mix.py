@@ -55,11 +55,12 @@ class Mix:
         max_slots: int,
         max_pages: int,
         device: torch.device | str,
-        batch_invariant: bool = False,
         form: LoraForm[Any] | None = None,
         vectors: Sequence[PageTable] = (),
     ) -> Mix:
         """Prepare a step.
+
+        On CUDA a row's bits depend on the row, its adapter, T, and on whether one adapter has all rows.
 
         Args:
             row_slots: [T], the slot of each row's adapter, 0 .. D-1, or -1 for none.
@@ -68,9 +69,6 @@ class Mix:
             max_slots: most adapters a step may mix. With max_pages and T it fixes every shape on the device.
             max_pages: most pages an adapter may have in a kind.
             device: where the operations will run.
-            batch_invariant: whether a row's bits must depend on the row and its adapter alone, which costs
-                speed on CUDA. Without it they also depend on T and on whether one adapter has all rows. The
-                compiled form of a CPU is invariant either way, torch's products are not.
             form: what computes; None: the device's own.
             vectors: `vectors[kind][slot]`, the page of an adapter's vectors, or nothing. Empty: no adapter
                 has any.
@@ -98,7 +96,6 @@ class Mix:
             max_slots,
             max_pages,
             device,
-            batch_invariant,
             vectors,
             [limit > 0 for limit in vector_limits],
         )
@@ -112,7 +109,6 @@ class Mix:
         max_slots: int,
         max_pages: int,
         device: torch.device | str,
-        batch_invariant: bool = False,
         form: LoraForm[Any] | None = None,
         vector_limits: Sequence[int] = (),
     ) -> Mix:
@@ -128,7 +124,6 @@ class Mix:
             max_slots: as of `build`.
             max_pages: as of `build`.
             device: as of `build`.
-            batch_invariant: as of `build`.
             form: as of `build`.
             vector_limits: the pages of vectors of the pool, for each kind; empty: no mix with vectors is
                 ever copied.
@@ -145,7 +140,6 @@ class Mix:
             max_slots,
             max_pages,
             device,
-            batch_invariant,
             [],
             [limit > 0 for limit in vector_limits],
         )

@@ -18,8 +18,6 @@ ROWS_OF_BLOCKS = ((128, 16), (512, 32))
 PREFILL_BLOCK_ROWS = 64
 """What one warp group multiplies at once."""
 
-INVARIANT_BLOCK_ROWS = 32
-
 ONE_ADAPTER_ROWS = 1024
 """From so many rows of one adapter alone, the vendor's matrix products serve. An estimate, until measured."""
 
@@ -92,18 +90,6 @@ def formula(num_rows: int, rows: int, key: PlanKey, device: Device) -> Plan:
         num_splits=_splits(key.site.num_inputs, width, min(8, _power_of_2_below(wanted))),
         shrink=_shrink_tile(key, rows, _pages_at_once(key), width, device.shared_bytes),
         expand=_expand_tile(key, rows),
-    )
-
-
-def invariant(site: SiteShape, itemsize: int, device: Device) -> Plan:
-    """The one plan of all steps whose bits must not depend on T."""
-    key = PlanKey(site, itemsize, max_pages=1)
-    width = _few_rows_width(itemsize)
-    return Plan(
-        block_rows=INVARIANT_BLOCK_ROWS,
-        num_splits=_splits(site.num_inputs, width, 8),
-        shrink=_shrink_tile(key, INVARIANT_BLOCK_ROWS, 1, width, device.shared_bytes // 3),
-        expand=_expand_tile(key, INVARIANT_BLOCK_ROWS),
     )
 
 

@@ -15,13 +15,11 @@ import torch
 from manylora_kernels.device import Device
 from manylora_kernels.lora import plan_file
 from manylora_kernels.lora.plan import (
-    INVARIANT_BLOCK_ROWS,
     PREFILL_BLOCK_ROWS,
     Plan,
     PlanKey,
     PlanTable,
     formula,
-    invariant,
 )
 from manylora_kernels.shapes import SiteShape
 
@@ -32,10 +30,8 @@ def table_of(device: Device) -> PlanTable:
     return plan_file.shipped(device.name)
 
 
-def block_rows(num_rows: int, device: Device, batch_invariant: bool = False) -> int:
+def block_rows(num_rows: int, device: Device) -> int:
     """Rows of a route's blocks in a step of T rows. One for all sites, since the route is made once."""
-    if batch_invariant:
-        return INVARIANT_BLOCK_ROWS
     limits = table_of(device).rows_of_blocks
     return next((rows for limit, rows in limits if num_rows <= limit), PREFILL_BLOCK_ROWS)
 
@@ -52,16 +48,12 @@ def choose(
     max_pages: int,
     dtype: torch.dtype,
     device: Device,
-    batch_invariant: bool = False,
 ) -> Plan:
     """Choose for a step of T rows at a site whose pool has `dtype`.
 
-    With `batch_invariant` the plan is the same for every T, and a row's bits depend on the row and its
-    adapter alone. Otherwise they depend on T, too, but on nothing else of the batch.
+    A row's bits depend on the plan, and so on T, but on nothing else of the batch.
     """
-    rows = block_rows(num_rows, device, batch_invariant)
-    if batch_invariant:
-        return invariant(site, dtype.itemsize, device)
+    rows = block_rows(num_rows, device)
     key = PlanKey(site, dtype.itemsize, max_pages)
     for found, limit, plan in table_of(device).plans:
         if found == key and num_rows <= limit and plan.block_rows == rows:
@@ -75,10 +67,9 @@ def distinct(
     max_pages: int,
     dtype: torch.dtype,
     device: Device,
-    batch_invariant: bool = False,
 ) -> dict[Plan, int]:
     """Every plan that steps of these numbers of rows use, with the least such number."""
     found: dict[Plan, int] = {}
     for num_rows in sorted(row_counts):
-        found.setdefault(choose(num_rows, site, max_pages, dtype, device, batch_invariant), num_rows)
+        found.setdefault(choose(num_rows, site, max_pages, dtype, device), num_rows)
     return found

@@ -37,7 +37,6 @@ def precompile(device: torch.device, shapes: ServedShapes) -> None:
                 shapes.max_slots,
                 shapes.max_pages,
                 device,
-                shapes.batch_invariant,
                 reads_vectors=[shapes.has_vectors],
             )
         _launch(site, num_rows, mixes[num_rows], device, shapes)
@@ -52,7 +51,6 @@ def _steps(device: torch.device, shapes: ServedShapes) -> Iterator[tuple[SiteSha
             shapes.max_pages,
             shapes.pool_dtype,
             facts(device),
-            shapes.batch_invariant,
         )
         for num_rows in plans.values():
             yield site, num_rows

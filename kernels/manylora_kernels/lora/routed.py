@@ -39,8 +39,6 @@ class RoutedMix:
     """By kind, whether the kernels look at that."""
     route: Route
     device: Device
-    batch_invariant: bool = False
-    """Whether a row's bits must not depend on the rest of the batch."""
     one_adapter: OneAdapter | None = None
     """Set where the step's only adapter has rows enough for the vendor's matrix products."""
 
@@ -58,7 +56,6 @@ class RoutedMix:
         max_slots: int,
         max_pages: int,
         device: torch.device,
-        batch_invariant: bool = False,
         vectors: Sequence[PageTable] = (),
         reads_vectors: Sequence[bool] | None = None,
     ) -> RoutedMix:
@@ -86,11 +83,9 @@ class RoutedMix:
         host = (row_slots, row_scales.view(np.int32), tables.reshape(-1), places.reshape(-1))
         packed = upload(np.concatenate(host), device)
         found = facts(device)
-        one_adapter = None
-        if not batch_invariant:
-            least = planner.one_adapter_rows(found)
-            one_adapter = OneAdapter.of(row_slots, row_scales, pages, least, device, vectors)
-        block_rows = planner.block_rows(num_rows, found, batch_invariant)
+        least = planner.one_adapter_rows(found)
+        one_adapter = OneAdapter.of(row_slots, row_scales, pages, least, device, vectors)
+        block_rows = planner.block_rows(num_rows, found)
         return cls(
             packed=packed,
             tables=packed[2 * num_rows :][: tables.size].view(tables.shape),
@@ -99,15 +94,12 @@ class RoutedMix:
             reads_vectors=tuple(reads_vectors),
             route=route(packed[:num_rows], max_slots, block_rows),
             device=found,
-            batch_invariant=batch_invariant,
             one_adapter=one_adapter,
         )
 
     def plan_for(self, site: SiteShape, dtype: torch.dtype) -> Plan:
         """The plan of this step at a site whose pool has `dtype`."""
-        return planner.choose(
-            self.route.num_rows, site, self.max_pages, dtype, self.device, self.batch_invariant
-        )
+        return planner.choose(self.route.num_rows, site, self.max_pages, dtype, self.device)
 
     def copy_from(self, other: RoutedMix) -> None:
         """Become another step of the same shapes, in place: a graph captured with this one then serves it.
@@ -115,15 +107,10 @@ class RoutedMix:
         Raises:
             ValueError: a step of other shapes.
         """
-        if (
-            self.route.num_rows != other.route.num_rows
-            or self.tables.shape != other.tables.shape
-            or self.batch_invariant != other.batch_invariant
-        ):
+        if self.route.num_rows != other.route.num_rows or self.tables.shape != other.tables.shape:
             raise ValueError(
                 f"mix: asked to copy one of {other.route.num_rows} rows and tables "
-                f"{list(other.tables.shape)}, allowed {self.route.num_rows} and {list(self.tables.shape)} "
-                "and the same batch_invariant"
+                f"{list(other.tables.shape)}, allowed {self.route.num_rows} and {list(self.tables.shape)}"
             )
         self.packed.copy_(other.packed)
         self.route.packed.copy_(other.route.packed)

@@ -40,7 +40,6 @@ class TritonForm:
         max_slots: int,
         max_pages: int,
         device: torch.device,
-        batch_invariant: bool,
         vectors: Sequence[PageTable],
         reads_vectors: Sequence[bool],
     ) -> RoutedMix:
@@ -52,7 +51,6 @@ class TritonForm:
             max_slots,
             max_pages,
             device,
-            batch_invariant,
             vectors,
             reads_vectors,
         )
