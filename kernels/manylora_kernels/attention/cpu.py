@@ -1,4 +1,4 @@
-"""Attention of decodes on a CPU, compiled: `attention_cpu.c`, and what it is handed.
+"""Attention of decodes on a CPU, compiled: `attention_cpu.c`, and its arguments.
 
 Shape key: B sequences, H query heads, V key/value heads, D key size, E value size, C longest context, R rows
 of the cache.

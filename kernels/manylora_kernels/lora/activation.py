@@ -2,8 +2,8 @@
 
 Shape key: T rows, N outputs of each of gate and up.
 
-A row gets the same bits as a row without an adapter gets from `expand_silu_mul`, so that what a base model's
-row says does not depend on whether its neighbours have adapters.
+A row gets the same bits as a row without an adapter gets from `expand_silu_mul`, so that the bits of a
+row of the base model do not depend on whether its neighbours have adapters.
 """
 
 from __future__ import annotations

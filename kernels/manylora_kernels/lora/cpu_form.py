@@ -3,11 +3,11 @@
 Shape key: T rows, S linears, K inputs, N outputs of all S, I pages of a batch, M rows that a page is given, R
 rank rows.
 
-Why the products are made so (found at decode shapes): torch's batched product streams weights about as fast
-as a copy, as long as its output is contiguous; a gather of pages leaves them in the cache for the product and
-so costs little; adding with an index costs as much as the products, so results are brought into row order
-first and added as slices; preallocated outputs gain nothing. Products are in float32 whatever the pool's
-dtype: torch's small 16-bit products are slower, and round in between.
+Why the products are built this way (found at decode shapes): torch's batched product streams weights about as
+fast as a copy, as long as its output is contiguous; a gather of pages leaves them in the cache for the
+product and so costs little; adding with an index costs as much as the products, so results are brought into
+row order first and added as slices; preallocated outputs gain nothing. Products are in float32 whatever the
+pool's dtype: torch's small 16-bit products are slower, and round in between.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class KindRows:
         pages: Sequence[Sequence[int]],
         vectors: Sequence[Sequence[int]] = (),
     ) -> None:
-        """Note them; a form groups them when it is first used.
+        """Keep them; a form groups them when it is first used.
 
         Args:
             row_slots: [T], -1 for no adapter.
@@ -89,7 +89,7 @@ class CpuForm:
         vectors: Sequence[PageTable],
         reads_vectors: Sequence[bool],
     ) -> GroupedMix:
-        """Only notes the step: rows are grouped at the first site of a kind."""
+        """Keeps the arguments: rows are grouped at the first site of a kind."""
         # Kinds usually have the same pages, and what is equal is grouped once.
         keys = [
             tuple(tuple(tuple(slot) for slot in table) for table in tables)

@@ -1,4 +1,4 @@
-"""The compiled CPU form of the adapters' term: `lora_cpu.c`, and what it is handed.
+"""The compiled CPU form of the adapters' term: `lora_cpu.c`, and its arguments.
 
 Shape key: T rows of a step, G segments, E entries (a row for each of its pages), S linears.
 

@@ -2,9 +2,9 @@
 
 Shape key: M rows of the adapter, P pages, S linears, K inputs, N outputs of all S.
 
-With one adapter there is nothing to sort, and two plain products per site are what the vendor's library does
-best. It is chosen when the mix is built, from what the host knows, and never inside a captured graph, which
-must serve any mix. The same bits in every run; not the same as the kernels'.
+With one adapter there is nothing to sort, and the vendor's library is at its best with two plain products per
+site. This is chosen when the mix is built, from what the host knows, and never inside a captured graph, which
+must serve any mix. It gives the same bits in every run, which differ from the kernels'.
 """
 
 from __future__ import annotations

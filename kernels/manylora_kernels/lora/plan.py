@@ -22,7 +22,7 @@ ONE_ADAPTER_ROWS = 1024
 """From so many rows of one adapter alone, the vendor's matrix products serve. An estimate, until measured."""
 
 MAX_SPLITS = 16
-"""Expand adds up as many parts of h for each tile of y."""
+"""Expand adds up so many parts of h at most for each tile of y."""
 
 
 @dataclass(frozen=True, slots=True)

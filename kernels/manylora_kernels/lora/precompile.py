@@ -25,7 +25,7 @@ from manylora_kernels.shapes import ServedShapes, SiteShape
 def precompile(device: torch.device, shapes: ServedShapes) -> None:
     """Launch every kernel once, on steps without adapters, whose programs end at once.
 
-    A launch and not a compilation by signature: so what is compiled is what will be looked up.
+    A launch rather than a compilation by signature, so that exactly what launches look up is compiled.
     """
     mixes: dict[int, RoutedMix] = {}
     for site, num_rows in _steps(device, shapes):

@@ -117,5 +117,5 @@ class RoutedMix:
 
 
 def row_stride(rows: torch.Tensor) -> int:
-    """Elements from row to row. A single row may claim any, and would have a kernel compiled for it."""
+    """Elements from row to row. That of a single row is arbitrary, and kernels are specialised on it."""
     return rows.stride(0) if rows.shape[0] > 1 else rows.shape[1]

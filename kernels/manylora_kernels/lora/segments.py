@@ -23,7 +23,7 @@ import numpy.typing as npt
 import torch
 
 Rows: TypeAlias = slice | torch.Tensor
-"""A choice along a first dimension: a slice where it is consecutive, since a slice copies nothing."""
+"""Indices along a first dimension: a slice where they are consecutive, since a slice copies nothing."""
 
 Targets: TypeAlias = tuple[tuple[slice, slice], ...] | torch.Tensor
 """Where results go: pairs of (rows of y, rows of the result) or, when these would be many, the row of y of

@@ -5,9 +5,9 @@ of K.
 
 One launch for the site. A program multiplies one block of rows, in one of the Z parts of K, by the pages of
 its adapter: all S linears at once and as many pages as the plan says, so that x is read once where they fit
-into registers. The grid knows nothing of ranks: an adapter of one page costs the same in a pool of any rank.
-Parts of K are written side by side and added up by expand, in a fixed order: no atomics, no zeroed memory.
-Programs past the adapters' blocks end at once.
+into registers. The grid does not depend on ranks: an adapter of one page costs the same in any pool. Parts of
+K are written side by side and added up by expand, in a fixed order: no atomics, no zeroed memory. Programs
+past the adapters' blocks end at once.
 """
 
 from __future__ import annotations

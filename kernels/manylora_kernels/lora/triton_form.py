@@ -24,9 +24,9 @@ from manylora_kernels.lora.shrink import empty_h, shrink
 from manylora_kernels.shapes import ServedShapes
 
 MAX_ROWS_BESIDE = 256
-"""Up to so many rows of a step, shrink runs beside the base product. So long that one waits for the weights'
-bytes and leaves the arithmetic idle; beyond, both want the same multiprocessors, and a chained launch saves
-more. A ratio of cards (of the order of 300 operations a byte), not measured."""
+"""Up to so many rows of a step, shrink runs beside the base product. With these the product is bound by the
+weights' bytes and leaves multiprocessors idle; with more, both compete for them, and a chained launch saves
+more. It follows from how many operations a card does per byte, of the order of 300; not measured."""
 
 
 class TritonForm:
