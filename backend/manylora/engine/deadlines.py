@@ -26,7 +26,7 @@ class Deadlines:
         if sequence.deadline_s > 0:
             self.next_s = min(self.next_s, sequence.deadline_s)
 
-    def take_missed(self, sequences: Iterable[Sequence], now_s: float) -> list[Sequence]:
+    def pop_missed(self, sequences: Iterable[Sequence], now_s: float) -> list[Sequence]:
         """Those of all live `sequences` whose deadline has passed; each is to be ended now."""
         if now_s < self.next_s:
             return []
@@ -38,7 +38,7 @@ class Deadlines:
 
 
 def error_of(sequence: Sequence) -> UnavailableError:
-    """What a sequence ends with that has missed its deadline. To be asked before it is ended."""
+    """The error for a sequence that has missed its deadline. Call it before the sequence is ended."""
     if sequence.state is State.RUNNING or sequence.num_generated:
         when = f"after {sequence.num_generated} of {sequence.params.max_tokens} tokens"
     elif sequence.lease is not None and sequence.lease.state in ("queued", "loading"):

@@ -1,7 +1,7 @@
 """The engine: one thread that owns the model, the queues and the caches, and turns messages into tokens.
 
-A step is `schedule -> build -> launch -> land -> finish -> deliver` (steps.py). Other threads only fill the
-inbox.
+A step is `schedule -> build_step -> launch -> land -> finish -> deliver` (steps.py). Other threads only fill
+the inbox.
 """
 
 from __future__ import annotations

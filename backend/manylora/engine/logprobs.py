@@ -1,6 +1,6 @@
 """The model's own log probabilities of chosen tokens and of the likeliest ones.
 
-Shape key: B sampled rows, A of them that ask, V vocabulary, N the most alternatives that one asks for.
+Shape key: B sampled rows, A of them with log probabilities, V vocabulary, N the most alternatives of one.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ from manylora.messages import TokenLogprobs
 
 @dataclass(frozen=True, slots=True)
 class Distributions:
-    """Log-softmax of the rows that ask for log probabilities, in float32."""
+    """Log-softmax of the rows that want log probabilities, in float32."""
 
     rows: list[int]
     """A of the B."""
     num_top: list[int]
-    """[A] alternatives that each asks for."""
+    """[A] alternatives that each wants."""
     logprobs_AV: torch.Tensor
 
     def gather(self, ids_B: torch.Tensor) -> LogprobTensors:
-        """Look up what is asked for once all rows' tokens are chosen; waits for nothing.
+        """Look up the chosen tokens' and the likeliest ones' log probabilities; waits for nothing.
 
         Args:
             ids_B: [B], int64.
@@ -50,7 +50,7 @@ class LogprobTensors:
     """The chosen token's [A], the best ones' [A, N] and these ones' ids [A, N]."""
 
     def on_host(self, tensors: Seq[torch.Tensor]) -> dict[int, TokenLogprobs]:
-        """What is asked for, by row.
+        """The log probabilities of each row that wants them.
 
         Args:
             tensors: copies of `tensors` on the host.
@@ -63,7 +63,7 @@ class LogprobTensors:
 
 
 def distributions(logits_BV: torch.Tensor, sampling: Sampling) -> Distributions | None:
-    """The distributions of the rows that ask; None where nobody does.
+    """The distributions of the rows that want log probabilities; None where none does.
 
     Args:
         logits_BV: [B, V], the model's own: before penalties, forbidden ends and temperature.
@@ -73,6 +73,6 @@ def distributions(logits_BV: torch.Tensor, sampling: Sampling) -> Distributions 
         return None
     asked = logits_BV.index_select(0, upload(sampling.logprob_rows, logits_BV.device))
     logprobs_AV = asked.float().log_softmax(-1)
-    # Of a row that is not finite nobody hears, but its numbers are sorted with the others'.
+    # A row that is not finite is reported to nobody, but is sorted with the others.
     logprobs_AV.masked_fill_(logprobs_AV.isnan(), float("-inf"))
     return Distributions(sampling.logprob_rows.tolist(), sampling.num_logprobs.tolist(), logprobs_AV)

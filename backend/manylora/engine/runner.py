@@ -118,7 +118,7 @@ class Runner:
     def device_answers(self) -> bool:
         """Whether the device can be used further: one that cannot says so to whoever waits for it.
 
-        It waits for all work: to be asked behind a failure only.
+        It waits for all queued work, so call it after a failure only.
         """
         if self.model.device.type != "cuda":
             return True

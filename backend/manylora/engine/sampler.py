@@ -61,7 +61,7 @@ def choose(logits_BV: torch.Tensor, sampling: Sampling) -> SampledTokens:
     if sampling.penalties is not None:
         logits_BV = penalise(logits_BV, sampling.penalties)
     ids_B = logits_BV.argmax(-1)
-    # NaN counts as the greatest, so one look at the best tells of the whole row.
+    # argmax ranks NaN highest, so a look at the best logit is enough.
     is_finite_B = logits_BV.gather(1, ids_B[:, None]).squeeze(1).isfinite()
     if sampling.draws is not None:
         draws = sampling.draws
@@ -87,8 +87,8 @@ def _draw_into(
     packed = upload(np.array([draws.rows, temperatures, numbers]), logits_BV.device)
     rows_F, temperatures_F, draws_F = packed[0].long(), packed[1], packed[2]
     scaled = logits_BV.index_select(0, rows_F).float()
-    # Measured from the best one, so that the smallest temperature makes no infinity of it. What is not finite
-    # draws, too, but from nothing that could stop the others.
+    # Relative to the best one, so that dividing by the smallest temperature overflows nothing. Rows that are
+    # not finite draw too, from zeros.
     scaled -= scaled.amax(-1, keepdim=True)
     scaled.masked_fill_(~is_finite_B.index_select(0, rows_F)[:, None], 0.0)
     scaled /= temperatures_F[:, None].float()
@@ -101,7 +101,7 @@ def _forbid(logits_BV: torch.Tensor, sampling: Sampling) -> None:
     packed = upload(np.ascontiguousarray(sampling.forbidden), logits_BV.device)
     index = (packed[0], packed[1])
     values = logits_BV[index]
-    # What is not finite stays, for it tells that the row has no token.
+    # What is not finite stays: it shows that the row has no token.
     logits_BV[index] = values.masked_fill(values < float("inf"), float("-inf"))
 
 

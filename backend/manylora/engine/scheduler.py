@@ -52,7 +52,7 @@ class Scheduler:
         self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
         self.failed: list[tuple[Sequence, ManyloraError]] = []
-        """Ended with an error, by the scheduler itself or by a step. The engine tells and empties it."""
+        """Ended with an error, by the scheduler itself or by a step. The engine reports and clears it."""
         self.deadlines = Deadlines()
         self.num_preemptions = 0
         self.num_prefix_hit_tokens = 0
@@ -98,7 +98,7 @@ class Scheduler:
 
     def expire(self, now_s: float) -> None:
         """End the sequences whose deadline has passed."""
-        for sequence in self.deadlines.take_missed(itertools.chain(self.running, self.waiting), now_s):
+        for sequence in self.deadlines.pop_missed(itertools.chain(self.running, self.waiting), now_s):
             self.fail(sequence, deadlines.error_of(sequence))
 
     def can_run_ahead(self) -> bool:

@@ -45,7 +45,8 @@ class Step:
     starts: npt.NDArray[np.int64]
     """[B + 1]: the first row of each sequence, and T."""
     contexts: npt.NDArray[np.int64]
-    """[B]: tokens of each sequence once this step's are computed."""
+    """[B]: tokens of each sequence once this step's are computed. Its last row is at the last of these
+    positions, and the rows before it at those before."""
     samples: npt.NDArray[np.bool_]
     """[B]: whether the next token is wanted. S of them are True."""
     tables: npt.NDArray[np.int32]

@@ -21,7 +21,7 @@ _BROKEN_DEVICE: tuple[type[BaseException], ...] = tuple(
     filter(None, [getattr(torch, "AcceleratorError", None)])
 )
 """What torch's own calls raise once a device's context is of no more use. Triton and the vendor's libraries
-raise plain RuntimeErrors, and so does memory that ran out: behind those the device is asked."""
+raise plain RuntimeErrors, and so does memory that ran out: after those the device is queried."""
 
 
 class Steps:

@@ -1,4 +1,4 @@
-"""Device pools and registries as tests make them."""
+"""Device pools as tests make them."""
 
 from __future__ import annotations
 
