@@ -295,7 +295,7 @@ from manylora.engine.server import EngineServer
 hang_detector.MAX_BLOCKED_LOOKS = 2
 hang = threading.Event().wait
 if sys.argv[1] == "engine":
-    Steps._launch = lambda self, batch, before: hang()
+    Steps._launch = lambda self, schedule, is_ahead: hang()
 elif sys.argv[1] == "socket":
     EngineServer._take = lambda self, peer, frame: hang()
 else:

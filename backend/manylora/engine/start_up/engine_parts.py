@@ -71,14 +71,7 @@ def build_parts(config: EngineConfig, wake: Callable[[], None], *, strict_preloa
     record_graphs(runner, config)
     registry = _make_registry(config, model, pool, tensors, wake, strict_preload=strict_preload)
     blocks = BlockPool(runner.num_blocks, config.kv_block_size, reuse=config.enable_prefix_caching)
-    limits = Limits(
-        max_loras=config.max_loras,
-        max_num_seqs=config.max_num_seqs,
-        max_batched_tokens=config.max_batched_tokens,
-        max_waiting=config.max_waiting,
-        max_model_len=model.max_model_len,
-        max_passes=config.max_num_seqs,
-    )
+    limits = Limits.of(config, model.max_model_len)
     for line in report.capacity(pool, tensors, blocks, config, model):
         log.info(line)
     return EngineParts(
