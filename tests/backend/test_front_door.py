@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -48,6 +49,10 @@ class Mailbox(Responder):
     def _post(self, reply: Sequence[Answer] | ManyloraError, is_last: bool) -> None:
         self.threads.add(threading.current_thread().name)
         self._loop.call_soon_threadsafe(self._replies.put_nowait, (reply, is_last))
+
+    @property
+    def is_empty(self) -> bool:
+        return self._replies.empty()
 
     async def next(self) -> tuple[Sequence[Answer], bool]:
         """The next reply and whether it is the last; raises where that is an error."""
@@ -242,6 +247,46 @@ def test_requests_from_several_threads_get_their_own_answers_on_one_thread(
         assert {name for mine in mailboxes for mailbox in mine for name in mailbox.threads} == {
             "manylora-reply"
         }
+
+    asyncio.run(run())
+    wait_until(lambda: setting.status().gauges["running"] == 0)
+
+
+def test_whatever_is_submitted_while_the_front_end_closes_gets_one_last_reply(setting: Setting) -> None:
+    num_threads, num_each = 4, 40
+    closing = FrontEnd(setting.path)
+    assert closing.wait_ready(WAIT_S)
+    begun = threading.Barrier(num_threads + 1)
+
+    async def run() -> None:
+        loop = asyncio.get_running_loop()
+        mailboxes = [[Mailbox(loop) for _ in range(num_each)] for _ in range(num_threads)]
+
+        def submit(mine: list[Mailbox]) -> None:
+            begun.wait(WAIT_S)
+            for number, mailbox in enumerate(mine):
+                long = [5] * (LONG_BYTES * 17) if number % 10 == 9 else None
+                closing.submit(
+                    [Prompt(text=None if long else "x", input_ids=long, params=sampling(4))], mailbox
+                )
+
+        def close() -> None:
+            begun.wait(WAIT_S)
+            closing.close()
+
+        await asyncio.gather(asyncio.to_thread(close), *(asyncio.to_thread(submit, m) for m in mailboxes))
+        refused = []
+        for mailbox in itertools.chain.from_iterable(mailboxes):
+            try:
+                await mailbox.all()
+            except (UnavailableError, InvalidArgumentError) as error:
+                refused.append(error)
+            assert mailbox.is_empty
+        late = Mailbox(loop)
+        closing.submit([Prompt(text="x")], late)
+        with pytest.raises(UnavailableError):
+            await late.all()
+        assert any(isinstance(error, UnavailableError) for error in refused)
 
     asyncio.run(run())
     wait_until(lambda: setting.status().gauges["running"] == 0)

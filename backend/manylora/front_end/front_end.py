@@ -123,7 +123,7 @@ class FrontEnd:
         self._replies.put(Refused(responder, error))
 
     def close(self) -> None:
-        """Fail what is in flight with UNAVAILABLE and end all threads. Nothing may be submitted any more."""
+        """Fail what is in flight with UNAVAILABLE and end all threads. What is submitted later fails too."""
         self._replies.close()
         self._long.close()
         self._connection.close()

@@ -71,6 +71,9 @@ class ReplyLoop:
         self._cancel = cancel
         self.stage = Stage()
         self._inbox: queue.SimpleQueue[Item] = queue.SimpleQueue()
+        # Guards the two together: nothing is put behind the end, where nobody would answer it.
+        self._lock = threading.Lock()
+        self._is_closed = False
         # Below: the thread's own. Items and news survive a turn that a fault interrupts.
         self._items: deque[Item] = deque()
         """Taken out of the inbox, not handled yet."""
@@ -84,12 +87,25 @@ class ReplyLoop:
         self._thread.start()
 
     def put(self, item: Call | Refused | list[Event] | Lost) -> None:
-        """Hand something to the loop, from any thread. A call must come before its events."""
-        self._inbox.put(item)
+        """Hand something to the loop, from any thread. A call must come before its events.
+
+        What comes after `close` has begun is answered here, on the caller's thread.
+        """
+        with self._lock:
+            if not self._is_closed:
+                self._inbox.put(item)
+                return
+        if isinstance(item, Refused):
+            self._send_error(item.responder, item.error)
+        elif isinstance(item, Call):
+            item.has_ended = True
+            self._send_error(item.responder, _shutting_down())
 
     def close(self) -> None:
         """Fail all calls with UNAVAILABLE and end the thread."""
-        self._inbox.put(_Closed())
+        with self._lock:
+            self._is_closed = True
+            self._inbox.put(_Closed())
         self._thread.join()
 
     # From here on: the thread's own methods.
@@ -104,7 +120,7 @@ class ReplyLoop:
                         self._turn()
                 except BaseException as error:
                     self._recover(error)
-        self._fail_all(UnavailableError("the server is shutting down"))
+        self._fail_all(_shutting_down())
 
     def _turn(self) -> None:
         while self._items:
@@ -244,6 +260,10 @@ def public_error(responder: Responder, error: BaseException) -> ManyloraError:
         return error
     _log_fault(error, "request %s failed", responder.request_id)
     return InternalError(f"request {responder.request_id}: internal error; the server's log has the reason")
+
+
+def _shutting_down() -> UnavailableError:
+    return UnavailableError("the server is shutting down")
 
 
 def _reason_to_end(call: Call, now_s: float) -> ManyloraError | None:
