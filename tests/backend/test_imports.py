@@ -97,6 +97,63 @@ def test_what_keeps_processes_running_knows_nothing_of_serve() -> None:
     ] == []
 
 
+SOURCES = {
+    ".".join(path.relative_to(ROOT / folder).with_suffix("").parts).removesuffix(".__init__"): path
+    for folder in ("backend", "kernels", "client")
+    for path in sorted((ROOT / folder).glob("manylora*/**/*.py"))
+}
+"""Modules by name."""
+
+
+def imported_modules(module: str) -> set[str]:
+    """Our modules that a module imports anywhere in it, for types alone too."""
+    found = set()
+    for node in ast.walk(ast.parse(SOURCES[module].read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            inner = {f"{node.module}.{alias.name}" for alias in node.names}
+            found |= (inner & SOURCES.keys()) or {node.module}
+    return found & SOURCES.keys() - {module}
+
+
+def cycles(imports: dict[str, set[str]]) -> list[str]:
+    """What is left when all that imports nothing of the rest has been taken away, again and again, and then
+    all that nothing of the rest imports."""
+    left = dict(imports)
+    while done := [name for name, others in left.items() if not others & left.keys()]:
+        for name in done:
+            del left[name]
+    while done := left.keys() - set().union(*left.values()):
+        for name in done:
+            del left[name]
+    return sorted(left)
+
+
+def package_of(module: str) -> str:
+    """Its package below the top one; the module itself where it lies at the top."""
+    return ".".join(module.split(".")[:2])
+
+
+def test_no_import_leads_back_to_where_it_began() -> None:
+    modules = {module: imported_modules(module) for module in SOURCES}
+    assert len(modules) > 100
+    assert cycles(modules) == []
+    packages: dict[str, set[str]] = {}
+    for module, others in modules.items():
+        mine = package_of(module)
+        packages.setdefault(mine, set()).update({package_of(other) for other in others} - {mine})
+    # The package itself names what it offers.
+    for top in ("manylora", "manylora_kernels", "manylora_client"):
+        del packages[top]
+    assert cycles(packages) == []
+
+
+def test_modules_are_short() -> None:
+    lengths = {module: len(path.read_text().splitlines()) for module, path in SOURCES.items()}
+    assert {module: length for module, length in lengths.items() if length > 300} == {}
+
+
 @pytest.mark.parametrize("module", WITHOUT_TORCH)
 def test_front_ends_and_commands_start_without_torch(module: str) -> None:
     """A stub of Triton holds no second copy of torch."""
