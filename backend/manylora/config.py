@@ -37,7 +37,8 @@ class EngineConfig:
     adapters."""
 
     max_loras: int = 8
-    """Distinct adapters in one step; times max_lora_rank, the device pool. Costs device memory."""
+    """Distinct adapters in one step; times max_lora_rank, the device pool, of which about 2% at rank 64 are
+    for factors and addends of outputs. Costs device memory."""
     max_lora_rank: int = 64
     """Highest rank accepted. Costs device memory."""
     max_cpu_loras: int = 0

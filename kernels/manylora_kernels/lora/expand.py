@@ -10,8 +10,6 @@ behind shrink it starts early and has B and y in registers when h is complete.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -20,6 +18,7 @@ from manylora_kernels.lora.plan import Plan
 from manylora_kernels.lora.pool import Vectors
 from manylora_kernels.lora.routed import RoutedMix, row_stride
 from manylora_kernels.lora.tile import block_rows, lora_term, num_outputs, slot_pages
+from manylora_kernels.lora.vectors import apply_vectors, vector_arguments
 
 
 def expand(
@@ -77,19 +76,6 @@ def expand(
         num_stages=plan.expand.num_stages,
         **({"launch_pdl": True} if chained else {}),
     )
-
-
-def vector_arguments(vectors: Vectors | None, mix: RoutedMix, kind: int) -> dict[str, Any]:
-    """What the kernel is handed of vectors: nothing in a step that reads none in this kind."""
-    if vectors is None or not mix.reads_vectors[kind]:
-        names = ("vectors_ptr", "vector_scale_ptr", "vector_offset_ptr")
-        return {"READS_VECTORS": False, **dict.fromkeys(names)}
-    return {
-        "READS_VECTORS": True,
-        "vectors_ptr": mix.vectors[kind],
-        "vector_scale_ptr": vectors.scale,
-        "vector_offset_ptr": vectors.offset,
-    }
 
 
 @triton.jit(
@@ -171,11 +157,3 @@ def _place_of(tile, WIDTHS: tl.constexpr, BLOCK_N: tl.constexpr):
         begin += WIDTHS[s]
         first_tile += (WIDTHS[s] + BLOCK_N - 1) // BLOCK_N
     return linear, column, column_end
-
-
-@triton.jit
-def apply_vectors(y, scale_ptr, offset_ptr, start, offs_n, mask_n):
-    """`scale * y + offset` of one tile in float32, of the vectors that begin at `start`."""
-    scale = tl.load(scale_ptr + start + offs_n, mask=mask_n, other=0.0).to(tl.float32)
-    offset = tl.load(offset_ptr + start + offs_n, mask=mask_n, other=0.0).to(tl.float32)
-    return y * scale[None, :] + offset[None, :]

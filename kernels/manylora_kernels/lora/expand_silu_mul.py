@@ -16,11 +16,11 @@ import triton
 import triton.language as tl
 
 from manylora_kernels.lora.activation import silu_times
-from manylora_kernels.lora.expand import apply_vectors, vector_arguments
 from manylora_kernels.lora.plan import Plan, Tile
 from manylora_kernels.lora.pool import Vectors
 from manylora_kernels.lora.routed import RoutedMix, row_stride
 from manylora_kernels.lora.tile import block_rows, lora_term, slot_pages
+from manylora_kernels.lora.vectors import apply_vectors, vector_arguments
 
 
 def expand_silu_mul(
