@@ -191,28 +191,3 @@ def test_what_decides_does_so_without_torch(tmp_path: Path) -> None:
         first = name
     assert found["steps"] > 6
     assert found["bytes"] < 4096
-
-
-def _imports_of(path: Path) -> set[str]:
-    """Modules of `manylora` that a file imports anywhere in it, types included."""
-    names = set()
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Import):
-            names |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            names.add(node.module)
-            names |= {f"{node.module}.{alias.name}" for alias in node.names}
-    return {name for name in names if name.startswith("manylora.")}
-
-
-def test_no_module_imports_one_that_imports_it() -> None:
-    folder = ROOT / "backend/manylora"
-    files = {
-        ".".join(("manylora", *f.relative_to(folder).with_suffix("").parts)): f for f in folder.rglob("*.py")
-    }
-    left = {name: _imports_of(f) & files.keys() - {name} for name, f in files.items()}
-    # What imports nothing that is left goes, until nothing does: what then is left goes in circles.
-    while free := {name for name, imports in left.items() if not imports & left.keys()}:
-        left = {name: imports for name, imports in left.items() if name not in free}
-    circle = {name for name in left if any(name in imports for imports in left.values())}
-    assert circle == set()
