@@ -4,21 +4,31 @@ from __future__ import annotations
 
 import queue
 from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import tritonclient.grpc
-from manylora.serve.background import RunningServer
+from manylora.serve.background import RunningServer, running_server
 from manylora_client import Chunk, Completion
 
-from bench.campaigns.harness import DONE_S, PROMPTS, SYNTHETIC, TRAINED, at_once, connect, wait_idle
+from bench.campaigns.harness import DONE_S, PROMPTS, SYNTHETIC, at_once, connect, wait_idle
 
 NUM_STREAMS = 64
 NUM_ROUNDS = 4
 MAX_TOKENS = 6
-NAMES = ["", *SYNTHETIC, *TRAINED]
+NAMES = ["", *(f"synthetic-{seed:03}" for seed in range(11))]
 WORK = [(PROMPTS[i % len(PROMPTS)], NAMES[i % len(NAMES)]) for i in range(NUM_STREAMS)]
+
+
+@pytest.fixture(scope="module")
+def server(small_model: Path, small_root: Path) -> Iterator[RunningServer]:
+    """All adapters fit into one step."""
+    arguments = ["--set=max_loras=12"]
+    with running_server(base_model=small_model, adapter_root=small_root, arguments=arguments) as running:
+        yield running
 
 
 @pytest.fixture(scope="module")
