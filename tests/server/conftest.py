@@ -36,7 +36,7 @@ def one_thread() -> None:
 
 
 @pytest.fixture(scope="session")
-def base_model() -> Path:
+def real_model() -> Path:
     """The directory of SmolLM2-135M-Instruct, float32."""
     if not (BASE_MODEL / "config.json").is_file():
         pytest.fail(f"{BASE_MODEL} is missing: run `make setup`")
@@ -44,18 +44,24 @@ def base_model() -> Path:
 
 
 @pytest.fixture(scope="session")
-def small_model(base_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def base_model(real_model: Path) -> Path:
+    """What `server` serves."""
+    return real_model
+
+
+@pytest.fixture(scope="session")
+def small_model(real_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Its tokenizer, embeddings, first and last layer, for servers that need do no more than
     start, answer and end. It says nothing sensible, and each adapter makes it say something else."""
     small = tmp_path_factory.mktemp("small_model")
-    for path in base_model.iterdir():
+    for path in real_model.iterdir():
         if path.suffix != ".safetensors":
             shutil.copy(path, small)
-    config = json.loads((base_model / "config.json").read_text())
+    config = json.loads((real_model / "config.json").read_text())
     layers = {0: 0, config["num_hidden_layers"] - 1: 1}
     (small / "config.json").write_text(json.dumps({**config, "num_hidden_layers": len(layers)}))
     tensors = {}
-    with safe_open(base_model / "model.safetensors", "pt") as weights:
+    with safe_open(real_model / "model.safetensors", "pt") as weights:
         for name in weights.keys():  # noqa: SIM118 (it is no dict)
             layer = re.search(r"\.layers\.(\d+)\.", name)
             if layer is None:

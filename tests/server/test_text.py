@@ -11,6 +11,10 @@ from manylora_client import Client
 
 from bench.campaigns.harness import PROMPTS, SYNTHETIC, TRAINED, at_once, connect, status_of, wait_idle
 
+from .wire import generate
+
+REPEATING = "one two one two one two one two one two one"
+
 LONG = 4000
 """Tokens that no test waits for."""
 
@@ -161,3 +165,15 @@ def test_cancelled_streams_do_not_disturb_the_others(server: RunningServer, clie
 
     assert set(at_once(work, range(16))) == {alone.text}
     assert wait_idle(server).check_errors == []
+
+
+@pytest.mark.parametrize(
+    "penalty",
+    [{"repetition_penalty": 3}, {"presence_penalty": 2, "temperature": 0}, {"frequency_penalty": "2"}],
+    ids=lambda penalty: next(iter(penalty)),
+)
+def test_a_penalty_breaks_a_repetition(server: RunningServer, penalty: dict[str, Any]):
+    asked = {"text_input": REPEATING, "max_tokens": 24, "ignore_eos": True}
+    plain = generate(server, **asked)["output_ids"]
+    assert len(set(plain)) < 8
+    assert len(set(generate(server, **asked, **penalty)["output_ids"])) > len(set(plain))

@@ -14,9 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from bench.campaigns.harness import PROMPTS, SYNTHETIC, TRAINED, wait_idle
 
-from .wire import check_refused, generate, stream
-
-REPEATING = "one two one two one two one two one two one"
+from ..wire import check_refused, generate, stream
 
 
 @pytest.mark.parametrize("adapter_id", ["", TRAINED[0]], ids=["base", "adapter"])
@@ -76,18 +74,6 @@ def test_min_p_of_one_is_greedy_at_any_temperature(server: RunningServer, seed: 
     assert generate(server, **hot)["text_output"] != greedy
 
 
-@pytest.mark.parametrize(
-    "penalty",
-    [{"repetition_penalty": 3}, {"presence_penalty": 2, "temperature": 0}, {"frequency_penalty": "2"}],
-    ids=lambda penalty: next(iter(penalty)),
-)
-def test_a_penalty_breaks_a_repetition(server: RunningServer, penalty: dict[str, Any]):
-    asked = {"text_input": REPEATING, "max_tokens": 24, "ignore_eos": True}
-    plain = generate(server, **asked)["output_ids"]
-    assert len(set(plain)) < 8
-    assert len(set(generate(server, **asked, **penalty)["output_ids"])) > len(set(plain))
-
-
 def test_a_scale_of_zero_is_the_base_model_and_of_one_the_adapter(server: RunningServer):
     asked = {"text_input": PROMPTS[0], "max_tokens": 8}
     base = generate(server, **asked)
@@ -114,8 +100,8 @@ def test_a_deadline_that_passes_is_told_on_every_way_in(server: RunningServer):
 
 
 def test_a_deadline_in_the_middle_of_a_stream_ends_it_with_an_error(server: RunningServer):
-    events = list(stream(server, text_input=PROMPTS[0], max_tokens=8000, ignore_eos=True, deadline_ms=20_000))
-    assert events[-1]["error"].startswith("[UNAVAILABLE] deadline_ms=20000 passed after ")
+    events = list(stream(server, text_input=PROMPTS[0], max_tokens=8000, ignore_eos=True, deadline_ms=5_000))
+    assert events[-1]["error"].startswith("[UNAVAILABLE] deadline_ms=5000 passed after ")
     assert all("error" not in event for event in events[:-1])
     assert wait_idle(server).check_errors == []
 

@@ -26,7 +26,7 @@ from bench.campaigns.harness import (
     wait_idle,
 )
 
-from ..client.blocking import BlockingClient
+from ...client.blocking import BlockingClient
 
 
 @pytest.fixture(params=["http", "grpc", "async http", "async grpc"])

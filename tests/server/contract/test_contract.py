@@ -15,7 +15,7 @@ from tritonclient.utils import InferenceServerException
 
 from bench.campaigns.harness import DONE_S, PROMPTS, SYNTHETIC, TRAINED, at_once, connect, wait_idle
 
-from .wire import OUTPUTS, check_refused, generate, infer, post, stream
+from ..wire import OUTPUTS, check_refused, generate, infer, post, stream
 
 
 @pytest.fixture(params=["http", "grpc"])
