@@ -15,8 +15,11 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-FOLDERS = ("server", "kernels", "backend", "bench", "client")
-"""Those with long groups first, so that workers end together."""
+OWN_SERVERS = "own servers"
+FOLDERS = ("server", "kernels", "backend", "bench", OWN_SERVERS, "client")
+"""The longest group first and short ones last, so that workers end together."""
+SHARED_SERVER = ("parity", "text", "cli", "ends_and_chats", "perf_analyzer")
+"""Files of tests/server whose tests share one server, as those of its folders do. Others start their own."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -25,8 +28,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> object:
-    """Keep together, on one of several workers, the tests of a file, and all those that start servers: no two
-    servers share the processors."""
+    """Keep together, on one of several workers, the tests of a file, and all those that share a server."""
     from xdist.scheduler import LoadScopeScheduling  # tests run without it, too
 
     class Files(LoadScopeScheduling):
@@ -38,8 +40,11 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> object:
 
 
 def folder_of(nodeid: str) -> str:
-    """Of those in tests/."""
-    return nodeid.split("/")[1]
+    """One of FOLDERS."""
+    folder, *inner = Path(nodeid.partition("::")[0]).parts[1:]
+    if folder != "server" or len(inner) > 1:
+        return folder
+    return folder if inner[0].removeprefix("test_").removesuffix(".py") in SHARED_SERVER else OWN_SERVERS
 
 
 @contextmanager
