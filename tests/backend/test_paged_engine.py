@@ -67,5 +67,6 @@ def test_a_packed_batch_matches_generate(
 
 
 @pytest.mark.skipif(INTERPRETED or DEVICE == "cuda", reason="the tests run in this process")
+@pytest.mark.slow  # the recorded steps are compared with such engines in test_step_graphs.py
 def test_passes_in_the_interpreter(pass_interpreted: Callable[..., str]) -> None:
     assert "3 passed" in pass_interpreted(__file__)

@@ -37,7 +37,7 @@ def start(directory: Path, **settings: Any) -> tuple[EngineConfig, LoadedModel, 
     [
         "llama",
         pytest.param("gemma2", marks=pytest.mark.slow),
-        "gpt_oss",
+        pytest.param("gpt_oss", marks=pytest.mark.slow),
         pytest.param("phi3", marks=pytest.mark.slow),
         pytest.param("gpt2", marks=pytest.mark.slow),
     ],
