@@ -61,7 +61,7 @@ class Group:
 
 @dataclass(slots=True, kw_only=True)
 class GroupedPlan:
-    """A step whose attention is computed group by group. Built by engine/batch.py."""
+    """A step whose attention is computed group by group. Built by engine/step_tensors.py."""
 
     write_rows: torch.Tensor
     """[T] where each token's key and value go in the layer caches."""
