@@ -51,8 +51,7 @@ def expand(
     Raises:
         ValueError: a plan for other blocks than the route's.
     """
-    if plan.block_rows != mix.route.block_rows:
-        raise ValueError(f"plan for blocks of {plan.block_rows} rows, the route has {mix.route.block_rows}")
+    mix.check_plan(plan)
     num_tiles = sum(-(-width // plan.expand.width) for width in widths)
     _expand_kernel[(num_tiles, mix.route.max_blocks)](
         y_ptr=y,

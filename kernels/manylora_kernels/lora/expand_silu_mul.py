@@ -53,8 +53,7 @@ def expand_silu_mul(
     Raises:
         ValueError: a plan for other blocks than the route's.
     """
-    if plan.block_rows != mix.route.block_rows:
-        raise ValueError(f"plan for blocks of {plan.block_rows} rows, the route has {mix.route.block_rows}")
+    mix.check_plan(plan)
     width, tile = out.shape[1], halved(plan.expand)
     _expand_silu_mul_kernel[(-(-width // tile.width), mix.route.max_blocks_of_all)](
         out_ptr=out,

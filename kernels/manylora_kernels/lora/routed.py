@@ -101,6 +101,16 @@ class RoutedMix:
         """The plan of this step at a site whose pool has `dtype`."""
         return planner.choose(self.route.num_rows, site, self.max_pages, dtype, self.device)
 
+    def check_plan(self, chosen: Plan) -> None:
+        """
+        Raises:
+            ValueError: a plan for other blocks than the route's.
+        """
+        if chosen.block_rows != self.route.block_rows:
+            raise ValueError(
+                f"plan for blocks of {chosen.block_rows} rows, the route has {self.route.block_rows}"
+            )
+
     def copy_from(self, other: RoutedMix) -> None:
         """Become another step of the same shapes, in place: a graph captured with this one then serves it.
 

@@ -56,8 +56,7 @@ def shrink(
     Raises:
         ValueError: a plan for other blocks than the route's.
     """
-    if plan.block_rows != mix.route.block_rows:
-        raise ValueError(f"plan for blocks of {plan.block_rows} rows, the route has {mix.route.block_rows}")
+    mix.check_plan(plan)
     num_rows, num_linears, max_pages = x.shape[0], a.shape[1], mix.max_pages
     h = empty_h(num_rows, num_linears, mix, plan) if out is None else out
     _shrink_kernel[(plan.num_splits, mix.route.max_blocks)](
